@@ -1,0 +1,97 @@
+"""The contrastive image-text loss of CLIP, with more than one positive where captions repeat.
+
+Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (arXiv
+2103.00020), figure 3.
+
+Shape suffixes: B pairs (rows), N pairs gathered over ranks (columns), C columns of any kind, D feature width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from clipdistill.losses._common import LossSum, matching_matrices, mean_over_rows, outside_autocast
+
+
+def clip_loss(
+    image_features: Tensor,
+    text_features: Tensor,
+    *,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float | None = None,
+    caption_ids: Tensor | None = None,
+) -> Tensor:
+    """Symmetric contrastive loss: the mean of the image-to-text and the text-to-image cross-entropy.
+
+    With ``logits = logit_scale * image @ text.T + logit_bias`` (arXiv 2103.00020, figure 3) and y the target
+    distribution, ``loss = 1/(2B) sum_b (CE(y_b, softmax(logits_b)) + CE(y_b, softmax(logits.T_b)))``. y is
+    one-hot on the own pair; with ``caption_ids`` it is uniform over the pairs whose caption id is the row's,
+    so that equal captions are not pushed apart. No teacher takes part: KL compares with a teacher's
+    distribution, this with y.
+
+    Args:
+        image_features: (B, D), L2-normalised by the caller, any floating type; half precision is computed in
+            float32.
+        text_features: (B, D), likewise; row b belongs to image b.
+        logit_scale: multiplies the cosine: a model's ``logit_scale.exp()``, 0-d or a number.
+        logit_bias: added to the logits, 0-d or a number. A softmax ignores it.
+        caption_ids: (B,) integers, equal where captions are equal.
+
+    Returns:
+        0-d, in nats, the mean over the batch and both directions; the gradient goes to both features and to
+        logit_scale. A feature that is not finite makes the loss nan.
+
+    Raises:
+        ValueError: wrong shapes or types.
+    """
+    image_BD, text_BD = matching_matrices(image_features=image_features, text_features=text_features)
+    rows = len(image_BD)
+    if caption_ids is None:
+        target_BB = torch.eye(rows, device=image_BD.device)
+    elif tuple(caption_ids.shape) == (rows,):
+        target_BB = positive_targets(caption_ids, caption_ids, dtype=image_BD.dtype)
+    else:
+        raise ValueError(f"caption_ids must have shape ({rows},), got {tuple(caption_ids.shape)}")
+    with outside_autocast(image_BD):
+        logits_BB = logit_scale * image_BD @ text_BD.T
+        if logit_bias is not None:
+            logits_BB = logits_BB + logit_bias
+        both_directions = contrastive_sums(logits_BB, target_BB) + contrastive_sums(logits_BB.T, target_BB)
+        return both_directions.value
+
+
+def positive_targets(row_ids_B: Tensor, column_ids_N: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Target distributions (B, N): row b uniform over the columns that carry its caption id.
+
+    A row whose id no column carries has no distribution: it is nan.
+
+    Raises:
+        ValueError: ids that are not 1-D integers.
+    """
+    for ids in (row_ids_B, column_ids_N):
+        if ids.ndim != 1 or ids.is_floating_point():
+            raise ValueError(f"caption ids must be 1-D integers, got {ids.dtype} of shape {tuple(ids.shape)}")
+    positive_BN = (row_ids_B[:, None] == column_ids_N[None, :]).to(dtype)
+    return positive_BN / positive_BN.sum(1, keepdim=True)
+
+
+def contrastive_sums(logits_BC: Tensor, target_BC: Tensor) -> LossSum:
+    """Cross-entropy to given distributions, ``-sum_b sum_j y_bj log_softmax(logits)_bj`` over B.
+
+    One direction of ``clip_loss``. Rows are independent: pass the local rows against columns gathered over
+    all ranks.
+
+    Args:
+        logits_BC: (B, C) scaled similarities.
+        target_BC: (B, C), rows sum to 1, taken as constants; see ``positive_targets``.
+
+    Returns:
+        LossSum in nats; the gradient goes to the logits.
+
+    Raises:
+        ValueError: wrong shapes or types.
+    """
+    logits_BC, target_BC = matching_matrices(logits_BC=logits_BC, target_BC=target_BC.detach())
+    with outside_autocast(logits_BC):
+        return mean_over_rows(-(target_BC * torch.log_softmax(logits_BC, 1)).sum(), len(logits_BC))

@@ -1,0 +1,198 @@
+"""GKL: the papers' pairwise definition, Theorem 1, and what a trainer relies on (exact sums, O(B C))."""
+
+import doctest
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import clipdistill.losses.gkl
+from clipdistill.losses import (
+    LossSum,
+    gkl_loss,
+    gkl_weights,
+    gkl_wmse_denominator,
+    soft_ce_sums,
+    wmse_sums,
+)
+
+
+def random_logits(*shape, seed=0, scale=3.0, dtype=torch.float64):
+    return scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def random_prior(classes, seed=0):
+    prior = random_logits(classes, classes, seed=seed).softmax(1)
+    prior[0, -1] = 0  # a class that the teacher never predicts for class 0
+    return prior / prior.sum(1, keepdim=True)
+
+
+def pairwise_wmse(student, teacher, weight):
+    """wMSE by its definition over all pairs of classes: (B, C, C) tensors."""
+    difference = (teacher[:, :, None] - teacher[:, None, :]) - (student[:, :, None] - student[:, None, :])
+    pair_weight = weight[:, :, None] * weight[:, None, :]
+    return (pair_weight * difference.square()).sum() / 4 / pair_weight.sum()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    batch=st.integers(1, 7),
+    classes=st.integers(1, 13),
+    gamma=st.sampled_from([0.0, 1.0]) | st.floats(0, 1),
+    temperature=st.floats(0.5, 8),
+    weight_temperature=st.floats(0.5, 8),
+    use_prior=st.booleans(),
+    scale=st.floats(0.1, 30),
+    seed=st.integers(0, 1000),
+)
+def test_equals_the_pairwise_definition(batch, classes, gamma, temperature, weight_temperature, use_prior, scale, seed):
+    student = random_logits(batch, classes, seed=seed, scale=scale).requires_grad_()
+    teacher = random_logits(batch, classes, seed=seed + 1, scale=scale)
+    labels = torch.arange(batch) % classes
+    prior = torch.full((classes, classes), 1 / classes).double() if classes == 1 else random_prior(classes, seed)
+    out = gkl_loss(
+        student,
+        teacher,
+        alpha=1.5,
+        beta=0.7,
+        gamma=gamma,
+        temperature=temperature,
+        weight_temperature=weight_temperature,
+        **({"class_prior": prior, "labels": labels} if use_prior else {}),
+    )
+    weight = prior[labels] ** gamma if use_prior else (teacher / weight_temperature).softmax(1) ** gamma
+    soft_ce = F.cross_entropy(student / temperature, (teacher / temperature).softmax(1))
+    wmse = pairwise_wmse(student, teacher, weight)
+    expected = 1.5 * soft_ce + 0.7 * wmse
+
+    torch.testing.assert_close(out.soft_ce, soft_ce, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(out.wmse, wmse, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(out.loss, expected, rtol=1e-10, atol=1e-12)
+    grad, expected_grad = (torch.autograd.grad(loss, student)[0] for loss in (out.loss, expected))
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-9, atol=1e-12)
+
+
+def test_theorem_1_dkl_has_the_gradients_of_kl_towards_both_arguments():
+    student, teacher = (random_logits(6, 9, seed=seed).requires_grad_() for seed in (1, 2))
+    kl = F.kl_div(student.log_softmax(1), teacher.softmax(1), reduction="batchmean")
+    weight = gkl_weights(teacher, gamma=1.0, weight_temperature=1.0)
+    dkl = wmse_sums(student.detach(), teacher, weight).value + soft_ce_sums(student, teacher, temperature=1.0).value
+
+    for of_dkl, of_kl in zip(
+        torch.autograd.grad(dkl, (student, teacher)), torch.autograd.grad(kl, (student, teacher)), strict=True
+    ):
+        assert of_kl.abs().max() > 1e-3
+        torch.testing.assert_close(of_dkl, of_kl, rtol=1e-12, atol=1e-15)
+
+
+def test_gamma_zero_ignores_teacher_and_prior_in_the_weights():
+    teacher = random_logits(4, 6)
+    uniform = gkl_weights(teacher, gamma=0.0, weight_temperature=2.0)
+    by_prior = gkl_weights(teacher, gamma=0.0, weight_temperature=2.0, class_prior=torch.eye(6), labels=torch.arange(4))
+    assert torch.equal(uniform, torch.ones(4, 6).double())
+    assert torch.equal(by_prior, torch.ones(4, 6).double())
+
+
+@pytest.mark.parametrize("use_prior", [False, True])
+@pytest.mark.parametrize("splits", [[4, 4, 4], [1, 7, 4], [12, 0]])
+def test_micro_batches_add_up_to_the_batch(splits, use_prior):
+    student, teacher = random_logits(12, 8, seed=1).requires_grad_(), random_logits(12, 8, seed=2)
+    labels = torch.arange(12) % 8
+    prior = random_prior(8)
+    whole = gkl_loss(
+        student,
+        teacher,
+        beta=0.5,
+        gamma=0.6,
+        temperature=2.0,
+        weight_temperature=3.0,
+        **({"class_prior": prior, "labels": labels} if use_prior else {}),
+    )
+    (whole_grad,) = torch.autograd.grad(whole.loss, student)
+
+    parts = list(zip(student.split(splits), teacher.split(splits), labels.split(splits), strict=True))
+    weights = [
+        gkl_weights(
+            t,
+            gamma=0.6,
+            weight_temperature=3.0,
+            **({"class_prior": prior, "labels": y} if use_prior else {}),
+        )
+        for _, t, y in parts
+    ]
+    denominator = sum(gkl_wmse_denominator(weight) for weight in weights)
+    loss, grad = 0.0, torch.zeros_like(student)
+    for (s, t, _), weight in zip(parts, weights, strict=True):
+        part = soft_ce_sums(s, t, temperature=2.0).numerator / 12
+        part = part + 0.5 * wmse_sums(s, t, weight).numerator / denominator
+        grad += torch.autograd.grad(part, student, retain_graph=True)[0]
+        loss += part.item()
+
+    assert loss == pytest.approx(whole.loss.item(), rel=1e-12)
+    torch.testing.assert_close(grad, whole_grad, rtol=1e-12, atol=1e-14)
+
+
+def test_dividing_each_micro_batch_by_its_own_denominator_would_be_another_loss():
+    student, teacher = random_logits(8, 5, seed=1), random_logits(8, 5, seed=2)
+    weight = gkl_weights(teacher, gamma=0.5, weight_temperature=1.0)
+    parts = [wmse_sums(student[i : i + 4], teacher[i : i + 4], weight[i : i + 4]) for i in (0, 4)]
+    whole = wmse_sums(student, teacher, weight).value
+    torch.testing.assert_close((parts[0] + parts[1]).value, whole, rtol=1e-12, atol=0)
+    assert abs((parts[0].value + parts[1].value) / 2 - whole) > 1e-3 * whole
+
+
+def test_loss_sum_adds_fractions_by_their_parts():
+    one, three = torch.tensor(1.0), torch.tensor(3.0)
+    total = LossSum(one, three) + LossSum(three, one)
+    assert total.value == 1.0
+
+
+def test_the_wmse_denominator_does_not_depend_on_the_student():
+    teacher, weight = random_logits(4, 6), random_logits(4, 6, seed=3).softmax(1)
+    sums = wmse_sums(random_logits(4, 6, seed=1).requires_grad_(), teacher, weight)
+    assert sums.numerator.requires_grad
+    assert not sums.denominator.requires_grad
+    assert sums.denominator.item() == pytest.approx(4.0)  # softmax rows sum to 1
+
+
+def test_a_second_derivative_is_refused_rather_than_wrong():
+    student, teacher = random_logits(3, 4, seed=1).requires_grad_(), random_logits(3, 4)
+    with pytest.raises(RuntimeError, match="wMSE has no second derivative"):
+        torch.autograd.grad(gkl_loss(student, teacher).loss, student, create_graph=True)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Records the largest number of elements that any operation produced, forward or backward."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        made = [leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+        self.numel = max([self.numel, *made])
+        return out
+
+
+@pytest.mark.parametrize("use_prior", [False, True])
+def test_no_tensor_is_larger_than_the_logits(use_prior):
+    batch, classes = 64, 4000
+    student = random_logits(batch, classes, seed=1, dtype=torch.float32).requires_grad_()
+    teacher = random_logits(batch, classes, seed=2, dtype=torch.float32)
+    prior = {"class_prior": torch.eye(classes), "labels": torch.arange(batch)} if use_prior else {}
+    with LargestTensor() as seen:
+        gkl_loss(student, teacher, gamma=0.5, weight_temperature=2.0, **prior).loss.backward()
+    assert seen.numel == batch * classes
+
+    with LargestTensor() as seen:
+        pairwise_wmse(student[:2, :10], teacher[:2, :10], teacher[:2, :10].softmax(1)).backward()
+    assert seen.numel >= 2 * 10 * 10  # the recorder would have seen a pairwise tensor
+
+
+def test_the_docstring_example_runs():
+    results = doctest.testmod(clipdistill.losses.gkl)
+    assert results.attempted > 0
+    assert results.failed == 0
