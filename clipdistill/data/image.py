@@ -1,0 +1,323 @@
+"""From the bytes of an image to the pixels of a training view.
+
+One resampling from the source to the view: a crop is resized with antialiasing, as CLIP's preprocessing does;
+where the view is turned, shifted, sheared or stretched, one affine map does all of it at once, from a source
+that was reduced by a whole factor first. Grey images stay in one channel until the end.
+
+Shapes: H, W height and width of the source; S side of the view; C channels, 1 (then left out) or 3.
+"""
+
+import io
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+Pixels = NDArray[np.uint8]
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+
+_ORIENTATION = 0x0112
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_DRAWS = (
+    *("crop_scale", "crop_ratio", "crop_x", "crop_y", "flip", "rotate", "translate_x", "translate_y", "zoom"),
+    *("shear", "stretch", "brightness", "contrast", "saturation"),
+    *("stroke", "stroke_side", "stroke_strength", "outline"),
+)
+"""One uniform number each, drawn whether used or not: switching one change on leaves the others as they
+were."""
+
+
+class TooManyPixelsError(ValueError):
+    """The image claims more pixels than allowed; it was not decoded."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """Random changes of a training image. The defaults are CLIP's: a random crop of nearly everything.
+
+    What a turned or shifted view sees outside the image has the median colour of the image's corners.
+    """
+
+    crop_scale: tuple[float, float] = (0.9, 1.0)
+    """Range of the crop's share of the image area."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Range of the crop's aspect ratio (log-uniform), as far as the crop fits into the image."""
+    flip: float = 0.0
+    """Probability of a left-right flip."""
+    rotate: float = 0.0
+    """Largest rotation, degrees, either way."""
+    translate: float = 0.0
+    """Largest shift in x and in y, as a share of the side, either way."""
+    zoom: tuple[float, float] = (1.0, 1.0)
+    """Range of the magnification of the content."""
+    shear: float = 0.0
+    """Largest shear, degrees, either way."""
+    stretch: float = 0.0
+    """Largest relative change of the aspect ratio, either way (0.25: from 4:5 to 5:4)."""
+    brightness: float = 0.0
+    """Largest relative change of brightness, either way."""
+    contrast: float = 0.0
+    """Largest relative change of contrast, either way."""
+    saturation: float = 0.0
+    """Largest relative change of saturation, either way."""
+    stroke: float = 0.0
+    """Probability that lines grow or shrink by up to a pixel on each side (for line drawings)."""
+    outline: float = 0.0
+    """Probability that filled shapes become outlines: the morphological gradient (for line drawings)."""
+
+    def __post_init__(self) -> None:
+        for name in ("crop_scale", "crop_ratio", "zoom"):
+            low, high = getattr(self, name)
+            if not 0 < low <= high < math.inf:
+                raise ValueError(f"{name} is {(low, high)}, must be (low, high) with 0 < low <= high")
+        if self.crop_scale[1] > 1:
+            raise ValueError(f"crop_scale is {self.crop_scale}, must be at most 1")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            most = 1 if field.name in ("flip", "stroke", "outline") else math.inf
+            if not isinstance(value, tuple) and not 0 <= value <= most:
+                raise ValueError(f"{field.name} is {value}, must be from 0 to {most}")
+
+    @property
+    def is_affine(self) -> bool:
+        """Whether more than a crop and a flip may happen to the geometry."""
+        return self.zoom != (1.0, 1.0) or any((self.rotate, self.translate, self.shear, self.stretch))
+
+
+def render(
+    data: bytes,
+    *,
+    image_size: int,
+    augmentation: Augmentation | None,
+    rng: np.random.Generator,
+    max_pixels: int,
+) -> Pixels:
+    """Decode an image and make a view of it.
+
+    PNG, JPEG and WebP are decoded, whatever their name; of an animation, the first frame. EXIF orientation is
+    applied, transparency is laid on white, CMYK and palettes become RGB, 16 bits become 8.
+
+    Args:
+        data: The encoded image.
+        image_size: Side S of the view, pixels.
+        augmentation: What may change at random. None: nothing; the largest central square, as in zero-shot
+            evaluation.
+        rng: Where the random numbers come from; always as many.
+        max_pixels: Images that claim more are refused before decoding.
+
+    Returns:
+        uint8 array (3, S, S), RGB; read-only where the image is grey.
+
+    Raises:
+        TooManyPixelsError: More than `max_pixels`.
+        Exception: Whatever Pillow raises on data that are no image, or a broken one.
+    """
+    image = _open(data, max_pixels)
+    orientation = _orientation(image)
+    width, height = reversed(image.size) if orientation >= 5 else image.size
+    if augmentation is None:
+        side = float(min(width, height))
+        box: tuple[float, ...] = ((width - side) / 2, (height - side) / 2, side, side)
+        view = _resize(_decode(image, orientation), box, image_size)
+        return _channels_first(np.asarray(view))
+
+    draw = dict(zip(_DRAWS, rng.random(len(_DRAWS)).tolist(), strict=True))
+    box = _crop_box(width, height, augmentation, draw)
+    if augmentation.is_affine:
+        matrix = _affine(box, image_size, augmentation, draw)
+        step = min(math.hypot(matrix[0], matrix[3]), math.hypot(matrix[1], matrix[4]))
+    else:
+        step = min(box[2], box[3]) / image_size
+    _draft(image, step)
+    upright = _decode(image, orientation)
+    scale_x, scale_y = upright.width / width, upright.height / height
+    background = _background(upright)
+    if augmentation.is_affine:
+        matrix = [scale_x * value for value in matrix[:3]] + [scale_y * value for value in matrix[3:]]
+        view = _transform(upright, matrix, image_size, background, step * min(scale_x, scale_y))
+    else:
+        box = (box[0] * scale_x, box[1] * scale_y, box[2] * scale_x, box[3] * scale_y)
+        view = _resize(upright, box, image_size)
+    pixels = np.asarray(view)
+    if draw["flip"] < augmentation.flip:
+        pixels = pixels[:, ::-1]
+    pixels = _redraw_lines(pixels, augmentation, draw, on_white=sum(background) > 127 * len(background))
+    return _channels_first(_colour_jitter(pixels, augmentation, draw))
+
+
+def _open(data: bytes, max_pixels: int) -> Image.Image:
+    try:
+        image = Image.open(io.BytesIO(data), formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise TooManyPixelsError(str(error)) from error
+    if image.width * image.height > max_pixels:
+        raise TooManyPixelsError(f"{image.width} x {image.height} pixels, at most {max_pixels:,} are allowed")
+    return image
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1 to 8; 1 where there is none or it cannot be read."""
+    if image.format == "PNG" and "exif" not in image.info:
+        image.load()  # the chunk may stand after the pixels
+    if "exif" not in image.info and "Raw profile type exif" not in image.info:
+        return 1
+    try:
+        orientation = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # the pixels may be good all the same
+        return 1
+    return orientation if orientation in _UPRIGHT else 1
+
+
+def _draft(image: Image.Image, step: float) -> None:
+    """Let the JPEG decoder shrink by 2, 4 or 8 where the view is smaller still."""
+    if step >= 2:
+        image.draft(None, (math.ceil(image.width / step), math.ceil(image.height / step)))
+
+
+def _decode(image: Image.Image, orientation: int) -> Image.Image:
+    """Decode to an upright image of mode L or RGB."""
+    image.load()
+    if image.mode.startswith("I"):
+        grey = np.asarray(image)
+        image = Image.fromarray((np.clip(grey, 0, 0xFFFF) >> 8).astype(np.uint8))
+    elif image.has_transparency_data:
+        opaque_mode, mode = ("L", "LA") if image.mode in ("L", "LA", "La") else ("RGB", "RGBA")
+        image = image.convert(mode)
+        white = Image.new(opaque_mode, image.size, "white")
+        white.paste(image.convert(opaque_mode), mask=image.getchannel("A"))
+        image = white
+    elif image.mode == "1":
+        image = image.convert("L")
+    elif image.mode not in ("L", "RGB"):
+        image = image.convert("RGB")
+    return image.transpose(_UPRIGHT[orientation]) if orientation > 1 else image
+
+
+def _crop_box(width: int, height: int, augmentation: Augmentation, draw: dict[str, float]) -> tuple[float, ...]:
+    """A random box (left, top, width, height) inside the image: area first, then a ratio that fits."""
+    area = width * height * _between(*augmentation.crop_scale, draw["crop_scale"])
+    low, high = (min(max(ratio, area / height**2), width**2 / area) for ratio in augmentation.crop_ratio)
+    ratio = math.exp(_between(math.log(low), math.log(high), draw["crop_ratio"]))
+    crop_width = min(math.sqrt(area * ratio), width)
+    crop_height = min(math.sqrt(area / ratio), height)
+    return (
+        draw["crop_x"] * (width - crop_width),
+        draw["crop_y"] * (height - crop_height),
+        crop_width,
+        crop_height,
+    )
+
+
+def _affine(box: tuple[float, ...], size: int, augmentation: Augmentation, draw: dict[str, float]) -> list[float]:
+    """The map (a, b, c, d, e, f) from pixels of the view to pixels of the source: x = a * u + b * v + c, y =
+    d * u + ..."""
+    angle = math.radians(augmentation.rotate) * _either_way(draw["rotate"])
+    shear = math.tan(math.radians(augmentation.shear) * _either_way(draw["shear"]))
+    zoom = _between(*augmentation.zoom, draw["zoom"])
+    stretch = math.exp(math.log1p(augmentation.stretch) * _either_way(draw["stretch"]) / 2)
+    shift_x = size * (0.5 + augmentation.translate * _either_way(draw["translate_x"]))
+    shift_y = size * (0.5 + augmentation.translate * _either_way(draw["translate_y"]))
+    left, top, width, height = box
+    cos, sin = math.cos(angle), math.sin(angle)
+    # The inverse of rotation x shear x zoom and stretch, from the view's pixels to the crop's.
+    across = width / (size * zoom * stretch)
+    down = height * stretch / (size * zoom)
+    a, b = across * (cos + shear * sin), across * (sin - shear * cos)
+    d, e = -down * sin, down * cos
+    c = left + width / 2 - a * shift_x - b * shift_y
+    f = top + height / 2 - d * shift_x - e * shift_y
+    return [a, b, c, d, e, f]
+
+
+def _transform(
+    image: Image.Image, matrix: list[float], size: int, background: tuple[int, ...], step: float
+) -> Image.Image:
+    factor = int(step)
+    if factor >= 2:
+        image = image.reduce(factor)
+        matrix = [value / factor for value in matrix]
+    fill: Any = background if len(background) > 1 else background[0]
+    return image.transform(
+        (size, size), Image.Transform.AFFINE, matrix, resample=Image.Resampling.BILINEAR, fillcolor=fill
+    )
+
+
+def _resize(image: Image.Image, box: tuple[float, ...], size: int) -> Image.Image:
+    left, top, width, height = box
+    inside = (left, top, min(left + width, image.width), min(top + height, image.height))
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=inside, reducing_gap=3.0)
+
+
+def _background(image: Image.Image) -> tuple[int, ...]:
+    """The median colour of the four corners, one number a channel."""
+    right, bottom = image.width - 1, image.height - 1
+    corners = [image.getpixel(corner) for corner in ((0, 0), (right, 0), (0, bottom), (right, bottom))]
+    channels = zip(*(corner if isinstance(corner, tuple) else (corner,) for corner in corners), strict=True)
+    return tuple(int(sum(sorted(channel)[1:3])) // 2 for channel in channels)
+
+
+def _redraw_lines(pixels: Pixels, augmentation: Augmentation, draw: dict[str, float], *, on_white: bool) -> Pixels:
+    if draw["outline"] < augmentation.outline:
+        edges = _neighbourhood(np.maximum, pixels) - _neighbourhood(np.minimum, pixels)
+        pixels = 255 - edges if on_white else edges
+    if draw["stroke"] < augmentation.stroke:
+        extreme = np.maximum if draw["stroke_side"] < 0.5 else np.minimum
+        strength = round(256 * draw["stroke_strength"])
+        moved = _neighbourhood(extreme, pixels).astype(np.int32) - pixels
+        pixels = (pixels + (strength * moved >> 8)).astype(np.uint8)
+    return pixels
+
+
+def _neighbourhood(extreme: np.ufunc, pixels: Pixels) -> Pixels:
+    """The maximum or minimum over 3 x 3 pixels: dilation or erosion."""
+    rows = pixels.copy()
+    extreme(rows[1:], pixels[:-1], out=rows[1:])
+    extreme(rows[:-1], pixels[1:], out=rows[:-1])
+    both = rows.copy()
+    extreme(both[:, 1:], rows[:, :-1], out=both[:, 1:])
+    extreme(both[:, :-1], rows[:, 1:], out=both[:, :-1])
+    return both
+
+
+def _colour_jitter(pixels: Pixels, augmentation: Augmentation, draw: dict[str, float]) -> Pixels:
+    """Brightness, then contrast around the mean, then saturation."""
+    if augmentation.brightness or augmentation.contrast:
+        brightness = 1 + augmentation.brightness * _either_way(draw["brightness"])
+        contrast = 1 + augmentation.contrast * _either_way(draw["contrast"])
+        table = np.arange(256) * max(brightness, 0)
+        mean = float(pixels.mean()) * max(brightness, 0)
+        table = mean + max(contrast, 0) * (table - mean)
+        pixels = np.clip(np.rint(table), 0, 255).astype(np.uint8)[pixels]
+    if augmentation.saturation and pixels.ndim == 3:
+        factor = max(1 + augmentation.saturation * _either_way(draw["saturation"]), 0)
+        colour = pixels.astype(np.float32)
+        grey = colour @ np.array([0.299, 0.587, 0.114], np.float32)
+        mixed = grey[..., None] + factor * (colour - grey[..., None])
+        pixels = np.clip(np.rint(mixed), 0, 255).astype(np.uint8)
+    return pixels
+
+
+def _channels_first(pixels: Pixels) -> Pixels:
+    if pixels.ndim == 2:
+        return np.broadcast_to(pixels, (3, *pixels.shape))
+    return pixels.transpose(2, 0, 1)
+
+
+def _between(low: float, high: float, draw: float) -> float:
+    return low + (high - low) * draw
+
+
+def _either_way(draw: float) -> float:
+    return 2 * draw - 1

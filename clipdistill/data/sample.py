@@ -1,0 +1,235 @@
+"""One sample: its members from the shard, then image, caption and label. What is wrong with it becomes a
+reason."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import UnidentifiedImageError
+
+from clipdistill.data.image import Augmentation, Pixels, TooManyPixelsError, render
+from clipdistill.data.index import ShardIndex, split_name
+from clipdistill.data.tar import Member, walk
+from clipdistill.data.urls import ShardFile, one_line, shown
+from clipdistill.errors import InputError
+
+IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
+"""The members that are decoded as images, the first that a sample has. Nothing else but text and json is
+decoded."""
+
+MAX_SAMPLE_BYTES = 256 << 20
+MAX_TEXT_BYTES = 64 << 10
+
+
+class BadSampleError(ValueError):
+    """A sample that cannot be used: the reason that it is counted under, and the detail that is logged."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+
+@dataclass(kw_only=True)
+class RawSample:
+    """A sample as it lies in its shard. Where reading it failed, `fault` says why."""
+
+    url: str
+    key: str
+    members: dict[str, bytes] = field(default_factory=dict)
+    """Content of the wanted members by extension."""
+    fault: BadSampleError | None = None
+
+
+class Sample(NamedTuple):
+    """A decoded sample: uint8 pixels (3, S, S); caption "" and label -1 where it has none."""
+
+    pixels: Pixels
+    caption: str
+    label: int
+
+
+class SampleReader:
+    """Reads samples shard after shard, with one shard open at a time.
+
+    When a shard fails, the samples that were still wanted of it are bad, and the next shard is tried.
+    """
+
+    def __init__(self, index: Sequence[ShardIndex], wanted: frozenset[str]) -> None:
+        self._index = index
+        self._wanted = wanted
+        self._shard: int | None = None
+        self._file: ShardFile | None = None
+        self._failure: str | None = None
+
+    def read(self, shard: int, sample: int) -> RawSample:
+        """Sample number `sample` of shard number `shard`."""
+        entry = self._index[shard]
+        start = int(entry.offsets[sample])
+        stop = int(entry.offsets[sample + 1]) if sample + 1 < len(entry) else entry.end
+        raw = RawSample(url=entry.url, key=f"sample {sample}")
+        try:
+            if stop - start > MAX_SAMPLE_BYTES:
+                raise BadSampleError("sample too large", f"{stop - start:,} bytes")
+            self._find_members(raw, self._read(shard, start, stop - start))
+        except BadSampleError as fault:
+            raw.fault = fault
+        return raw
+
+    def close(self) -> None:
+        """Close the open shard."""
+        if self._file:
+            self._file.close()
+        self._shard = self._file = self._failure = None
+
+    def _read(self, shard: int, start: int, size: int) -> bytes:
+        url = self._index[shard].url
+        if shard != self._shard:
+            self.close()
+            self._shard = shard
+        if self._failure is None:
+            try:
+                if self._file is None:
+                    self._file = ShardFile(url)
+                data = self._file.read_at(start, size)
+                if len(data) == size:
+                    return data
+                self._failure = f"the shard ends at byte {start + len(data):,}: it changed since it was indexed"
+            except Exception as error:  # each filesystem has errors of its own
+                self._failure = one_line(error, url)
+        raise BadSampleError("shard unreadable", self._failure)
+
+    def _find_members(self, raw: RawSample, data: bytes) -> None:
+        key = None
+        seen = set()
+        for entry in walk(lambda at, size: data[at : at + size], len(data)):
+            named = split_name(entry.name) if isinstance(entry, Member) and entry.regular else None
+            if not isinstance(entry, Member) or named is None:
+                continue
+            if key not in (None, named[0]):
+                break
+            key, extension = named
+            raw.key = key
+            if extension in seen:
+                raise BadSampleError("duplicate member", f".{extension} twice")
+            seen.add(extension)
+            if extension in self._wanted:
+                raw.members[extension] = data[entry.start : entry.start + entry.size]
+        if key is None:
+            raise BadSampleError("shard unreadable", "no sample where the index has one: the shard changed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoder:
+    """What a sample must have, and how it is decoded."""
+
+    image_size: int
+    augmentation: Augmentation | None
+    caption_key: str = "txt"
+    """`txt`, or a field of the sample's json."""
+    label_key: str = "cls"
+    """`cls`, or a field of the sample's json."""
+    require_captions: bool = False
+    require_labels: bool = False
+    num_classes: int | None = None
+    """Labels outside 0 to num_classes - 1 are the user's error; None: not checked."""
+    max_pixels: int = 89_478_485
+
+    @property
+    def wanted(self) -> frozenset[str]:
+        """Extensions of the members that are needed."""
+        caption = "txt" if self.caption_key == "txt" else "json"
+        label = "cls" if self.label_key == "cls" else "json"
+        return frozenset({*IMAGE_EXTENSIONS, caption, label})
+
+    def decode(self, raw: RawSample, rng: np.random.Generator) -> Sample:
+        """Decode a sample; `rng` draws its augmentation.
+
+        Raises:
+            BadSampleError: It lacks something, or something is broken.
+            InputError: Its label is outside the class list: the list does not belong to the data.
+        """
+        if raw.fault:
+            raise raw.fault
+        image = next((raw.members[name] for name in IMAGE_EXTENSIONS if name in raw.members), None)
+        if image is None:
+            raise BadSampleError("no image", f"none of {', '.join(IMAGE_EXTENSIONS)}")
+        try:
+            caption = _caption(raw.members, self.caption_key)
+        except BadSampleError:
+            if self.require_captions:
+                raise
+            caption = ""
+        try:
+            label = self._label(raw)
+        except BadSampleError:
+            if self.require_labels:
+                raise
+            label = -1
+        try:
+            pixels = render(
+                image,
+                image_size=self.image_size,
+                augmentation=self.augmentation,
+                rng=rng,
+                max_pixels=self.max_pixels,
+            )
+        except TooManyPixelsError as error:
+            raise BadSampleError("too many pixels", str(error)) from error
+        except UnidentifiedImageError as error:
+            raise BadSampleError("broken image", "not a PNG, JPEG or WebP image") from error
+        except Exception as error:  # Pillow's decoders raise nearly anything on hostile data
+            raise BadSampleError("broken image", one_line(error)) from error
+        return Sample(pixels, caption, label)
+
+    def _label(self, raw: RawSample) -> int:
+        value = _member(raw.members, self.label_key, own="cls")
+        if value is None:
+            raise BadSampleError("no label")
+        try:
+            if type(value) not in (int, str, bytes):
+                raise ValueError
+            label = int(value)
+        except ValueError as error:
+            raise BadSampleError("label not a class number", repr(value)[:80]) from error
+        if self.num_classes is not None and not 0 <= label < self.num_classes:
+            raise InputError(
+                f"shard {shown(raw.url)}: sample {raw.key!r} has {self.label_key} {str(label)[:80]}, "
+                f"allowed: 0 to {self.num_classes - 1} (the class list has {self.num_classes} names)"
+            )
+        if not 0 <= label < 1 << 63:
+            raise BadSampleError("label not a class number", str(label)[:80])
+        return label
+
+
+def _caption(members: dict[str, bytes], key: str) -> str:
+    value = _member(members, key, own="txt")
+    if value is None:
+        raise BadSampleError("no caption")
+    if not isinstance(value, str | bytes):
+        raise BadSampleError("caption not text", repr(value)[:80])
+    try:
+        encoded = value if isinstance(value, bytes) else value.encode()
+        if len(encoded) > MAX_TEXT_BYTES:
+            raise BadSampleError("caption too long", f"{len(encoded):,} bytes, at most {MAX_TEXT_BYTES:,}")
+        caption = encoded.decode("utf-8-sig").strip()
+    except UnicodeError as error:
+        raise BadSampleError("caption not UTF-8", one_line(error)[:200]) from error
+    if not caption:
+        raise BadSampleError("empty caption")
+    return caption
+
+
+def _member(members: dict[str, bytes], key: str, *, own: str) -> Any:
+    """The content of the member `own`, or the json field `key`; None where there is none."""
+    if key == own:
+        return members.get(own)
+    if "json" not in members:
+        return None
+    try:
+        content = json.loads(members["json"])
+    except (ValueError, RecursionError) as error:
+        raise BadSampleError("broken json", one_line(error)[:200]) from error
+    return content.get(key) if isinstance(content, dict) else None
