@@ -1,0 +1,337 @@
+"""The weighted sum of terms that a config asks for, normalised over the whole global batch, and the class prior.
+
+Every rank adds its share: numerators over the rows it owns, divided by denominators summed over all ranks and
+micro-batches. The ranks' losses therefore add up to the loss of one process with the whole batch.
+
+Shapes: N ranks, B rows of this rank, C classes, D features.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clipdistill.distributed import gather_rows, rank, sum_over_ranks, widest_float, world_size
+from clipdistill.losses import (
+    FeatureKind,
+    contrastive_sums,
+    dist_loss,
+    dkd_sums,
+    feature_sums,
+    gkl_weights,
+    gkl_wmse_denominator,
+    kd_sums,
+    positive_targets,
+    soft_ce_sums,
+    wmse_sums,
+)
+from clipdistill.similarity import similarity_logits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Term:
+    """One weighted loss over one kind of logits or features; see ``config.TermConfig`` for the settings."""
+
+    name: str
+    loss: str
+    over: str
+    weight: float = 1.0
+    warmup_steps: int = 0
+    alpha: float = 1.0
+    beta: float = 1.0
+    gamma: float = 1.0
+    temperature: float = 1.0
+    weight_temperature: float = 1.0
+    class_prior: bool = False
+    kind: FeatureKind = "cosine"
+
+    @property
+    def separable(self) -> bool:
+        """Whether the rows of a batch may be computed apart and added up."""
+        return self.loss == "feature" or (self.over == "prompts" and self.loss != "dist")
+
+    def weight_at(self, step: int) -> float:
+        """The weight during optimizer step ``step`` (from 0): linear from 0 over the warm-up, then constant."""
+        return self.weight if step >= self.warmup_steps else self.weight * step / self.warmup_steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """What one model says of a batch; unit-norm float32 features.
+
+    Attributes:
+        image_BD: image features.
+        prompts_CD: class text features.
+        captions_BD: caption text features.
+        scale: multiplier of the cosines.
+        bias: additive bias of a sigmoid-trained model.
+    """
+
+    image_BD: Tensor
+    scale: Tensor | float
+    prompts_CD: Tensor | None = None
+    captions_BD: Tensor | None = None
+    bias: Tensor | float | None = None
+
+    @cached_property
+    def prompt_logits(self) -> Tensor:
+        """Logits over the class prompts."""
+        assert self.prompts_CD is not None
+        return similarity_logits(self.image_BD, self.prompts_CD, self.scale, self.bias)
+
+    @cached_property
+    def caption_logits(self) -> tuple[Tensor, Tensor]:
+        """This rank's rows of the in-batch matrix, (B, N * B): image over texts, and text over images."""
+        assert self.captions_BD is not None
+        image_over_text = similarity_logits(self.image_BD, gather_rows(self.captions_BD), self.scale, self.bias)
+        text_over_image = similarity_logits(self.captions_BD, gather_rows(self.image_BD), self.scale, self.bias)
+        return image_over_text, text_over_image
+
+
+@dataclass(frozen=True, kw_only=True)
+class Targets:
+    """What the student learns from in one micro-batch: the teachers' features, labels, identity of the captions."""
+
+    teachers: Sequence[Features] = ()
+    labels_B: Tensor | None = None
+    caption_ids_B: Tensor | None = None
+
+
+@dataclass
+class ClassPrior:
+    """Mean prediction of a teacher for each class: uniform at first, replaced at the end of each epoch (GKL.md; Cui
+    et al., arXiv 2503.08038, class-wise global information).
+
+    Attributes:
+        prior_CC: the rows in use, each summing to 1.
+        sum_CC: sum of this rank's predictions in the epoch under way.
+        count_C: samples behind it.
+    """
+
+    prior_CC: Tensor
+    sum_CC: Tensor
+    count_C: Tensor
+
+    @classmethod
+    def uniform(cls, classes: int, device: torch.device | str) -> "ClassPrior":
+        """The prior before the first epoch: 1/C everywhere."""
+        return cls(
+            torch.full((classes, classes), 1 / classes, device=device),
+            torch.zeros(classes, classes, device=device),
+            torch.zeros(classes, device=device),
+        )
+
+    def add(self, probability_BC: Tensor, labels_B: Tensor) -> None:
+        """Take in a batch of this rank."""
+        self.sum_CC.index_add_(0, labels_B, probability_BC.float())
+        self.count_C.index_add_(0, labels_B, torch.ones_like(labels_B, dtype=self.count_C.dtype))
+
+    def end_epoch(self) -> None:
+        """Use the epoch's means from now on, summed over ranks; a class without samples keeps its row."""
+        total_CC, count_C1 = sum_over_ranks(self.sum_CC), sum_over_ranks(self.count_C)[:, None]
+        self.prior_CC = torch.where(count_C1 > 0, total_CC / count_C1.clamp(min=1), self.prior_CC)
+        self.sum_CC.zero_()
+        self.count_C.zero_()
+
+
+@dataclass
+class Objective:
+    """The terms, the teachers' shares, and the class priors.
+
+    Args:
+        terms: those of weight above 0; others cost nothing because they are not here.
+        teacher_weights: share of each teacher, normalised to sum to 1.
+        num_classes: C, for the class priors.
+        device: where the priors live.
+    """
+
+    terms: Sequence[Term]
+    teacher_weights: Sequence[float] = ()
+    num_classes: int = 0
+    device: torch.device | str = "cpu"
+    priors: dict[str, ClassPrior] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        total = sum(self.teacher_weights)
+        self.teacher_weights = [weight / total for weight in self.teacher_weights]
+        for term in self.terms:
+            if term.class_prior:
+                for teacher in range(len(self.teacher_weights)):
+                    prior = ClassPrior.uniform(self.num_classes, self.device)
+                    self.priors[f"{term.name}/{teacher}"] = prior
+
+    @property
+    def needs_prompts(self) -> bool:
+        """Whether a term is over class prompts."""
+        return any(term.over == "prompts" for term in self.terms)
+
+    @property
+    def needs_captions(self) -> bool:
+        """Whether a term is over captions."""
+        return any(term.over == "captions" for term in self.terms)
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether a term reads the student's logit scale."""
+        return any(term.loss != "feature" for term in self.terms)
+
+    @property
+    def needs_teacher_captions(self) -> bool:
+        """Whether a term compares captions with a teacher's."""
+        return any(term.over == "captions" and term.loss != "clip" for term in self.terms)
+
+    @property
+    def needs_teachers(self) -> bool:
+        """Whether a term compares with a teacher."""
+        return any(term.loss != "clip" for term in self.terms)
+
+    @property
+    def separable(self) -> bool:
+        """Whether micro-batches may be computed apart, given the denominators."""
+        return all(term.separable for term in self.terms)
+
+    def observe(self, targets: Targets) -> None:
+        """Take a micro-batch's teacher predictions into the class priors of the next epoch."""
+        for term in self.terms:
+            if term.class_prior:
+                assert targets.labels_B is not None
+                for number, teacher in enumerate(targets.teachers):
+                    probability_BC = (teacher.prompt_logits / term.weight_temperature).softmax(dim=-1)
+                    self.priors[f"{term.name}/{number}"].add(probability_BC, targets.labels_B)
+
+    def end_epoch(self) -> None:
+        """Renew the class priors."""
+        for prior in self.priors.values():
+            prior.end_epoch()
+
+    @torch.no_grad()
+    def denominators(self, batches: Sequence[Targets], rows: int) -> dict[str, Tensor]:
+        """Denominator of every sum, over all ranks and the given micro-batches of this rank.
+
+        Args:
+            batches: the targets of the optimizer step's micro-batches, or of their concatenation.
+            rows: samples of this rank in all of them.
+        """
+        device = torch.device(self.device)
+        local = {"rows": torch.tensor(float(rows), device=device)}
+        for term in self.terms:
+            if term.loss != "gkl":
+                continue
+            for number in range(len(self.teacher_weights)):
+                for targets in batches:
+                    for direction, logits in enumerate(_logits(term, targets.teachers[number])):
+                        key = f"{term.name}/{number}/{direction}"
+                        part = gkl_wmse_denominator(self._gkl_weights(term, number, logits, targets))
+                        local[key] = local.get(key, torch.zeros_like(part)) + part
+        packed = sum_over_ranks(torch.stack([value.to(widest_float(device)) for value in local.values()]))
+        return dict(zip(local, packed, strict=True))
+
+    def losses(
+        self, student: Features, targets: Targets, denominators: Mapping[str, Tensor]
+    ) -> dict[str, dict[str, Tensor]]:
+        """This rank's share of every term of one micro-batch, unweighted: {term: {part: 0-d tensor}}.
+
+        The shares of all ranks and micro-batches add up to the value of the term on the global batch. A term's parts
+        add up to the term; gkl has two, ``soft_ce`` and ``wmse``, with alpha and beta applied.
+        """
+        return {term.name: self._term(term, student, targets, denominators) for term in self.terms}
+
+    def total(self, losses: Mapping[str, Mapping[str, Tensor]], step: int) -> Tensor:
+        """The weighted sum at optimizer step ``step``."""
+        parts = [term.weight_at(step) * value for term in self.terms for value in losses[term.name].values()]
+        return torch.stack(parts).sum()
+
+    def _term(
+        self, term: Term, student: Features, targets: Targets, denominators: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        rows = denominators["rows"].to(torch.float32)
+        if term.loss == "clip":
+            return {"clip": self._clip(term, student, targets) / rows}
+        student_logits = _logits(term, student) if term.loss != "feature" else []
+        parts: dict[str, Tensor] = {}
+        for number, teacher in enumerate(targets.teachers):
+            share = self.teacher_weights[number]
+            if term.loss == "feature":
+                pairs = [(student.image_BD, teacher.image_BD)]
+                if term.over == "captions":
+                    assert student.captions_BD is not None
+                    assert teacher.captions_BD is not None
+                    pairs.append((student.captions_BD, teacher.captions_BD))
+            else:
+                pairs = list(zip(student_logits, _logits(term, teacher), strict=True))
+            for direction, (s, t) in enumerate(pairs):
+                key = f"{term.name}/{number}/{direction}"
+                for part, value in self._pair(term, s, t, key, number, targets, denominators, rows).items():
+                    parts[part] = parts.get(part, 0.0) + share / len(pairs) * value
+        return parts
+
+    def _pair(
+        self,
+        term: Term,
+        student: Tensor,
+        teacher: Tensor,
+        key: str,
+        number: int,
+        targets: Targets,
+        denominators: Mapping[str, Tensor],
+        rows: Tensor,
+    ) -> dict[str, Tensor]:
+        """One student matrix against one teacher's."""
+        match term.loss:
+            case "gkl":
+                soft_ce = soft_ce_sums(student, teacher, temperature=term.temperature)
+                wmse = wmse_sums(student, teacher, self._gkl_weights(term, number, teacher, targets))
+                return {
+                    "soft_ce": term.alpha * soft_ce.numerator / rows,
+                    "wmse": term.beta * wmse.numerator / denominators[key].to(wmse.numerator.dtype),
+                }
+            case "kl":
+                return {"kl": kd_sums(student, teacher, temperature=term.temperature).numerator / rows}
+            case "dkd":
+                labels_B = targets.labels_B if term.over == "prompts" else _own_columns(student)
+                assert labels_B is not None
+                dkd = dkd_sums(
+                    student, teacher, labels_B, alpha=term.alpha, beta=term.beta, temperature=term.temperature
+                )
+                return {"dkd": dkd.numerator / rows}
+            case "dist":
+                whole_student, whole_teacher = gather_rows(student), gather_rows(teacher)
+                value = dist_loss(whole_student, whole_teacher, beta=term.beta, gamma=term.gamma)
+                return {"dist": value / world_size()}
+            case "feature":
+                return {term.kind: feature_sums(student, teacher, kind=term.kind).numerator / rows}
+        raise AssertionError(term.loss)
+
+    def _clip(self, term: Term, student: Features, targets: Targets) -> Tensor:
+        if term.over == "prompts":
+            assert targets.labels_B is not None
+            logits_BC = student.prompt_logits
+            return contrastive_sums(logits_BC, F.one_hot(targets.labels_B, logits_BC.shape[1]).to(logits_BC)).numerator
+        assert targets.caption_ids_B is not None
+        target_BN = positive_targets(targets.caption_ids_B, gather_rows(targets.caption_ids_B))
+        both = [contrastive_sums(logits_BN, target_BN).numerator for logits_BN in student.caption_logits]
+        return (both[0] + both[1]) / 2
+
+    def _gkl_weights(self, term: Term, number: int, teacher_logits: Tensor, targets: Targets) -> Tensor:
+        if not term.class_prior:
+            return gkl_weights(teacher_logits, gamma=term.gamma, weight_temperature=term.weight_temperature)
+        return gkl_weights(
+            teacher_logits,
+            gamma=term.gamma,
+            weight_temperature=term.weight_temperature,
+            class_prior=self.priors[f"{term.name}/{number}"].prior_CC,
+            labels=targets.labels_B,
+        )
+
+
+def _logits(term: Term, features: Features) -> list[Tensor]:
+    """The matrices that a term compares: one over prompts, one each way over captions."""
+    return [features.prompt_logits] if term.over == "prompts" else list(features.caption_logits)
+
+
+def _own_columns(rows: Tensor) -> Tensor:
+    """Column of each local row's own pair in the matrix over all ranks."""
+    return torch.arange(len(rows), device=rows.device) + rank() * len(rows)
