@@ -1,0 +1,8 @@
+"""`clipdistill export` as a file, for launchers: `accelerate launch` and `torchrun`."""
+
+import sys
+
+from clipdistill.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["export", *sys.argv[1:]]))

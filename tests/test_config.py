@@ -1,0 +1,89 @@
+"""The configuration: overrides, checks, messages, and every shipped config."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from clipdistill.config import load_config, save_config
+from clipdistill.errors import InputError
+from clipdistill.paths import resource
+from clipdistill.prompts import load_prompts
+
+RUN_CONFIGS = sorted(resource("configs").glob("*.yaml"))
+
+
+def test_overrides_reach_lists_and_keep_types(write_config: Callable[..., Path]) -> None:
+    config = load_config(
+        write_config(), ["optimizer.lr=1e-2", "objective.0.gamma=0.25", "data.shards=[a.tar,b.tar]", "seed=3"]
+    )
+    assert config.optimizer.lr == 0.01
+    assert config.objective[0].gamma == 0.25
+    assert config.data.shards == ["a.tar", "b.tar"]
+    assert config.seed == 3
+
+
+def test_saved_config_reads_back_equal(write_config: Callable[..., Path], tmp_path: Path) -> None:
+    config = load_config(write_config())
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimzer.lr=1", r"^optimzer: unknown config key; nearest valid key: optimizer"),
+        ("optimizer.l=1", r"^optimizer\.l: unknown config key; nearest valid key: lr"),
+        ("objective.0.gama=1", r"gama: unknown config key; nearest valid key: gamma"),
+        ("objective.0.gamma=2", r"^objective\.gamma: 2\.0 is not allowed; allowed: 0 to 1"),
+        ("objective.0.gamma=much", r"^objective\.0\.gamma: Value 'much'"),
+        ("objective.0.loss=mse", r"^objective\.loss: 'mse' is not allowed; allowed: gkl, kl"),
+        ("objective.0.kind=mse", r"^objective\.kind: 'mse' has no meaning for loss gkl"),
+        ("objective.0.weight=0", r"^objective: .* allowed: at least one term of weight > 0"),
+        ("train.epochs=3", r"^train\.epochs: 3\.0 with train\.steps: 6"),
+        ("student.text=both", r"^student\.text: 'both' is not allowed; allowed: train, freeze, teacher"),
+        ("data.batch_size=0", r"^data\.batch_size: 0 is not allowed; allowed: >= 1"),
+        ("data.shards=[]", r"^data\.shards"),
+        ("prompts=''", r"^prompts: '' is not allowed; allowed: a prompt set"),
+        ("teachers=[]", r"^teachers: \[\] is not allowed; allowed: at least one, as gkl_prompts"),
+        ("labels=some", r"^labels: 'some' is not allowed; allowed: none, dataset, teacher"),
+        ("objective.0.class_prior=true", r"^labels: 'none' is not allowed; allowed: dataset or teacher"),
+        ("seed", r"^override 'seed': no '='"),
+    ],
+)
+def test_bad_overrides_name_field_value_and_what_is_allowed(
+    write_config: Callable[..., Path], override: str, message: str
+) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        load_config(write_config(), [override])
+    assert "\n" not in str(caught.value)
+
+
+def test_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no such file"):
+        load_config(tmp_path / "none.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(InputError, match="allowed: a mapping"):
+        load_config(tmp_path / "list.yaml")
+    (tmp_path / "broken.yaml").write_text("a: [1\n")
+    with pytest.raises(InputError, match="not YAML"):
+        load_config(tmp_path / "broken.yaml")
+
+
+@pytest.mark.parametrize("path", RUN_CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_config_loads_and_says_how_to_run_it(path: Path) -> None:
+    config = load_config(path)
+    header = path.read_text(encoding="utf-8").split("\noutput:")[0]
+    for word in ("Launch:", "Hardware:"):
+        assert word in header, f"{path.name} does not state {word}"
+    if config.prompts:
+        load_prompts(config.prompts)
+
+
+@pytest.mark.parametrize("path", sorted(resource("configs", "models").glob("*.json")), ids=lambda path: path.stem)
+def test_every_shipped_model_config_builds(path: Path) -> None:
+    from clipdistill.towers import load_student
+
+    student = load_student(str(path))
+    assert student.embed_dim == json.loads(path.read_text())["embed_dim"]

@@ -1,0 +1,329 @@
+"""The trainer on real shards: equivalences across processes and accumulation, exact resume, priors, text modes."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from clipdistill.checkpoint import find_checkpoint
+from clipdistill.config import load_config
+from clipdistill.data import ImageTextStream, StreamLoader, expand_urls, index_shards
+from clipdistill.errors import InputError
+from clipdistill.metrics import read_metrics
+from clipdistill.prompts import load_prompts
+from clipdistill.similarity import prompt_bank, similarity_logits
+from clipdistill.towers import load_student, load_teacher
+from clipdistill.trainer import MovingAverage, train
+from tests.conftest import TINY_MODEL, colour_samples, write_tar
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
+GKL = {"loss": "gkl", "gamma": 0.5, "beta": 0.3}
+EVERYTHING = [
+    GKL | {"warmup_epochs": 1},
+    {"loss": "kl", "temperature": 2.0},
+    {"loss": "dist", "weight": 0.5},
+    {"loss": "feature", "kind": "mse"},
+    {"loss": "clip", "weight": 0.5},
+    {"loss": "gkl", "over": "captions", "gamma": 0.3, "beta": 0.1},
+]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    checkpoint = find_checkpoint(run / "checkpoints")
+    assert checkpoint is not None
+    return load_file(checkpoint / "student.safetensors")
+
+
+def steps(run: Path) -> list[dict[str, Any]]:
+    return [record for record in read_metrics(run / "metrics.jsonl") if "loss" in record]
+
+
+def launch(config: Path, *arguments: str, processes: int = 1) -> None:
+    """Train in processes of their own, as torchrun starts them."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    script = ["scripts/train.py", "--config", str(config), *arguments]
+    command = [sys.executable, *(launcher if processes > 1 else []), *script]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENVIRONMENT, check=False)
+    assert result.returncode == 0, result.stderr[-4000:]
+
+
+def assert_same_training(ours: Path, theirs: Path, *, tolerance: float) -> None:
+    for mine, other in zip(steps(ours), steps(theirs), strict=True):
+        for name in (key for key in mine if key.startswith("loss") or key == "grad_norm"):
+            assert mine[name] == pytest.approx(other[name], rel=tolerance, abs=1e-6), name
+    other_weights = weights(theirs)
+    for name, tensor in weights(ours).items():
+        torch.testing.assert_close(tensor, other_weights[name], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    "objective", [pytest.param([GKL], id="gkl"), pytest.param(EVERYTHING, id="everything", marks=pytest.mark.slow)]
+)
+def test_world_size_and_accumulation_change_nothing(
+    write_config: Callable[..., Path], tmp_path: Path, objective: list[dict[str, Any]]
+) -> None:
+    """2 processes x 8 = 1 process x 16 = 1 process x 8 x 2 micro-batches, in real processes.
+
+    The data set is one global batch, so each step sees the same samples in every layout. The large epsilon keeps AdamW
+    from magnifying rounding where a gradient is about 0.
+    """
+    _write_twin_shards(tmp_path / "twin")
+    config = write_config(objective=[objective[0] | {"class_prior": True}, *objective[1:]], labels="dataset")
+    settings = {
+        "whole": (1, ["data.batch_size=16"]),
+        "accumulated": (1, ["data.batch_size=8", "train.accumulate=2"]),
+        "two": (2, ["data.batch_size=8"]),
+    }
+    for name, (processes, overrides) in settings.items():
+        fixed = ["optimizer.eps=1e-3", "train.steps=4", "train.log_every=1"]
+        output = [f"output={tmp_path / name}", f"data.shards=[{tmp_path / 'twin'}]"]
+        launch(config, *fixed, *output, *overrides, processes=processes)
+    assert_same_training(tmp_path / "accumulated", tmp_path / "whole", tolerance=2e-4)
+    assert_same_training(tmp_path / "two", tmp_path / "whole", tolerance=2e-4)
+    evaluations = [json.loads((tmp_path / name / "summary.json").read_text())["evaluations"] for name in settings]
+    assert evaluations[0]
+    assert all(len(evaluation) == len(evaluations[0]) for evaluation in evaluations)
+
+
+@pytest.mark.slow
+def test_sharded_teacher_teaches_the_same(write_config: Callable[..., Path], tmp_path: Path) -> None:
+    for name, shard in (("sharded", "true"), ("whole", "false")):
+        launch(write_config(), f"output={tmp_path / name}", f"teachers.0.shard={shard}", processes=2)
+    assert_same_training(tmp_path / "sharded", tmp_path / "whole", tolerance=1e-5)
+
+
+def _write_twin_shards(folder: Path) -> None:
+    """16 samples in all: every step of every layout sees exactly these, as one global batch."""
+    write_tar(folder / "0.tar", colour_samples(16))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_resumed_run_is_bit_identical(write_config: Callable[..., Path], tmp_path: Path, accumulate: int) -> None:
+    changes: dict[str, Any] = {
+        "objective": [GKL | {"class_prior": True}, {"loss": "clip"}],
+        "labels": "teacher",
+        "train": {
+            "steps": 8,
+            "save_every": 3,
+            "log_every": 1,
+            "accumulate": accumulate,
+            "ema": 0.9,
+            "trackers": [],
+        },
+    }
+    whole = load_config(write_config(**changes), [f"output={tmp_path / 'whole'}"])
+    train(whole)
+    interrupted = load_config(write_config(**changes), [f"output={tmp_path / 'interrupted'}"])
+    train(interrupted)
+    for path in (tmp_path / "interrupted" / "checkpoints").iterdir():
+        if path.name != "step_00000003":
+            shutil.rmtree(path)
+    (tmp_path / "interrupted" / "summary.json").unlink()
+    train(interrupted, resume="auto")
+    ours, theirs = (find_checkpoint(tmp_path / name / "checkpoints") for name in ("interrupted", "whole"))
+    assert ours is not None
+    assert theirs is not None
+    for name in ("student.safetensors", "ema.safetensors"):
+        mine, other = load_file(ours / name), load_file(theirs / name)
+        assert all(torch.equal(mine[key], other[key]) for key in other)
+    mine, other = (torch.load(path / "optimizer.pt", weights_only=True) for path in (ours, theirs))
+    for name, state in other["state"].items():
+        assert all(torch.equal(mine["state"][name][key], value) for key, value in state.items())
+    mine, other = (torch.load(path / "rank_00000.pt", weights_only=True) for path in (ours, theirs))
+    assert mine["stream"] == other["stream"]
+    assert all(torch.equal(mine["priors"][name], value) for name, value in other["priors"].items())
+    assert [r["loss"] for r in steps(tmp_path / "interrupted")] == [r["loss"] for r in steps(tmp_path / "whole")]
+
+
+@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "manifest"])
+def test_damaged_checkpoint_is_named_and_passed_over(
+    write_config: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+) -> None:
+    config = load_config(write_config(), ["evaluation.folders=[]"])
+    train(config)
+    newest = tmp_path / "run" / "checkpoints" / "step_00000006"
+    file = newest / ("manifest.json" if damage == "manifest" else "student.safetensors")
+    content = bytearray(file.read_bytes())
+    if damage == "remove":
+        file.unlink()
+    elif damage == "flip":
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    else:
+        file.write_bytes(content[: len(content) // 2])
+    found = find_checkpoint(tmp_path / "run" / "checkpoints")
+    assert found is not None
+    assert found.name == "step_00000003"
+    assert "step_00000006" in caplog.text
+    assert file.name in caplog.text
+
+
+def test_prior_is_the_teachers_mean_prediction_of_the_epoch_before(
+    write_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    """An oracle from the teacher itself: one epoch of fixed views of all samples, in one batch."""
+    _write_twin_shards(tmp_path / "twin")
+    changes = {
+        "objective": [GKL | {"class_prior": True, "weight_temperature": 2.0}],
+        "labels": "dataset",
+        "train": {"steps": 2, "save_every": 1, "trackers": []},
+    }
+    overrides = [f"data.shards=[{tmp_path / 'twin'}]", "data.batch_size=16", "evaluation.folders=[]"]
+    config = load_config(write_config(**changes), overrides)
+    train(config)
+    state = torch.load(tmp_path / "run" / "checkpoints" / "step_00000002" / "rank_00000.pt", weights_only=True)
+
+    stream = ImageTextStream(
+        index_shards(expand_urls([str(tmp_path / "twin")]), cache_dir=None),
+        batch_size=16,
+        image_size=16,
+        shuffle=16,
+    )
+    batch = next(iter(StreamLoader(stream)))
+    teacher = load_teacher(config.teachers[0].model)
+    bank_CD = prompt_bank(teacher, load_prompts(config.prompts))
+    logits_BC = similarity_logits(teacher.encode_image(batch.image_BCHW), bank_CD, teacher.logit_scale, None)
+    for label in range(4):
+        expected = (logits_BC[batch.labels_B == label] / 2.0).softmax(dim=1).mean(dim=0)
+        torch.testing.assert_close(state["priors"]["gkl_prompts/0/prior_CC"][label], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("text", ["train", "freeze", "teacher"])
+def test_text_modes_learn_and_train_what_they_say(write_config: Callable[..., Path], tmp_path: Path, text: str) -> None:
+    config = load_config(write_config(), [f"student.text={text}", "train.steps=12", "optimizer.lr=0.01"])
+    result = train(config)
+    losses = [record["loss"] for record in steps(result.output)]
+    assert losses[-1] < losses[0]
+    exported = load_file(result.student / "open_clip_model.safetensors")
+    torch.manual_seed(0)
+    start = load_student(config.student.model).clip.state_dict()
+    assert not torch.equal(exported["visual.conv1.weight"], start["visual.conv1.weight"])
+    if text != "teacher":
+        moved = not torch.equal(exported["token_embedding.weight"], start["token_embedding.weight"])
+        assert moved == (text == "train")
+    else:
+        teacher = load_file(Path(config.teachers[0].model.removeprefix("local-dir:")) / "open_clip_model.safetensors")
+        assert torch.equal(exported["token_embedding.weight"], teacher["token_embedding.weight"])
+
+
+def test_term_of_weight_zero_costs_nothing(write_config: Callable[..., Path], tmp_path: Path) -> None:
+    """Not even its captions: a data set without any trains all the same."""
+    write_tar(
+        tmp_path / "bare" / "0.tar",
+        [{k: v for k, v in sample.items() if k != "txt"} for sample in colour_samples(16)],
+    )
+    objective = [GKL, {"loss": "clip", "weight": 0.0}]
+    config = load_config(
+        write_config(objective=objective),
+        [f"data.shards=[{tmp_path / 'bare'}]", "evaluation.folders=[]", "train.steps=2"],
+    )
+    result = train(config)
+    assert set(result.skipped) == set()
+    assert not any("clip" in key for key in steps(result.output)[0])
+
+
+def test_two_teachers_are_the_weighted_mean_of_each(write_config: Callable[..., Path], tmp_path: Path) -> None:
+    config = json.loads(write_config().read_text())
+    teacher = config["teachers"][0]
+
+    def first_loss(name: str, teachers: list[dict[str, Any]]) -> float:
+        overrides = [
+            f"output={tmp_path / name}",
+            "train.steps=1",
+            "train.log_every=1",
+            "evaluation.folders=[]",
+        ]
+        train(load_config(write_config(teachers=teachers), overrides))
+        return float(steps(tmp_path / name)[0]["loss"])
+
+    warm, cold = teacher | {"logit_scale": 30.0}, teacher | {"logit_scale": 5.0}
+    alone = [first_loss("warm", [warm]), first_loss("cold", [cold])]
+    both = first_loss("both", [warm | {"weight": 3.0}, cold | {"weight": 1.0}])
+    assert both == pytest.approx(0.75 * alone[0] + 0.25 * alone[1], rel=1e-5)
+
+
+def test_step_with_a_loss_that_is_not_finite_is_named(write_config: Callable[..., Path], tmp_path: Path) -> None:
+    config = load_config(write_config(), ["optimizer.lr=1e30", "optimizer.clip_norm=null", "train.steps=6"])
+    with pytest.raises(FloatingPointError, match=r"^step [234]: the loss or its gradient is not finite"):
+        train(config)
+    assert not (tmp_path / "run" / "checkpoints" / "step_00000006").exists()
+
+
+def test_both_passes_over_a_micro_batch_meet_the_same_dropout(
+    write_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    """An in-batch term of no weight to speak of switches the two-pass gradient on; the weights must not notice."""
+    path = tmp_path / "drops.json"
+    path.write_text(json.dumps({**TINY_MODEL, "vision_cfg": {**TINY_MODEL["vision_cfg"], "patch_dropout": 0.5}}))
+    overrides = [f"student.model={path}", "train.accumulate=2", "train.steps=3", "evaluation.folders=[]"]
+    overrides += ["optimizer.eps=1e-3", "student.text=freeze", "train.log_every=1"]
+    for name, objective in (("apart", [GKL]), ("together", [GKL, {"loss": "clip", "weight": 1e-12}])):
+        train(load_config(write_config(objective=objective), [*overrides, f"output={tmp_path / name}"]))
+    first = [record["loss/gkl_prompts/soft_ce"] for record in steps(tmp_path / "apart")]
+    assert first == pytest.approx([r["loss/gkl_prompts/soft_ce"] for r in steps(tmp_path / "together")], rel=1e-4)
+    other = weights(tmp_path / "together")
+    for name, tensor in weights(tmp_path / "apart").items():
+        torch.testing.assert_close(other[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_moving_average_equals_the_formula(tiny_model: Path) -> None:
+    student = load_student(str(tiny_model))
+    average = MovingAverage(student, decay=0.5)
+    oracle = student.clip.visual.proj.detach().clone()
+    for number in range(4):
+        with torch.no_grad():
+            student.clip.visual.proj.add_(1.0)
+        average.update(student, number)
+        decay = min(0.5, (1 + number) / (10 + number))
+        oracle = decay * oracle + (1 - decay) * student.clip.visual.proj.detach()
+    torch.testing.assert_close(average.average.clip.visual.proj, oracle)
+    assert not any(parameter.requires_grad for parameter in average.average.parameters())
+
+
+def test_finished_run_is_reused_only_with_the_same_settings(write_config: Callable[..., Path], tmp_path: Path) -> None:
+    config = load_config(write_config(), ["train.steps=2"])
+    first = train(config, resume="auto")
+    before = sorted(path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*"))
+    assert train(config, resume="auto") == first
+    assert sorted(path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")) == before
+    with pytest.raises(InputError, match=r"^train\.steps: 3, but the run"):
+        train(load_config(write_config(), ["train.steps=3"]), resume="auto")
+
+
+def test_locked_text_learns_from_captions_alone(write_config: Callable[..., Path]) -> None:
+    """student.text: teacher with no term but clip: the teacher lends its caption features and nothing else."""
+    config = load_config(write_config(objective=[{"loss": "clip"}], prompts=""), ["student.text=teacher"])
+    assert len(steps(train(config).output)) == 3
+
+
+def test_checkpoints_of_a_branch_that_was_left_are_set_aside(write_config: Callable[..., Path], tmp_path: Path) -> None:
+    config = load_config(write_config(), ["evaluation.folders=[]", "train.save_every=1", "train.keep=2"])
+    train(config)
+    root = tmp_path / "run" / "checkpoints"
+    assert sorted(path.name for path in root.iterdir()) == ["step_00000005", "step_00000006"]
+    for path in root.iterdir():
+        (path / "optimizer.pt").write_bytes(b"")
+    (tmp_path / "run" / "summary.json").unlink()
+    again = load_config(write_config(), ["evaluation.folders=[]", "train.save_every=4", "train.keep=2"])
+    train(again, resume="auto")
+    names = sorted(path.name for path in root.iterdir())
+    assert names == ["abandoned_step_00000005", "abandoned_step_00000006", "step_00000004", "step_00000006"]
+    found = find_checkpoint(root)
+    assert found == root / "step_00000006"
+
+
+def test_feature_term_needs_equal_dimensions(write_config: Callable[..., Path], tmp_path: Path) -> None:
+    path = tmp_path / "wider.json"
+    path.write_text(json.dumps({**TINY_MODEL, "embed_dim": 24}))
+    config = load_config(write_config(objective=[{"loss": "feature"}]), [f"student.model={path}"])
+    with pytest.raises(InputError, match=r"^objective\.loss: feature compares the student's 24 dimensions with the 16"):
+        train(config)
+    assert not (tmp_path / "run").exists()
