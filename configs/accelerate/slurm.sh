@@ -1,0 +1,58 @@
+#!/usr/bin/env bash
+# A run on several nodes under SLURM, submitted from the checkout with clipdistill's environment activated:
+#
+#     sbatch --nodes 4 configs/accelerate/slurm.sh configs/cc12m-captions-vit-b16-to-vit-s16.yaml [KEY=VALUE ...]
+#
+# GPUs a node: GPUS_PER_NODE, 8 by default; say the same in --gpus-per-node. `output`, `data.cache` and local shards must
+# be on a file system that all nodes share.
+#
+# The job may be stopped at any time: it resumes from its newest valid checkpoint, losing at most train.save_every
+# steps. It puts itself back into the queue two minutes before its time limit; SLURM does so after a preemption or a
+# node's failure. scancel ends it for good. A run goes on only with as many GPUs as it began with.
+#
+#SBATCH --job-name=clipdistill
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --exclusive
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+set -euo pipefail
+
+config=${1:?usage: sbatch slurm.sh CONFIG [KEY=VALUE ...]}
+shift
+mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+gpus=${GPUS_PER_NODE:-8}
+
+launch=
+stop() {
+    kill -TERM "$launch" 2> /dev/null || true
+    wait
+}
+requeue() {
+    echo "time limit near: stop, and back into the queue"
+    stop
+    scontrol requeue "$SLURM_JOB_ID"
+    exit 0
+}
+terminate() {
+    echo "terminated"
+    stop
+    exit 143
+}
+trap requeue USR1
+trap terminate TERM
+
+srun --kill-on-bad-exit=1 bash -c 'exec accelerate launch --machine_rank "$SLURM_NODEID" "$@"' launch \
+    --config_file configs/accelerate/multi_node.yaml \
+    --num_machines "$SLURM_NNODES" \
+    --num_processes "$((SLURM_NNODES * gpus))" \
+    --main_process_ip "${hosts[0]}" \
+    --main_process_port "$((20000 + SLURM_JOB_ID % 10000))" \
+    scripts/train.py --config "$config" --resume auto "$@" &
+launch=$!
+wait "$launch"
