@@ -1,0 +1,103 @@
+"""What the trainer costs over a bare loop: the same models, loss and optimizer on tensors that are ready in memory.
+
+    python scripts/benchmark_overhead.py --config configs/quickstart.yaml --steps 40 --rounds 3 --json overhead.json
+
+Both sides run in turn in one process, round after round; the figure is the median ratio of their samples/s.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from clipdistill.config import Config, load_config
+from clipdistill.losses import gkl_loss
+from clipdistill.similarity import similarity_logits
+from clipdistill.trainer import Run
+
+
+def bare_loop(run: Run, config: Config, steps: int) -> float:
+    """Samples/s of GKL over prompts (and cosine features, where the config has them), written out by hand."""
+    batch = next(iter(run.loader))
+    teacher, student, bank_CD = run.teachers[0], run.student, run.teacher_banks[0]
+    assert bank_CD is not None
+    gkl = next(term for term in config.objective if term.loss == "gkl")
+    feature = next((term for term in config.objective if term.loss == "feature"), None)
+    optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=1e-5)
+    half = config.train.precision == "bf16"
+    started = time.perf_counter()
+    for _ in range(steps):
+        teacher_BD = teacher.encode_image(batch.image_BCHW)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            out = student(batch.image_BCHW)
+        loss = gkl_loss(
+            similarity_logits(out["image"], bank_CD, out["scale"], None),
+            similarity_logits(teacher_BD, bank_CD, teacher.logit_scale, None),
+            alpha=gkl.alpha,
+            beta=gkl.beta,
+            gamma=gkl.gamma,
+        ).loss
+        if feature is not None:
+            loss = loss + feature.weight * (1 - F.cosine_similarity(out["image"], teacher_BD)).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+    return steps * len(batch) / (time.perf_counter() - started)
+
+
+def trainer_loop(run: Run, steps: int) -> float:
+    """Samples/s of ``Run.fit``: decoding, augmentation, logging and all."""
+    run.step, run.total_steps = 0, steps
+    started = time.perf_counter()
+    run.fit()
+    return steps * run.config.data.batch_size / (time.perf_counter() - started)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=Path("configs/quickstart.yaml"))
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        config = load_config(
+            args.config,
+            [
+                f"output={folder}/run",
+                f"train.steps={args.steps}",
+                "train.save_every=1000000",
+                "evaluation.folders=[]",
+                *args.overrides,
+            ],
+        )
+        run = Run(config)
+        bare_loop(run, config, 5)
+        rounds = []
+        for _ in range(args.rounds):
+            rounds.append({"bare": bare_loop(run, config, args.steps), "trainer": trainer_loop(run, args.steps)})
+        ratios = [r["trainer"] / r["bare"] for r in rounds]
+    result = {
+        "command": " ".join(sys.argv),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "rounds": rounds,
+        "ratio": statistics.median(ratios),
+    }
+    print(json.dumps(result, indent=2))
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
