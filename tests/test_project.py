@@ -1,0 +1,241 @@
+"""What surrounds the code: the wheel, the launch files, the recipes' headers, the commands' help."""
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import zipfile
+from dataclasses import asdict
+from pathlib import Path
+
+import open_clip
+import pytest
+
+from clipdistill.config import load_config
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+ACCELERATE = ROOT / "configs" / "accelerate"
+COMMANDS = ("quickstart", "train", "evaluate", "export", "shards")
+
+
+def run(*command: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=120, **options)
+
+
+# The wheel.
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built wheel."""
+    folder = tmp_path_factory.mktemp("wheel")
+    built = run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, ROOT)
+    assert built.returncode == 0, built.stdout + built.stderr
+    (path,) = folder.glob("*.whl")
+    return path
+
+
+@pytest.mark.parametrize("folder", ["prompts", "configs", "weights"])
+def test_the_wheel_carries_every_file_of(wheel: Path, folder: str) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        sizes = {info.filename: info.file_size for info in archive.infolist()}
+    expected = {
+        f"clipdistill/resources/{file.relative_to(ROOT).as_posix()}": file.stat().st_size
+        for file in (ROOT / folder).rglob("*")
+        if file.is_file()
+    }
+    assert expected.items() <= sizes.items()
+
+
+def test_an_unpacked_wheel_finds_its_prompts_and_configs(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    program = """
+from clipdistill.config import load_config
+from clipdistill.paths import resource
+from clipdistill.prompts import load_prompts
+assert "site" in str(resource("configs")), resource("configs")
+config = load_config(resource("configs", "icons-gkl.yaml"))
+print(load_prompts("imagenet-1k").num_classes, load_prompts(config.prompts).num_classes)
+"""
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+    done = run(sys.executable, "-c", program, cwd=tmp_path, env=environment)
+    assert done.stdout == "1000 240\n", done.stderr
+
+
+# The commands.
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_of_every_command(command: str) -> None:
+    done = run(sys.executable, "-m", "clipdistill.cli", *command.split(), "--help")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"usage: clipdistill {command}".rstrip())
+    assert all(name in done.stdout for name in (COMMANDS if not command else ()))
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "scripts").glob("*.py")), ids=lambda path: path.stem)
+def test_help_of_every_script(script: Path, tmp_path: Path) -> None:
+    done = run(sys.executable, script, "--help", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: ")
+
+
+def test_every_command_has_a_script_for_launchers() -> None:
+    scripts = {path.stem for path in (ROOT / "scripts").glob("*.py")}
+    assert scripts >= set(COMMANDS)
+
+
+# The recipes.
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_commands_in_a_config_header_name_what_exists(path: Path) -> None:
+    header = path.read_text(encoding="utf-8").split("\n\n")[0]
+    named = re.findall(r"\b(?:configs|scripts)/[\w/.-]+\w", header)
+    assert f"configs/{path.name}" in named or path.name == "quickstart.yaml"
+    assert [name for name in named if not (ROOT / name).exists()] == []
+
+
+@pytest.mark.parametrize("path", [path for path in CONFIGS if path.stem != "quickstart"], ids=lambda path: path.stem)
+def test_overrides_that_shrink_a_run_are_accepted(path: Path) -> None:
+    header = path.read_text(encoding="utf-8").split("\n\n")[0].replace("\n#", "\n")
+    small = re.search(r"^ (?:Small|To try it in seconds):(.*)", header, re.DOTALL | re.MULTILINE)
+    assert small
+    overrides = [word for word in shlex.split(small[1].replace("\\\n", " ")) if "=" in word]
+    assert overrides
+    config = load_config(path, overrides)
+    assert config.train.steps is not None
+    assert config.train.steps <= 1000
+    assert config.optimizer.warmup_steps <= max(100, config.train.steps // 5)
+
+
+def test_the_three_icons_arms_differ_in_the_signal_alone() -> None:
+    contrastive, kl, gkl = (
+        asdict(load_config(ROOT / "configs" / f"icons-{name}.yaml")) for name in ("contrastive", "kl", "gkl")
+    )
+    tuned = {"output", "objective", "optimizer"}
+    assert {key for key in kl if kl[key] != gkl[key]} <= tuned
+    assert {key for key in kl if kl[key] != contrastive[key]} <= tuned | {"teachers", "student", "prompts"}
+    assert kl["student"]["model"] == contrastive["student"]["model"]
+    assert contrastive["teachers"] == []
+    assert [[term["loss"] for term in arm["objective"]] for arm in (contrastive, kl, gkl)] == [
+        ["clip"],
+        ["kl"],
+        ["gkl"],
+    ]
+
+
+# The launch files.
+
+
+@pytest.mark.parametrize(
+    ("name", "machines", "processes"),
+    [("one_gpu", 1, 1), ("eight_gpus", 1, 8), ("multi_node", 2, 16), ("fsdp2", 1, 8)],
+)
+def test_accelerate_reads_the_launch_files(name: str, machines: int, processes: int) -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(ACCELERATE / f"{name}.yaml"))
+    assert (config.num_machines, config.num_processes) == (machines, processes)
+    assert config.distributed_type == ("MULTI_GPU" if processes > 1 else "NO")
+
+
+SRUN = """#!/usr/bin/env bash
+shift
+for ((SLURM_NODEID = 0; SLURM_NODEID < SLURM_NNODES; SLURM_NODEID++)); do
+    export SLURM_NODEID
+    "$@" &
+done
+trap 'kill $(jobs -p)' TERM
+wait
+"""
+SCONTROL = """#!/usr/bin/env bash
+if [[ $1 == show ]]; then printf 'node-a\\nnode-b\\n'; else echo "$@" >> scontrol.log; fi
+"""
+
+
+def slurm(tmp_path: Path, accelerate: str, *arguments: str) -> subprocess.Popen[str]:
+    """Start slurm.sh as the batch step of job 123: two nodes of four GPUs, stand-ins for the outside programs."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, text in {"srun": SRUN, "scontrol": SCONTROL, "accelerate": accelerate}.items():
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    environment = {
+        "PATH": f"{programs}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "123",
+        "SLURM_NNODES": "2",
+        "SLURM_JOB_NODELIST": "node-[a-b]",
+        "GPUS_PER_NODE": "4",
+    }
+    return subprocess.Popen(
+        ["bash", str(ACCELERATE / "slurm.sh"), *arguments],
+        cwd=tmp_path,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_slurm_script_launches_every_node_with_arguments_that_accelerate_takes(tmp_path: Path) -> None:
+    from accelerate.commands.launch import launch_command_parser
+
+    record = '#!/usr/bin/env bash\nshift\nprintf "%s\\0" "$@" > "node-$SLURM_NODEID"\n'
+    job = slurm(tmp_path, record, "my config.yaml", "optimizer.lr=1e-4", "data.shards=[a, b]")
+    _, errors = job.communicate(timeout=60)
+    assert job.returncode == 0, errors
+    for node in (0, 1):
+        words = (tmp_path / f"node-{node}").read_text().split("\0")[:-1]
+        args = launch_command_parser().parse_args(words)
+        assert (args.num_machines, args.num_processes, args.machine_rank) == (2, 8, node)
+        assert args.main_process_ip == "node-a"
+        assert (ROOT / args.config_file).is_file()
+        assert (ROOT / args.training_script).is_file()
+        assert args.training_script_args == [
+            *("--config", "my config.yaml", "--resume", "auto"),
+            *("optimizer.lr=1e-4", "data.shards=[a, b]"),
+        ]
+
+
+@pytest.mark.parametrize(
+    ("sent", "code", "requeued"), [(signal.SIGUSR1, 0, "requeue 123\n"), (signal.SIGTERM, 143, "")]
+)
+def test_slurm_script_stops_the_run_and_requeues_only_at_the_time_limit(
+    tmp_path: Path, sent: signal.Signals, code: int, requeued: str
+) -> None:
+    (tmp_path / "scontrol.log").touch()
+    wait_for_term = (
+        "#!/usr/bin/env bash\n"
+        "trap 'touch \"stopped-$SLURM_NODEID\"; exit 143' TERM\n"
+        'touch "started-$SLURM_NODEID"\n'
+        "for ((i = 0; i < 600; i++)); do sleep 0.1; done\n"
+    )
+    job = slurm(tmp_path, wait_for_term, "config.yaml")
+    deadline = time.monotonic() + 30
+    while not all((tmp_path / f"started-{node}").exists() for node in (0, 1)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    job.send_signal(sent)
+    job.communicate(timeout=30)
+    assert job.returncode == code
+    assert (tmp_path / "scontrol.log").read_text() == requeued
+    assert all((tmp_path / f"stopped-{node}").exists() for node in (0, 1))
+
+
+def test_readmes_own_config_loads_and_its_pair_of_models_fits(tmp_path: Path) -> None:
+    """The config that a newcomer copies: it loads, and the student takes the teacher's text tower."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    block = textwrap.dedent(re.search(r"```yaml\n(.*?)```", readme, re.DOTALL).group(1))
+    (tmp_path / "photos.yaml").write_text(block, encoding="utf-8")
+    config = load_config(tmp_path / "photos.yaml")
+    (teacher,) = config.teachers
+    assert teacher.pretrained in open_clip.list_pretrained_tags_by_model(teacher.model)
+    models = (teacher.model, config.student.model)
+    assert len({open_clip.get_model_config(name).get("quick_gelu", False) for name in models}) == 1
