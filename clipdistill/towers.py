@@ -10,7 +10,6 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -208,8 +207,6 @@ class Teacher(Tower):
         mesh = init_device_mesh(device.type, (world_size(),))
         for block in blocks:
             fully_shard(block, mesh=mesh, reshard_after_forward=True)
-        for block, following in pairwise(blocks):
-            block.set_modules_to_forward_prefetch([following])
 
     def _autocast(self, device: torch.device) -> torch.autocast:
         return torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
