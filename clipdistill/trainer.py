@@ -45,6 +45,9 @@ from clipdistill.towers import Student, Teacher, load_student, load_teacher, sha
 
 log = logging.getLogger(__name__)
 
+_OF_SAMPLES = ("image", "captions")
+"""Those of the student's outputs that have a row a sample; the others are the same for every micro-batch."""
+
 SUMMARY_FILE = "summary.json"
 """Written when a run has ended: steps, skipped samples, evaluations of the final student."""
 
@@ -319,7 +322,7 @@ class Run:
                 outputs.append(self.model(batch.image_BCHW, **texts))
         leaves = {
             key: torch.cat([out[key] for out in outputs]).requires_grad_()
-            if key in ("image", "captions")
+            if key in _OF_SAMPLES
             else outputs[-1][key].detach().requires_grad_()
             for key in outputs[-1]
         }
@@ -340,9 +343,9 @@ class Run:
                 out = self.model(batch.image_BCHW, **self._texts(batch, prompts=last))
                 rows = slice(starts[number], starts[number + 1])
                 carried = [
-                    (value * leaf.grad[rows] if key in ("image", "captions") else value * leaf.grad).sum()
+                    (value * leaf.grad[rows] if key in _OF_SAMPLES else value * leaf.grad).sum()
                     for key, value in out.items()
-                    if (leaf := leaves[key]).grad is not None and (last or key in ("image", "captions"))
+                    if (leaf := leaves[key]).grad is not None and (last or key in _OF_SAMPLES)
                 ]
                 self.accelerator.backward(torch.stack(carried).sum())
         sums: dict[str, Tensor] = {}
