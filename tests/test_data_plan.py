@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clipdistill.data.plan import Plan, window_shuffle
+from clipdistill.data.plan import Past, Plan, window_shuffle
 from clipdistill.errors import InputError
 
 
@@ -52,6 +52,61 @@ def test_every_sample_once_save_the_remainder(sizes, batch_size, ranks, workers,
         assert [len(numbers(plan, epoch, rank, worker)) for worker in range(workers)] == [
             batch_size * count for count in steps
         ]
+
+
+def given_out(plan, step):
+    """What each rank's and worker's batches before `step` of the plan hold, of the epoch of batch `step`."""
+    epoch = plan.epoch_at(step)
+    positions = [[0] * plan.workers for _ in range(plan.ranks)]
+    seen = []
+    for rank in range(plan.ranks):
+        for batch in range(int(plan.before(epoch)), step):
+            worker = batch % plan.workers
+            start = positions[rank][worker]
+            positions[rank][worker] += plan.batch_size
+            seen += numbers(plan, epoch, rank, worker)[start : start + plan.batch_size]
+    return epoch, positions, seen
+
+
+layouts = st.fixed_dictionaries(
+    {
+        "batch_size": st.integers(1, 6),
+        "ranks": st.integers(1, 4),
+        "workers": st.integers(1, 5),
+        "shuffle": st.sampled_from([0, 1, 7, 1000]),
+    }
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    sizes=st.lists(st.integers(0, 40), min_size=1, max_size=7).filter(lambda sizes: sum(sizes) >= 24),
+    chain=st.lists(st.tuples(layouts, st.floats(0, 1)), min_size=2, max_size=4),
+    epoch=st.integers(0, 3),
+)
+def test_layouts_that_take_over_from_each_other_see_every_sample_once(sizes, chain, epoch):
+    """Interrupted anywhere in an epoch, several times, each time with other ranks, workers and batch sizes."""
+    total, past, seen = sum(sizes), [], []
+    plan = None
+    for number, (layout, fraction) in enumerate(chain):
+        first_epoch = epoch if number else 0
+        plan = Plan(sizes=sizes, seed=3, first_epoch=first_epoch, past=past, **layout)
+        if number == len(chain) - 1:
+            break
+        begin = int(plan.before(epoch))
+        step = begin + int(fraction * plan.steps_of(epoch) * 0.999)
+        reached, positions, part = given_out(plan, step)
+        if reached != epoch:  # too little was left for one step
+            assert plan.steps_of(epoch) == 0
+            positions, part = [[0] * plan.workers for _ in range(plan.ranks)], []
+        seen += part
+        past = [*past, Past(**layout, before=begin, positions=positions)]
+    rest = epoch_numbers(plan, epoch)
+    assert max(Counter(seen + rest).values(), default=1) == 1
+    assert total - len(seen + rest) < plan.global_batch
+    assert plan.steps_of(epoch) == plan.before(epoch + 1)
+    following = epoch_numbers(plan, epoch + 1)
+    assert len(set(following)) == len(following) == plan.steps * plan.global_batch
 
 
 @given(steps=st.integers(1, 20), workers=st.integers(1, 9), epochs=st.integers(1, 6))

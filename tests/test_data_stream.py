@@ -18,7 +18,7 @@ import torch
 import webdataset as wds
 from PIL import Image
 
-from clipdistill.data import Augmentation, ImageTextStream, StreamLoader, expand_urls, index_shards
+from clipdistill.data import Augmentation, ImageTextStream, LazyIndex, StreamLoader, expand_urls, index_shards
 from clipdistill.errors import InputError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -228,7 +228,7 @@ def test_a_label_outside_the_class_list_is_the_users_error(tmp_path, workers, la
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_share_without_a_good_sample_is_an_error_that_names_it(tmp_path, workers):
     index = write_shards(tmp_path, [8], {i: {"__key__": f"{i}", "txt": "t"} for i in range(8)})
-    with pytest.raises(InputError, match=r"none of the \d samples of worker 0 of rank 0.*0\.tar.*no image"):
+    with pytest.raises(InputError, match=r"\d samples in a row, all bad, for worker 0 of rank 0.*0\.tar.*no image"):
         take(load(index, num_workers=workers), 1)
 
 
@@ -340,13 +340,183 @@ def test_a_state_of_another_stream_is_refused(uneven, changed, named):
         load(uneven, **changed).load_state_dict(state)
 
 
-def test_a_state_of_other_shards_is_refused_and_of_moved_ones_is_not(tmp_path):
-    for name in ("one", "moved", "other"):
-        (tmp_path / name).mkdir()
+def test_a_state_of_moved_shards_is_that_of_the_same(tmp_path):
+    (tmp_path / "one").mkdir()
     state = load(write_shards(tmp_path / "one", [12, 12])).state_dict()
-    load(write_shards(tmp_path / "moved", [12, 12])).load_state_dict(state)
-    with pytest.raises(InputError, match="shards"):
-        load(write_shards(tmp_path / "other", [11, 13])).load_state_dict(state)
+    (tmp_path / "one").rename(tmp_path / "moved")
+    load(index_shards(expand_urls([str(tmp_path / "moved")]), cache_dir=None)).load_state_dict(state)
+
+
+def test_a_state_of_other_shards_is_refused_and_names_them(tmp_path):
+    state = load(write_shards(tmp_path, [12, 12, 12, 12])).state_dict()
+    tars = sorted(tmp_path.glob("*.tar"))
+    with wds.TarWriter(str(tars[1]), mtime=1.0) as tar:  # as many samples and bytes, written at another time
+        for number in range(12, 24):
+            tar.write(good(number))
+    tars[2].rename(tmp_path / "other.tar")
+    tars[3].unlink()
+    index = index_shards(expand_urls([str(tmp_path)]), cache_dir=None)
+    named = "'1.tar' changed, '2.tar' is gone, '3.tar' is gone, 'other.tar' is new;"
+    for resume in (load(index).load_state_dict, lambda state: load(index, num_workers=2).load_state_dicts([state])):
+        with pytest.raises(InputError, match=named):
+            resume(state)
+
+
+def test_a_state_of_shards_in_another_order_is_refused(tmp_path):
+    index = write_shards(tmp_path, [12, 12])
+    with pytest.raises(InputError, match="their order changed"):
+        load(index[::-1]).load_state_dict(load(index).state_dict())
+
+
+LAYOUTS = [
+    {"world_size": 1, "num_workers": 0, "batch_size": 4},
+    {"world_size": 2, "num_workers": 0, "batch_size": 3},
+    {"world_size": 3, "num_workers": 0, "batch_size": 1},
+    {"world_size": 1, "num_workers": 3, "batch_size": 5, "shuffle": 0},
+    {"world_size": 2, "num_workers": 2, "batch_size": 2, "shuffle": 50},
+]
+
+
+def ranks_of(index, layout, states=()):
+    loaders = [load(index, rank=rank, **LAYOUTS[layout]) for rank in range(LAYOUTS[layout]["world_size"])]
+    for loader in loaders if states else ():
+        loader.load_state_dicts(json.loads(json.dumps(states)))
+    return loaders
+
+
+@pytest.mark.parametrize(
+    ("layouts", "steps"),
+    [
+        ([0, 1, 0], [3, 2]),
+        ([3, 4, 2], [2, 3]),
+        ([4, 0], [0]),
+        ([1, 4, 3], [5, 1]),
+        ([2, 3], [23]),
+        ([0, 2, 0], [11, 9]),
+    ],
+)
+def test_other_ranks_and_workers_see_what_is_left_of_the_epoch_exactly_once(uneven, layouts, steps):
+    seen = {epoch: Counter() for epoch in range(20)}
+    states = []
+    for layout, count in zip(layouts, [*steps, 30], strict=True):
+        loaders = ranks_of(uneven, layout, states)
+        for loader in loaders:
+            for batch in take(loader, count):
+                seen[batch.epoch].update(batch.keys)
+        states = [loader.state_dict() for loader in loaders]
+        assert len({batch.epoch for loader in ranks_of(uneven, layout, states) for batch in take(loader, 1)}) == 1
+    largest = max(LAYOUTS[layout]["world_size"] * LAYOUTS[layout]["batch_size"] for layout in layouts)
+    last = max(epoch for epoch in seen if seen[epoch])
+    assert last >= 2
+    for epoch in range(last):
+        assert max(seen[epoch].values()) == 1
+        assert len(seen[epoch]) > 46 - largest
+
+
+def test_bad_samples_are_not_seen_again_by_other_ranks(tmp_path):
+    bad = {number: {"__key__": f"bad{number}", "txt": "t"} for number in (3, 20, 21, 40)}
+    index = write_shards(tmp_path, [17, 0, 3, 25, 1], bad)
+    first = ranks_of(index, 1)
+    for loader in first:
+        take(loader, 4)
+    rest = ranks_of(index, 2, [loader.state_dict() for loader in first])
+    assert rest[0].samples == sum(loader.samples for loader in first) == 24
+    assert rest[0].skipped == {"no image": sum(sum(loader.skipped.values()) for loader in first)}
+    for loader in rest:
+        take(loader, int(loader.batches_before(1)))
+    assert sum(sum(loader.skipped.values()) for loader in rest) in (3, 4)
+
+
+def test_after_other_ranks_took_over_a_resume_is_exact_again(uneven):
+    first = ranks_of(uneven, 4)
+    for loader in first:
+        take(loader, 3)
+    second = ranks_of(uneven, 1, [loader.state_dict() for loader in first])
+    batches, states = [], []
+    for loader in second:
+        take(loader, 2)
+        states.append(loader.state_dict())
+        batches.append(take(loader, 12))
+    for loader, expected in zip(ranks_of(uneven, 1, states), batches, strict=True):
+        assert_equal(take(loader, 12), expected)
+
+
+def test_states_must_be_those_of_all_ranks_in_order(uneven):
+    states = [loader.state_dict() for loader in ranks_of(uneven, 1)]
+    for wrong in (states[:1], states[::-1]):
+        with pytest.raises(InputError, match="ranks of the states was"):
+            load(uneven).load_state_dicts(wrong)
+
+
+def resampled(folder, cache=None, **settings):
+    index = LazyIndex(expand_urls([str(folder)]), cache_dir=cache)
+    return StreamLoader(ImageTextStream(index, **(SETTINGS | {"samples_per_epoch": 40} | settings)))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("shuffle", [0, 6, 1000])
+def test_resuming_a_resampled_stream_anywhere_goes_on_bit_for_bit(tmp_path, workers, shuffle):
+    write_shards(tmp_path, [17, 0, 3, 13], {2: {"__key__": "bad", "txt": "t"}})
+    settings = {"augmentation": CHANGES, "num_workers": workers, "shuffle": shuffle}
+    whole = resampled(tmp_path, **settings)
+    batches, states = [], [json.dumps(whole.state_dict())]
+    for batch in islice(iter(whole), 25):
+        batches.append(batch)
+        states.append(json.dumps(whole.state_dict()))
+    assert [batch.epoch for batch in batches] == [number // 10 for number in range(25)]
+    for position in range(0, 22, 1 if not workers else 7):
+        again = resampled(tmp_path, **settings)
+        again.load_state_dict(json.loads(states[position]))
+        assert json.dumps(again.state_dict()) == states[position]
+        assert_equal(take(again, 3), batches[position : position + 3])
+        assert json.dumps(again.state_dict()) == states[position + 3]
+
+
+def test_a_resampled_stream_draws_every_shard_as_often(tmp_path):
+    write_shards(tmp_path, [10, 10, 10, 10])
+    loader = resampled(tmp_path, augmentation=None, batch_size=10, rank=1, world_size=2)
+    keys = Counter(key for batch in take(loader, 400) for key in batch.keys)
+    assert len(keys) == 40
+    by_shard = [sum(keys[f"{number:04d}"] for number in range(first, first + 10)) for first in (0, 10, 20, 30)]
+    assert all(800 < count < 1200 for count in by_shard)  # 1,000 expected, standard deviation 87
+
+
+def test_workers_and_ranks_of_a_resampled_stream_draw_apart(tmp_path):
+    write_shards(tmp_path, [10, 10, 10, 10])
+    loaders = [resampled(tmp_path, rank=rank, world_size=2, num_workers=2) for rank in range(2)]
+    orders = [tuple(key for batch in batches for key in batch.keys) for batches in (take(one, 10) for one in loaders)]
+    assert len(set(orders)) == 2
+
+
+def test_a_resampled_stream_reads_its_shards_as_it_draws_them(tmp_path, caplog):
+    write_shards(tmp_path, [10, 10, 10])
+    urls = [*expand_urls([str(tmp_path)]), str(tmp_path / "missing.tar")]
+    loader = StreamLoader(ImageTextStream(LazyIndex(urls, cache_dir=None), **SETTINGS, samples_per_epoch=40))
+    take(loader, 60)
+    assert loader.skipped.keys() == {"shard unreadable"}
+    assert 1 < loader.skipped["shard unreadable"] < 30
+    assert caplog.text.count("missing.tar") >= 1
+
+
+def test_a_resampled_stream_without_samples_is_an_error(tmp_path):
+    write_shards(tmp_path, [0, 0])
+    with pytest.raises(InputError, match=r"draws of 2 shards in a row brought no sample"):
+        take(resampled(tmp_path), 1)
+
+
+def test_a_resampled_stream_with_other_ranks_draws_anew_and_keeps_its_epoch(tmp_path):
+    write_shards(tmp_path, [10, 10, 10])
+    first = resampled(tmp_path)
+    before = take(first, 15)
+    second = [resampled(tmp_path, rank=rank, world_size=2, batch_size=2) for rank in range(2)]
+    for loader in second:
+        loader.load_state_dicts([first.state_dict()])
+    after = [take(loader, 6) for loader in second]
+    assert [batch.epoch for batch in after[0]] == [1] * 5 + [2]
+    assert second[0].batches_before(2) == 5
+    fresh = take(resampled(tmp_path, rank=0, world_size=2, batch_size=2), 6)
+    assert [batch.keys for batch in after[0]] != [batch.keys for batch in fresh]
+    assert before[-1].epoch == 1
 
 
 def test_the_number_of_workers_must_be_the_loaders(uneven):

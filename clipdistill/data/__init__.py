@@ -5,11 +5,14 @@ The chain, each link a small function or generator of its own module; on the rig
     patterns      urls.expand_urls          -> shard URLs
     URLs          index.index_shards        -> where each sample begins            (shards; kept on disk)
     index         plan.Plan.share           -> which samples, in which order       (seed, epoch, rank, worker)
-    order         stream._given_out         -> raw samples; the window is held     (share, position)
+    order         reading.read_share        -> raw samples; the window is held     (share, position)
     bytes         sample.SampleReader       -> members of one sample               (tar.walk)
     raw sample    sample.Decoder            -> caption, label; image.render: view  (seed, epoch, sample)
     samples       stream.ImageTextStream    -> Batch, past the bad ones            (in each worker process)
     batches       stream.StreamLoader       -> Batch, in the run's order           (knows what was handed out)
+
+A resampled stream has `index.LazyIndex`, `plan.ResampledPlan` and `reading.read_draws` in the place of the
+second to fourth link.
 
 Nothing here knows of Accelerate, and the loader must not be given to `accelerator.prepare`: ranks share the
 samples out by the plan. Only images, text and json are decoded; nothing is unpickled, and no shell is run for
@@ -17,7 +20,7 @@ a URL.
 """
 
 from clipdistill.data.image import Augmentation
-from clipdistill.data.index import ShardIndex, index_shards
+from clipdistill.data.index import LazyIndex, ShardIndex, index_shards
 from clipdistill.data.stream import Batch, ImageTextStream, StreamLoader
 from clipdistill.data.urls import expand_urls
 
@@ -25,6 +28,7 @@ __all__ = [
     "Augmentation",
     "Batch",
     "ImageTextStream",
+    "LazyIndex",
     "ShardIndex",
     "StreamLoader",
     "expand_urls",

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import logging
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ from clipdistill.files import write_text
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 1
+_FORMAT = 2
+_KEPT = 16
 _STAMPS = ("mtime", "ETag", "etag", "Last-Modified", "LastModified", "last_modified", "blob_id")
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
 
@@ -35,6 +37,8 @@ class ShardIndex:
     """Byte of each sample's first tar header, rising."""
     end: int
     """Byte after the last sample."""
+    digest: str
+    """Of the tar headers: it changes when the shard is written anew, not when it is moved."""
     problems: tuple[str, ...] = ()
     """What is damaged, and where. Samples that the damage hides are not among the offsets."""
 
@@ -70,8 +74,7 @@ def index_shards(
         try:
             for future in futures:
                 indexes.append(future.result())
-                for problem in indexes[-1].problems:
-                    logger.warning("shard %s: %s", shown(indexes[-1].url), problem)
+                _log_problems(indexes[-1])
                 if progress:
                     progress(len(indexes), len(urls))
         finally:
@@ -79,15 +82,39 @@ def index_shards(
     return indexes
 
 
-def fingerprint(index: Sequence[ShardIndex]) -> str:
-    """A digest of the samples' order: file names, sizes and offsets; the same for the same shards in another
-    folder."""
-    digest = hashlib.sha256()
-    for shard in index:
-        name = shown(shard.url).replace("\\", "/").rsplit("/", 1)[-1]
-        digest.update(json.dumps([name, shard.size, len(shard), shard.end]).encode())
-        digest.update(shard.offsets.astype("<i8").tobytes())
-    return digest.hexdigest()[:32]
+class LazyIndex(Sequence[ShardIndex]):
+    """Shards that are indexed when they are asked for: for sets too large to index before the first step.
+
+    Args:
+        urls: Shards, as `expand_urls` gives them.
+        cache_dir: As for `index_shards`.
+
+    `index[i]` raises InputError where shard i is missing or cannot be read.
+    """
+
+    def __init__(self, urls: Sequence[str], *, cache_dir: str | Path | None) -> None:
+        self.urls = list(urls)
+        self._cache_dir = cache_dir
+        self._kept: OrderedDict[int, ShardIndex] = OrderedDict()
+        self._logged: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self.urls)
+
+    def __getitem__(self, number: Any) -> Any:
+        if number not in self._kept:
+            self._kept[number] = _index_shard(self.urls[number], self._cache_dir)
+            if number not in self._logged:
+                self._logged.add(number)
+                _log_problems(self._kept[number])
+            while len(self._kept) > _KEPT:
+                self._kept.popitem(last=False)
+        return self._kept[number]
+
+
+def _log_problems(index: ShardIndex) -> None:
+    for problem in index.problems:
+        logger.warning("shard %s: %s", shown(index.url), problem)
 
 
 def split_name(name: str) -> tuple[str, str] | None:
@@ -130,16 +157,32 @@ def _index_shard(url: str, cache_dir: str | Path | None) -> ShardIndex:
 
 
 def _scan(file: ShardFile, *, url: str, size: int) -> ShardIndex:
-    start = file.read_at(0, 8)
-    for magic, name in _COMPRESSED.items():
-        if start.startswith(magic):
-            problem = f"compressed with {name}; a shard must be a plain tar"
-            return ShardIndex(url=url, size=size, offsets=np.empty(0, np.int64), end=0, problems=(problem,))
+    digest = hashlib.blake2b(digest_size=8)
+
+    def read_at(offset: int, length: int) -> bytes:
+        data = file.read_at(offset, length)
+        digest.update(data)
+        return data
+
+    start = read_at(0, 8)
     problems: list[str] = []
-    offsets, end = _group(walk(file.read_at, size), problems)
-    if not offsets and problems:
-        problems.append("no samples: not a tar archive, or an empty or damaged one")
-    return ShardIndex(url=url, size=size, offsets=np.array(offsets, np.int64), end=end, problems=tuple(problems))
+    offsets: list[int] = []
+    end = 0
+    compression = next((name for magic, name in _COMPRESSED.items() if start.startswith(magic)), None)
+    if compression:
+        problems.append(f"compressed with {compression}; a shard must be a plain tar")
+    else:
+        offsets, end = _group(walk(read_at, size), problems)
+        if not offsets and problems:
+            problems.append("no samples: not a tar archive, or an empty or damaged one")
+    return ShardIndex(
+        url=url,
+        size=size,
+        offsets=np.array(offsets, np.int64),
+        end=end,
+        digest=digest.hexdigest(),
+        problems=tuple(problems),
+    )
 
 
 def _group(entries: Iterable[Member | Damage], problems: list[str]) -> tuple[list[int], int]:
@@ -180,7 +223,14 @@ def _load(path: Path, *, url: str, size: int) -> ShardIndex | None:
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
         offsets = np.array(saved["offsets"], np.int64)
-        return ShardIndex(url=url, size=size, offsets=offsets, end=int(saved["end"]), problems=tuple(saved["problems"]))
+        return ShardIndex(
+            url=url,
+            size=size,
+            offsets=offsets,
+            end=int(saved["end"]),
+            digest=str(saved["digest"]),
+            problems=tuple(saved["problems"]),
+        )
     except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None
 
@@ -191,6 +241,7 @@ def _save(path: Path, index: ShardIndex) -> None:
         "url": shown(index.url),
         "offsets": index.offsets.tolist(),
         "end": index.end,
+        "digest": index.digest,
         "problems": index.problems,
     }
     write_text(path, json.dumps(saved))

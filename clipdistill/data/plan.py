@@ -10,6 +10,9 @@ the string of T samples into equal parts of whole batches, one a rank:
 Every rank takes S = T // (ranks * batch_size) steps, however uneven the shards and however few. What the
 epoch leaves out is the remainder: fewer than ranks * batch_size samples, others each epoch. A worker reads
 its part from front to back, and gives it out shuffled within a window.
+
+Where a run goes on with another number of ranks or workers, what the old ones have given out is taken from
+the string, and the rest of it is cut anew.
 """
 
 from collections.abc import Sequence
@@ -23,7 +26,7 @@ from clipdistill.errors import InputError
 
 Indices = NDArray[np.int64]
 
-_SHARDS, _WINDOW, _PIXELS = 1, 2, 3
+_SHARDS, _WINDOW, _PIXELS, _DRAWS = 1, 2, 3, 4
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -44,8 +47,52 @@ class Share:
         return len(self.order_N)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Who shares the samples out among themselves."""
+
+    batch_size: int
+    """Samples a rank and step."""
+    ranks: int
+    workers: int
+    """Workers of each rank, at least 1."""
+    shuffle: int
+    """Window of the sample shuffle; 0: off. From a worker's share on, the share is fully shuffled."""
+
+    def __post_init__(self) -> None:
+        for name, least in {"batch_size": 1, "ranks": 1, "workers": 1, "shuffle": 0}.items():
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} is {getattr(self, name)}, must be at least {least}")
+
+    @property
+    def global_batch(self) -> int:
+        """Samples that all ranks take in a step."""
+        return self.ranks * self.batch_size
+
+    def turns(self, *, steps: int, before: int, worker: int) -> int:
+        """Batches that a worker makes of the `steps` that follow on `before`: it makes every batch g with
+        g % workers = worker."""
+        return len(range((worker - before) % self.workers, steps, self.workers))
+
+    def part(self, *, samples: int, before: int, rank: int, worker: int) -> tuple[int, int]:
+        """Where a worker's part of a string of samples begins, and its length in batches."""
+        steps = samples // self.global_batch
+        made = [self.turns(steps=steps, before=before, worker=other) for other in range(worker + 1)]
+        return (rank * steps + sum(made[:worker])) * self.batch_size, made[worker]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Past(Layout):
+    """How far an earlier layout came in an epoch."""
+
+    before: int
+    """Batches of a rank that the layout gave out before the epoch."""
+    positions: Sequence[Sequence[int]]
+    """For each rank and worker, the samples of its share that were given out."""
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Plan:
+class Plan(Layout):
     """The order of samples of all epochs.
 
     Raises:
@@ -54,23 +101,19 @@ class Plan:
 
     sizes: Sequence[int]
     """Samples of each shard of the index."""
-    batch_size: int
-    """Samples a rank and step."""
-    ranks: int
-    workers: int
-    """Workers of each rank, at least 1."""
     seed: int
-    shuffle: int
-    """Window of the sample shuffle; 0: off. From a worker's share on, the share is fully shuffled."""
+    first_epoch: int = 0
+    """Where this layout begins."""
+    past: Sequence[Past] = ()
+    """The layouts before it in its first epoch."""
 
     def __post_init__(self) -> None:
-        for name, least in {"batch_size": 1, "ranks": 1, "workers": 1, "seed": 0, "shuffle": 0}.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}, must be at least {least}")
-        needed = self.ranks * self.batch_size
-        if self.total < needed:
+        super().__post_init__()
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}, must be at least 0")
+        if self.total < self.global_batch:
             raise InputError(
-                f"shards: {self.total} samples in {len(self.sizes)} shards, but one step needs {needed} "
+                f"shards: {self.total} samples in {len(self.sizes)} shards, but one step needs {self.global_batch} "
                 f"({self.ranks} ranks x batch_size {self.batch_size}); allowed: fewer, or more samples"
             )
 
@@ -81,20 +124,40 @@ class Plan:
 
     @property
     def steps(self) -> int:
-        """Batches of each rank in an epoch."""
-        return self.total // (self.ranks * self.batch_size)
+        """Batches of each rank in a whole epoch."""
+        return self.total // self.global_batch
+
+    def steps_of(self, epoch: int) -> int:
+        """Batches of each rank in an epoch: fewer in the first, where an earlier layout began it."""
+        return self._left(epoch) // self.global_batch
+
+    def before(self, epochs: float) -> float:
+        """Batches of each rank from this layout's beginning to a point of the run, such as 2.5 epochs."""
+        whole = int(epochs)
+        if whole < self.first_epoch:
+            return 0
+        if whole == self.first_epoch:
+            gone = self.total - self._left(whole)
+            return max(0.0, (epochs - whole) * self.steps - gone / self.global_batch)
+        later = whole - self.first_epoch - 1 + (epochs - whole)
+        return self.steps_of(self.first_epoch) + later * self.steps
+
+    def epoch_at(self, step: int) -> int:
+        """The epoch of batch `step` of this layout."""
+        first = self.steps_of(self.first_epoch)
+        return self.first_epoch if step < first else self.first_epoch + 1 + (step - first) // self.steps
 
     def batches(self, epoch: int, worker: int) -> int:
-        """Batches of the epoch that a worker makes: batch g of the run is made by worker g % workers."""
-        first = (worker - epoch * self.steps) % self.workers
-        return len(range(first, self.steps, self.workers))
+        """Batches of the epoch that a worker makes."""
+        return self.turns(steps=self.steps_of(epoch), before=int(self.before(epoch)), worker=worker)
 
     def share(self, epoch: int, rank: int, worker: int) -> Share:
         """The samples of one worker of one rank in one epoch, and their order."""
-        batches = self.batches(epoch, worker)
-        before = sum(self.batches(epoch, other) for other in range(worker))
-        first = (rank * self.steps + before) * self.batch_size
+        first, batches = self.part(samples=self._left(epoch), before=int(self.before(epoch)), rank=rank, worker=worker)
         position_N = np.arange(first, first + batches * self.batch_size)
+        past = self.past if epoch == self.first_epoch else ()
+        if past:
+            position_N = self._rest[position_N]
 
         rng = generator(_SHARDS, self.seed, epoch)
         shards = rng.permutation(len(self.sizes))
@@ -108,13 +171,95 @@ class Plan:
             shard_N=shard_N,
             sample_N=sample_N,
             number_N=(np.cumsum(sizes) - sizes)[shard_N] + sample_N,
-            order_N=window_shuffle(len(position_N), self.shuffle, generator(_WINDOW, self.seed, epoch, rank, worker)),
+            order_N=self._order(self, len(position_N), epoch, rank, worker, len(past)),
             batches=batches,
         )
 
     def pixels(self, epoch: int, number: int) -> np.random.Generator:
         """The generator that draws a sample's augmentation: the same whichever rank and worker decodes it."""
         return generator(_PIXELS, self.seed, epoch, number)
+
+    def _left(self, epoch: int) -> int:
+        """Samples of an epoch that this layout shares out."""
+        return len(self._rest) if self.past and epoch == self.first_epoch else self.total
+
+    @cached_property
+    def _rest(self) -> Indices:
+        """Positions in the first epoch's string that no earlier layout gave out."""
+        rest = np.arange(self.total)
+        for number, past in enumerate(self.past):
+            waiting = np.ones(len(rest), bool)
+            for rank, positions in enumerate(past.positions):
+                for worker, position in enumerate(positions):
+                    first, batches = past.part(samples=len(rest), before=past.before, rank=rank, worker=worker)
+                    order = self._order(past, batches * past.batch_size, self.first_epoch, rank, worker, number)
+                    waiting[first + order[:position]] = False
+            rest = rest[waiting]
+        return rest
+
+    def _order(self, layout: Layout, length: int, epoch: int, rank: int, worker: int, number: int) -> Indices:
+        """The order in which a worker of the epoch's layout `number` gives its part out."""
+        again = [number] if number else []
+        return window_shuffle(length, layout.shuffle, generator(_WINDOW, self.seed, epoch, rank, worker, *again))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResampledPlan(Layout):
+    """An endless stream: each worker draws shard after shard, each time from all of them.
+
+    Raises:
+        InputError: There is no shard, or an epoch is shorter than a step.
+    """
+
+    shards: int
+    """Number of shards to draw from."""
+    seed: int
+    samples_per_epoch: int
+    """What is called an epoch; nothing in the stream depends on it."""
+    restarts: int = 0
+    """Times that the number of ranks or workers changed: each begins draws of its own."""
+    first_epoch: float = 0.0
+    """Epochs before the last change."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.shards < 1:
+            raise InputError("shards: none; allowed: one or more")
+        if self.samples_per_epoch < self.global_batch:
+            raise InputError(
+                f"samples_per_epoch: {self.samples_per_epoch}, but one step takes {self.global_batch} "
+                f"({self.ranks} ranks x batch_size {self.batch_size}); allowed: that many or more"
+            )
+
+    @property
+    def steps(self) -> int:
+        """Batches of each rank in an epoch."""
+        return self.samples_per_epoch // self.global_batch
+
+    def before(self, epochs: float) -> float:
+        """Batches of each rank from this layout's beginning to a point of the run, such as 2.5 epochs."""
+        return max(0.0, (epochs - self.first_epoch) * self.steps)
+
+    def epoch_at(self, step: int) -> int:
+        """The epoch of batch `step` of this layout."""
+        return int(self.first_epoch + step / self.steps)
+
+    def shard(self, rank: int, worker: int, draw: int) -> int:
+        """The shard of a worker's draw."""
+        return int(self._generator(_DRAWS, rank, worker, draw).integers(self.shards))
+
+    def keys(self, rank: int, worker: int, draw: int, first: int, samples: int) -> NDArray[np.float64]:
+        """For each sample of a draw, whose first is the worker's sample number `first`, a number by whose order
+        it is given out: its own, moved back by a random part of the window."""
+        noise = self._generator(_WINDOW, rank, worker, draw).random(samples)
+        return first + np.arange(samples) + noise * self.shuffle
+
+    def pixels(self, rank: int, worker: int, number: int) -> np.random.Generator:
+        """The generator that draws the augmentation of a worker's sample."""
+        return self._generator(_PIXELS, rank, worker, number)
+
+    def _generator(self, purpose: int, *numbers: int) -> np.random.Generator:
+        return generator(purpose, self.seed, self.restarts, *numbers)
 
 
 def generator(purpose: int, *numbers: int) -> np.random.Generator:

@@ -8,7 +8,7 @@ import signal
 import weakref
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from typing import Any
 
@@ -20,35 +20,41 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from clipdistill.data.image import Augmentation
-from clipdistill.data.index import ShardIndex, fingerprint
-from clipdistill.data.plan import Plan, Share
-from clipdistill.data.sample import BadSampleError, Decoder, RawSample, SampleReader
+from clipdistill.data.index import LazyIndex, ShardIndex
+from clipdistill.data.plan import Layout, Past, Plan, ResampledPlan
+from clipdistill.data.reading import Given, read_draws, read_share
+from clipdistill.data.sample import BadSampleError, Decoder, SampleReader
 from clipdistill.data.urls import shown
 from clipdistill.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-_STATE_VERSION = 1
+_STATE_VERSION = 2
+_LAYOUT = tuple(field.name for field in fields(Layout))
+_BAD_IN_A_ROW = 1000
+_NAMED = 5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cursor:
-    """Where a worker is: the next batch of its share of the epoch, and the next sample of the share's order.
+    """Where a worker is.
 
-    `position` runs ahead of batches x batch_size by the bad samples, past the share's end where they made it
-    begin again.
+    `batch` and `position` count the batches and samples of its share of the epoch that it gave out; `position`
+    runs ahead of batches x batch_size by the bad samples, past the share's end where they made it begin again.
+    In a resampled stream both count from its beginning, and `draw` and `first` are those of `read_draws`.
     """
 
     epoch: int = 0
     batch: int = 0
     position: int = 0
+    draw: int = 0
+    first: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Skip:
     """A bad sample that was passed over."""
 
-    number: int
     url: str
     key: str
     reason: str
@@ -67,6 +73,8 @@ class Batch:
     """int64; -1 where a sample has none."""
     keys: list[str]
     """The samples' names in their shards."""
+    epoch: int = 0
+    """Number of the epoch, from 0."""
     _worker: int = field(default=0, repr=False)
     _cursor: Cursor = field(default=Cursor(), repr=False)
     _skips: list[Skip] = field(default_factory=list, repr=False)
@@ -91,12 +99,14 @@ class ImageTextStream(IterableDataset[Batch]):
     """An endless stream of batches for one rank, epoch after epoch. Iterate it through `StreamLoader`.
 
     Args:
-        index: All shards, the same list on every rank.
+        index: All shards, the same list on every rank; a `LazyIndex` for a resampled stream.
         batch_size: Samples a rank and step.
         image_size: Side of the pixels, which all towers share.
         augmentation: Random changes of the image; None: the central square, always the same.
         seed: With the epoch, of everything random.
         shuffle: Window of the sample shuffle; 0: off (the order of shards changes each epoch all the same).
+        samples_per_epoch: None: an epoch is every sample once. A number: shards are drawn at random, each time
+            from all, and so many samples are called an epoch.
         rank: This process among `world_size`.
         world_size: Number of ranks.
         num_workers: Decoding processes of this rank; 0: none, decode in this one.
@@ -127,6 +137,7 @@ class ImageTextStream(IterableDataset[Batch]):
         augmentation: Augmentation | None = Augmentation(),  # noqa: B008 (frozen)
         seed: int = 0,
         shuffle: int = 1000,
+        samples_per_epoch: int | None = None,
         rank: int = 0,
         world_size: int = 1,
         num_workers: int = 0,
@@ -140,17 +151,22 @@ class ImageTextStream(IterableDataset[Batch]):
         super().__init__()
         if not 0 <= rank < world_size:
             raise ValueError(f"rank is {rank}, must be from 0 to {world_size - 1}")
+        if isinstance(index, LazyIndex) != (samples_per_epoch is not None):
+            raise ValueError("samples_per_epoch must be given with a LazyIndex, and only with one")
         self.index = index
         self.rank = rank
         self.num_workers = num_workers
-        self.plan = Plan(
-            sizes=[len(shard) for shard in index],
-            batch_size=batch_size,
-            ranks=world_size,
-            workers=max(1, num_workers),
-            seed=seed,
-            shuffle=shuffle,
-        )
+        self.plan: Plan | ResampledPlan
+        layout: dict[str, Any] = {
+            "batch_size": batch_size,
+            "ranks": world_size,
+            "workers": max(1, num_workers),
+            "shuffle": shuffle,
+        }
+        if samples_per_epoch is None:
+            self.plan = Plan(**layout, seed=seed, sizes=[len(shard) for shard in index])
+        else:
+            self.plan = ResampledPlan(**layout, seed=seed, shards=len(index), samples_per_epoch=samples_per_epoch)
         self.decoder = Decoder(
             image_size=image_size,
             augmentation=augmentation,
@@ -165,11 +181,11 @@ class ImageTextStream(IterableDataset[Batch]):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches of this rank in an epoch; every rank has as many."""
+        """Batches of this rank in a whole epoch; every rank has as many."""
         return self.plan.steps
 
     def start_at(self, step: int, cursors: Sequence[Cursor]) -> None:
-        """Let the next iteration begin with batch `step` of the run, each worker at its cursor."""
+        """Let the next iteration begin with batch `step` of the plan, each worker at its cursor."""
         self._start = step, list(cursors)
 
     def __iter__(self) -> Iterator[Batch | InputError]:  # type: ignore[override]
@@ -180,45 +196,74 @@ class ImageTextStream(IterableDataset[Batch]):
         worker = ((info.id if info else 0) + step) % self.plan.workers
         reader = SampleReader(self.index, self.decoder.wanted)
         try:
-            yield from self._batches(worker, cursors[worker], reader)
+            if isinstance(self.plan, Plan):
+                yield from self._epochs(self.plan, worker, cursors[worker], reader)
+            else:
+                yield from self._draws(self.plan, worker, cursors[worker], reader)
         except InputError as error:
             yield error
         finally:
             reader.close()
 
-    def _batches(self, worker: int, cursor: Cursor, reader: SampleReader) -> Iterator[Batch]:
+    def _epochs(self, plan: Plan, worker: int, cursor: Cursor, reader: SampleReader) -> Iterator[Batch]:
         """All batches of a worker from a cursor on."""
         while True:
-            if cursor.batch < self.plan.batches(cursor.epoch, worker):
-                share = self.plan.share(cursor.epoch, self.rank, worker)
-                raws = _given_out(share, cursor.position, reader)
-                while cursor.batch < share.batches:
-                    batch = self._batch(worker, cursor, share, raws)
+            batches = plan.batches(cursor.epoch, worker)
+            if cursor.batch < batches:
+                samples = read_share(
+                    plan, reader, epoch=cursor.epoch, rank=self.rank, worker=worker, position=cursor.position
+                )
+                while cursor.batch < batches:
+                    batch = self._batch(worker, cursor, samples, share=batches * plan.batch_size)
                     cursor = batch._cursor
                     yield batch
             cursor = Cursor(epoch=cursor.epoch + 1)
 
-    def _batch(self, worker: int, cursor: Cursor, share: Share, raws: Iterator[tuple[int, RawSample]]) -> Batch:
-        """The next batch of a share, past its bad samples."""
+    def _draws(self, plan: ResampledPlan, worker: int, cursor: Cursor, reader: SampleReader) -> Iterator[Batch]:
+        """All batches of a worker of a resampled stream from a cursor on."""
+        assert isinstance(self.index, LazyIndex)
+        samples = read_draws(
+            plan,
+            self.index,
+            reader,
+            rank=self.rank,
+            worker=worker,
+            draw=cursor.draw,
+            first=cursor.first,
+            position=cursor.position,
+        )
+        while True:
+            epoch = plan.epoch_at(cursor.batch * plan.workers + worker)
+            batch = self._batch(worker, replace(cursor, epoch=epoch), samples, share=None)
+            cursor = batch._cursor
+            yield batch
+
+    def _batch(self, worker: int, cursor: Cursor, samples: Iterator[Given], *, share: int | None) -> Batch:
+        """The next batch, past its bad samples; after `share` of them, if that is a number, the samples repeat."""
         size, side = self.plan.batch_size, self.decoder.image_size
         image_BCHW = np.empty((size, 3, side, side), np.uint8)
         captions: list[str] = []
         labels: list[int] = []
         keys: list[str] = []
         skips: list[Skip] = []
-        position, failures = cursor.position, 0
+        position, in_a_row = cursor.position, 0
         while len(keys) < size:
-            number, raw = next(raws)
+            given = next(samples)
+            raw = given.raw
             try:
-                sample = self.decoder.decode(raw, self.plan.pixels(cursor.epoch, number))
+                sample = self.decoder.decode(raw, given.rng)
             except BadSampleError as bad:
-                failures += 1
-                if position < len(share):
-                    skips.append(Skip(number=number, url=raw.url, key=raw.key, reason=bad.reason, detail=bad.detail))
-                if failures >= len(share):
-                    raise InputError(self._nothing_usable(worker, cursor, share, raw, bad)) from bad
+                in_a_row += 1
+                if share is None or position < share:
+                    skips.append(Skip(url=raw.url, key=raw.key, reason=bad.reason, detail=bad.detail))
+                if in_a_row >= min(share or _BAD_IN_A_ROW, _BAD_IN_A_ROW):
+                    raise InputError(
+                        f"shards: {in_a_row} samples in a row, all bad, for worker {worker} of rank {self.rank} in "
+                        f"epoch {cursor.epoch}; the last is {raw.key!r} in {shown(raw.url)}: "
+                        f"{bad.reason} {bad.detail}".rstrip()
+                    ) from bad
             else:
-                failures = 0
+                in_a_row = 0
                 image_BCHW[len(keys)] = sample.pixels
                 captions.append(sample.caption)
                 labels.append(sample.label)
@@ -229,35 +274,11 @@ class ImageTextStream(IterableDataset[Batch]):
             captions=captions,
             labels_B=torch.tensor(labels, dtype=torch.int64),
             keys=keys,
+            epoch=cursor.epoch,
             _worker=worker,
-            _cursor=replace(cursor, batch=cursor.batch + 1, position=position),
+            _cursor=replace(cursor, batch=cursor.batch + 1, position=position, draw=given.draw, first=given.first),
             _skips=skips,
         )
-
-    def _nothing_usable(self, worker: int, cursor: Cursor, share: Share, raw: RawSample, bad: BadSampleError) -> str:
-        first, last = (shown(self.index[share.shard_N[end]].url) for end in (0, -1))
-        return (
-            f"shards: none of the {len(share)} samples of worker {worker} of rank {self.rank} in epoch "
-            f"{cursor.epoch} can be used ({first} to {last}); {raw.key!r}: {bad.reason} {bad.detail}".rstrip()
-        )
-
-
-def _given_out(share: Share, position: int, reader: SampleReader) -> Iterator[tuple[int, RawSample]]:
-    """A share's samples from a position of its order on, over and over; each with its number in the index.
-
-    Samples are read in the order of the shards, and held, undecoded, until their turn: at most one shuffle
-    window.
-    """
-    position %= len(share)
-    while True:
-        held: dict[int, RawSample] = {}
-        unread = iter(np.sort(share.order_N[position:]).tolist())
-        for wanted in share.order_N[position:].tolist():
-            while wanted not in held:
-                here = next(unread)
-                held[here] = reader.read(int(share.shard_N[here]), int(share.sample_N[here]))
-            yield int(share.number_N[wanted]), held.pop(wanted)
-        position = 0
 
 
 class StreamLoader:
@@ -280,15 +301,25 @@ class StreamLoader:
         self._pin_memory = pin_memory
         self._step = 0
         self._cursors = [Cursor()] * stream.plan.workers
+        self._samples = 0
         self._skipped: Counter[str] = Counter()
-        self._logged: set[int] = set()
+        self._logged: set[tuple[str, str]] = set()
         self._live: weakref.ref[Generator[Batch, None, None]] | None = None
-        self._fingerprint = fingerprint(stream.index)
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches of this rank in an epoch."""
+        """Batches of this rank in a whole epoch."""
         return self._stream.steps_per_epoch
+
+    def batches_before(self, epochs: float) -> float:
+        """Batches of this rank up to a point of the run, such as 2.5 epochs; counted from where the present
+        number of ranks and workers took over."""
+        return self._stream.plan.before(epochs)
+
+    @property
+    def samples(self) -> int:
+        """Good samples that this rank handed out so far."""
+        return self._samples
 
     @property
     def skipped(self) -> dict[str, int]:
@@ -310,48 +341,99 @@ class StreamLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """The state after the last batch handed out, of this rank, for JSON."""
-        return {
+        plan = self._stream.plan
+        state = {
             "version": _STATE_VERSION,
-            "epoch": self._step // self.steps_per_epoch,
+            "rank": self._stream.rank,
+            "seed": plan.seed,
+            "layout": {name: getattr(plan, name) for name in _LAYOUT},
+            "shards": _names_and_digests(self._stream.index),
+            "first_epoch": plan.first_epoch,
             "step": self._step,
-            **self._identity(),
             "cursors": [asdict(cursor) for cursor in self._cursors],
+            "samples": self._samples,
             "skipped": self.skipped,
         }
+        if isinstance(plan, Plan):
+            return state | {"past": [asdict(past) for past in plan.past]}
+        return state | {"samples_per_epoch": plan.samples_per_epoch, "restarts": plan.restarts}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on after a state: the next batch is the one that would have followed, bit for bit. Ends an
-        iteration.
+        """Go on after this rank's state, with as many ranks and workers: the next batch is the one that would
+        have followed, bit for bit. Ends an iteration.
 
         Raises:
-            InputError: The state is that of other shards, or of a stream of other ranks, workers, batch
-                size...
+            InputError: The state is that of other shards, or of another seed, rank, number of ranks or workers,
+                batch size or shuffle window.
         """
-        if state.get("version") != _STATE_VERSION:
-            raise InputError(f"stream state: version is {state.get('version')!r}, allowed: {_STATE_VERSION}")
-        for name, mine in self._identity().items():
-            if state.get(name) != mine:
-                raise InputError(
-                    f"stream state: {name} was {state.get(name)!r} and is {mine!r}; "
-                    "allowed: to resume with the same shards, seed, batch size, shuffle, ranks and workers"
-                )
+        before, now = self._plan_of(state), self._stream.plan
+        for name in _LAYOUT:
+            _check_same(name, getattr(before, name), getattr(now, name))
+        _check_same("rank", state["rank"], self._stream.rank)
         self.close()
+        self._stream.plan = before
         self._step = state["step"]
         self._cursors = [Cursor(**cursor) for cursor in state["cursors"]]
+        self._samples = state["samples"]
         self._skipped = Counter(state["skipped"])
 
-    def _identity(self) -> dict[str, Any]:
-        """What a state must share with the stream that it goes on in."""
-        plan = self._stream.plan
-        return {
-            "seed": plan.seed,
-            "rank": self._stream.rank,
-            "ranks": plan.ranks,
-            "workers": plan.workers,
-            "batch_size": plan.batch_size,
-            "shuffle": plan.shuffle,
-            "shards": self._fingerprint,
-        }
+    def load_state_dicts(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Go on after the states of all ranks, in their order, with any number of ranks and workers now.
+
+        With as many as then, this is `load_state_dict`. With others, the samples of the epoch that nobody has
+        seen are shared out anew: each is seen once, save a remainder smaller than one batch of all ranks. A
+        resampled stream begins draws of its own.
+
+        Raises:
+            InputError: The states are those of other shards or of another seed, or not those of all ranks.
+        """
+        before, now = self._plan_of(states[0]), self._stream.plan
+        _check_same("ranks of the states", list(range(before.ranks)), [state["rank"] for state in states])
+        _check_same("step of the states", {states[0]["step"]}, {state["step"] for state in states})
+        if all(getattr(before, name) == getattr(now, name) for name in _LAYOUT):
+            self.load_state_dict(states[self._stream.rank])
+            return
+        self.close()
+        step = states[0]["step"]
+        epoch = before.epoch_at(step)
+        if isinstance(before, ResampledPlan):
+            assert isinstance(now, ResampledPlan)
+            done = before.first_epoch + step / before.steps
+            self._stream.plan = replace(now, first_epoch=done, restarts=before.restarts + 1)
+        else:
+            assert isinstance(now, Plan)
+            past = Past(
+                **{name: getattr(before, name) for name in _LAYOUT},
+                before=int(before.before(epoch)),
+                positions=[
+                    [cursor["position"] if cursor["epoch"] == epoch else 0 for cursor in state["cursors"]]
+                    for state in states
+                ],
+            )
+            earlier = before.past if epoch == before.first_epoch else ()
+            self._stream.plan = replace(now, first_epoch=epoch, past=(*earlier, past))
+        self._step = 0
+        self._cursors = [Cursor(epoch=epoch)] * now.workers
+        first = self._stream.rank == 0
+        self._samples = sum(state["samples"] for state in states) if first else 0
+        self._skipped = sum((Counter(state["skipped"]) for state in states), Counter()) if first else Counter()
+
+    def _plan_of(self, state: Mapping[str, Any]) -> Plan | ResampledPlan:
+        """The plan under which a state was saved; its shards and seed must be those of today."""
+        _check_same("version", state.get("version"), _STATE_VERSION)
+        now = self._stream.plan
+        _check_same("seed", state["seed"], now.seed)
+        _check_same("samples_per_epoch", state.get("samples_per_epoch"), getattr(now, "samples_per_epoch", None))
+        changes = _changes(state["shards"], _names_and_digests(self._stream.index))
+        if changes:
+            raise InputError(
+                f"shards: not those that the run was saved with: {changes}; allowed: the same, in the same order"
+            )
+        layout = dict(state["layout"])
+        if isinstance(now, ResampledPlan):
+            return replace(now, **layout, first_epoch=state["first_epoch"], restarts=state["restarts"])
+        past = [Past(**past) for past in state["past"]]
+        return replace(now, **layout, first_epoch=state["first_epoch"], past=past)
 
     def _iterate(self) -> Generator[Batch, None, None]:
         self._stream.start_at(self._step, self._cursors)
@@ -373,12 +455,43 @@ class StreamLoader:
 
     def _hand_out(self, batch: Batch) -> None:
         self._step += 1
+        self._samples += len(batch)
         self._cursors[batch._worker] = batch._cursor
         for skip in batch._skips:
             self._skipped[skip.reason] += 1
-            if skip.number not in self._logged:
-                self._logged.add(skip.number)
+            if (skip.url, skip.key) not in self._logged:
+                self._logged.add((skip.url, skip.key))
                 logger.warning("skipped %r in %s: %s %s", skip.key, shown(skip.url), skip.reason, skip.detail)
+
+
+def _check_same(name: str, then: object, now: object) -> None:
+    if then != now:
+        raise InputError(f"stream state: {name} was {then!r} and is {now!r}; allowed: the same")
+
+
+def _names_and_digests(index: Sequence[ShardIndex]) -> list[list[str]]:
+    """File name and digest of each shard; of a `LazyIndex` the names alone."""
+    if isinstance(index, LazyIndex):
+        return [[_file_name(url), ""] for url in index.urls]
+    return [[_file_name(shard.url), shard.digest] for shard in index]
+
+
+def _file_name(url: str) -> str:
+    return shown(url).replace("\\", "/").rsplit("/", 1)[-1]
+
+
+def _changes(then: Sequence[Sequence[str]], now: Sequence[Sequence[str]]) -> str:
+    """What differs between two lists of names and digests, in words; empty where nothing does."""
+    missing = Counter(map(tuple, then)) - Counter(map(tuple, now))
+    added = Counter(map(tuple, now)) - Counter(map(tuple, then))
+    before, after = {name for name, _ in missing}, {name for name, _ in added}
+    changes = [f"{name!r} changed" for name in sorted(before & after)]
+    changes += [f"{name!r} is gone" for name in sorted(before - after)]
+    changes += [f"{name!r} is new" for name in sorted(after - before)]
+    if not changes and list(map(tuple, then)) != list(map(tuple, now)):
+        return "their order changed"
+    more = [f"and {len(changes) - _NAMED} more"] if len(changes) > _NAMED else []
+    return ", ".join(changes[:_NAMED] + more)
 
 
 def _start_worker(_: int, *, max_pixels: int) -> None:
