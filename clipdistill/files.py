@@ -8,15 +8,46 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
+from clipdistill.errors import RunError
+
+
+@contextmanager
+def writing(what: str, folder: Path) -> Iterator[None]:
+    """A block that writes: an error of the disk becomes one line with what was written, why it failed, and the space.
+
+    Raises:
+        RunError: the disk is full, a file too large, a permission missing...
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{what} could not be written: {why(error)} ({space_left(folder)})") from error
+
+
+def why(error: BaseException) -> str:
+    """What the operating system says of an error of reading or writing."""
+    return (isinstance(error, OSError) and error.strerror) or str(error).splitlines()[0]
+
+
+def space_left(folder: Path) -> str:
+    """How much a folder's disk can still take, in words."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return f"{shutil.disk_usage(existing).free / 2**20:.1f} MiB free on the disk of {folder}"
+
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file's content in one step."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,77 +1,34 @@
 """Shards over HTTP, from real local servers: one serves ranges, one whole files."""
 
-import functools
-import http.server
-import re
-import threading
 from itertools import islice
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-import webdataset as wds
-from PIL import Image
 
 from clipdistill.data import ImageTextStream, StreamLoader, expand_urls, index_shards
 from clipdistill.errors import InputError
+from tests.servers import NoRanges, Ranges, files, serving, write_noise_shards
 
 
-class Ranges(http.server.SimpleHTTPRequestHandler):
-    """Serves files with single byte ranges."""
-
-    def do_GET(self):
-        path = Path(self.translate_path(self.path))
-        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-        if not wanted or not path.is_file():
-            return super().do_GET()
-        data = path.read_bytes()
-        first, last = int(wanted[1]), min(int(wanted[2]), len(data) - 1)
-        self.send_response(206)
-        self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
-        self.send_header("Content-Length", str(last - first + 1))
-        self.end_headers()
-        self.wfile.write(data[first : last + 1])
-        return None
-
-    def log_message(self, *args):
-        pass
-
-
-class NoRanges(http.server.SimpleHTTPRequestHandler):
-    """Python's own server: it answers a range with the whole file."""
-
-    def log_message(self, *args):
-        pass
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards")
+    write_noise_shards(folder)
+    return folder
 
 
 @pytest.fixture
 def serve(tmp_path):
-    """Serve tmp_path with a handler; gives the base URL."""
-    servers = []
+    """Serve tmp_path, or another folder, with a handler; gives the base URL."""
+    started = []
 
-    def start(handler):
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=str(tmp_path)))
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        servers.append(server)
-        return f"http://127.0.0.1:{server.server_port}"
+    def start(handler, folder=tmp_path):
+        started.append(serving(files(folder, handler)))
+        return started[-1].__enter__()
 
     yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
-
-
-@pytest.fixture
-def shards(tmp_path):
-    """Two shards of 7 and 5 MB: larger than what the reader fetches at once."""
-    noise = np.random.default_rng(0)
-    for shard, size in enumerate((14, 10)):
-        with wds.TarWriter(str(tmp_path / f"{shard}.tar")) as tar:
-            for number in range(size):
-                image = Image.fromarray(noise.integers(0, 256, (410, 410, 3), np.uint8))
-                tar.write({"__key__": f"{shard}-{number:02d}", "png": image, "txt": f"{number}"})
-    return expand_urls([str(tmp_path)])
+    for server in started:
+        server.__exit__(None, None, None)
 
 
 def load(index, workers):
@@ -96,20 +53,20 @@ def test_a_missing_shard_is_an_input_error_without_the_secret_of_its_url(serve):
 
 
 @pytest.mark.parametrize("handler", [Ranges, NoRanges])
-def test_the_index_is_that_of_the_disk(shards, serve, handler, tmp_path):
-    url = serve(handler)
-    local = index_shards(shards, cache_dir=None)
+def test_the_index_is_that_of_the_disk(folder, serve, handler, tmp_path):
+    url = serve(handler, folder)
+    local = index_shards(expand_urls([str(folder)]), cache_dir=None)
     remote = index_shards([f"{url}/0.tar", f"{url}/1.tar"], cache_dir=tmp_path / "cache")
     for one, other in zip(remote, local, strict=True):
         assert one.offsets.tolist() == other.offsets.tolist()
-        assert (one.size, one.end, one.problems) == (other.size, other.end, ())
+        assert (one.stat.size, one.end, one.problems) == (other.stat.size, other.end, ())
 
 
 @pytest.mark.parametrize("handler", [Ranges, NoRanges])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_batches_are_those_of_the_disk(shards, serve, handler, workers):
-    url = serve(handler)
-    local = load(index_shards(shards, cache_dir=None), workers)
+def test_the_batches_are_those_of_the_disk(folder, serve, handler, workers):
+    url = serve(handler, folder)
+    local = load(index_shards(expand_urls([str(folder)]), cache_dir=None), workers)
     remote = load(index_shards([f"{url}/0.tar", f"{url}/1.tar"], cache_dir=None), workers)
     middle = None
     for step, (one, other) in enumerate(islice(zip(remote, local, strict=False), 9)):

@@ -69,7 +69,7 @@ def test_offsets_are_where_tarfile_can_start_to_read(tmp_path):
     path = write_shard(tmp_path / "a.tar", keys)
     (index,) = index_shards([str(path)], cache_dir=None)
     assert len(index) == 20
-    assert index.size == path.stat().st_size
+    assert index.stat.size == path.stat().st_size
     for key, offset in zip(keys, index.offsets, strict=True):
         with path.open("rb") as file:
             file.seek(offset)

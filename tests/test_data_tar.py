@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -92,6 +93,100 @@ def test_a_huge_claimed_size_reads_nothing():
     (damage,) = walked(data)
     assert damage.name == "a.png"
     assert "cut short" in damage.reason
+
+
+def test_behind_a_forged_size_the_other_members_are_found():
+    data = bytearray(make_tar([(f"{i}.txt", b"x" * 700) for i in range(4)], tar_format=tarfile.USTAR_FORMAT))
+    forged = tarfile.TarInfo("1.txt")
+    forged.size = 1 << 40
+    data[3 * 512 : 4 * 512] = forged.tobuf(tarfile.GNU_FORMAT)
+    found = walked(bytes(data))
+    assert [m.name for m in found if isinstance(m, Member)] == ["0.txt", "2.txt", "3.txt"]
+    (damage,) = [m for m in found if isinstance(m, Damage)]
+    assert (damage.at, damage.name) == (3 * 512, "1.txt")
+
+
+def extended(content, kind=b"x"):
+    """An archive of a member behind an extension header with this content, and another member."""
+    header = bytearray(tarfile.TarInfo("x").tobuf(tarfile.USTAR_FORMAT))
+    header[124:136] = b"%011o\0" % len(content)
+    header[156:157] = kind
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    members = make_tar([("a.txt", b"1"), ("b.txt", b"2")], tar_format=tarfile.USTAR_FORMAT)
+    return bytes(header) + content + bytes(-len(content) % 512) + members
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"junk",
+        b"0 path=x\n",
+        b"-9 path=x\n",
+        b"99999999999 path=x\n",
+        b"9 path=x ",
+        b"11 size=\xff\n",
+        b"10 size=1e\n",
+        b"8 path=x\n9 path=y\n",
+        b"7 path\n",
+        b"9" * 60_000,
+    ],
+)
+def test_an_extension_header_that_makes_no_sense_is_damage_and_its_member_keeps_its_own_name(content):
+    damage, first, second = walked(extended(content))
+    assert isinstance(damage, Damage)
+    assert "extension" in damage.reason
+    assert [(m.name, m.size) for m in (first, second)] == [("a.txt", 1), ("b.txt", 1)]
+    assert first.header == 0
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"20 path=../../x.png\n", b"9 size=1\n", b"22 GNU.sparse.major=1\n", b"8 a=\xff\0\n"]
+)
+def test_extension_headers_mean_what_they_mean_to_tarfile(content):
+    data = extended(content)
+    with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+        expected = [(m.name, m.offset, m.offset_data) for m in tar]
+    assert [(m.name, m.header, m.start) for m in walked(data) if isinstance(m, Member)] == expected
+
+
+def test_a_shard_of_costly_extension_headers_does_not_stop_the_walk():
+    data = extended(b"2 " * 30_000) * 100
+    started = time.process_time()
+    assert len([m for m in walked(data) if isinstance(m, Member)]) == 200
+    assert time.process_time() - started < 3
+
+
+def test_a_name_of_10_kb_is_found_and_cut_in_messages():
+    name = "../" * 3400 + "x.png"
+    whole = make_tar([(name, b"1" * 600)], tar_format=tarfile.GNU_FORMAT)
+    assert walked(whole)[0].name == name
+    (damage,) = walked(whole[: 512 * 23])
+    assert damage.name == name
+    assert len(damage.reason) < 200
+
+
+def test_an_archive_inside_an_archive_stays_one_member():
+    inner = make_tar([("0.png", b"i"), ("1.png", b"j")])
+    found = walked(make_tar([("0.tar", inner), ("2.png", b"k")]))
+    assert [m.name for m in found] == ["0.tar", "2.png"]
+
+
+@pytest.mark.parametrize(
+    ("tail", "reason"),
+    [
+        (bytes(512), None),
+        (bytes(1024 + 10_240 - 512), None),
+        (bytes(20_000), "incomplete"),
+        (bytes(1024) + b"junk" * 500, "no tar header"),
+        (b"junk" * 500 + bytes(10_240), "no tar header"),
+    ],
+)
+def test_an_end_that_may_hide_lost_members_is_damage(tail, reason):
+    member = make_tar([("a.txt", b"1")], tar_format=tarfile.USTAR_FORMAT)[:1024]
+    damages = [m.reason for m in walked(member + tail) if isinstance(m, Damage)]
+    assert len(damages) == (reason is not None)
+    assert reason is None or reason in damages[0]
 
 
 @settings(deadline=None, max_examples=150)

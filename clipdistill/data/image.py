@@ -15,10 +15,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from PIL.JpegImagePlugin import JpegImageFile
 
 Pixels = NDArray[np.uint8]
 
 FORMATS = ("PNG", "JPEG", "WEBP")
+
+MAX_SCANS = 100
+"""Of a JPEG. Progressive ones have about ten; ten bytes make another, and of 80 million pixels it takes 0.1 s."""
 
 _ORIENTATION = 0x0112
 _UPRIGHT = {
@@ -164,7 +168,21 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
         raise TooManyPixelsError(str(error)) from error
     if image.width * image.height > max_pixels:
         raise TooManyPixelsError(f"{image.width} x {image.height} pixels, at most {max_pixels:,} are allowed")
+    if isinstance(image, JpegImageFile):
+        _check_scans(image, data)
     return image
+
+
+def _check_scans(image: JpegImageFile, data: bytes) -> None:
+    """Refuse a JPEG of too many scans. Where the first holds all of a plain one, as nearly always, no more are read."""
+    components = image.layers
+    header = b"\xff\xda\x00" + bytes((6 + 2 * components, components))
+    first = image.fp.tell() - len(header) - 3 - 2 * components if image.fp else 0
+    if "progressive" not in image.info and data.startswith(header, max(first, 0)):
+        return
+    scans = data.count(b"\xff\xda")
+    if scans > MAX_SCANS:
+        raise ValueError(f"{scans} scans, at most {MAX_SCANS} are allowed")
 
 
 def _orientation(image: Image.Image) -> int:
@@ -191,7 +209,10 @@ def _decode(image: Image.Image, orientation: int) -> Image.Image:
     image.load()
     if image.mode.startswith("I"):
         grey = np.asarray(image)
-        image = Image.fromarray((np.clip(grey, 0, 0xFFFF) >> 8).astype(np.uint8))
+        narrow = (np.clip(grey, 0, 0xFFFF) >> 8).astype(np.uint8)
+        if "transparency" in image.info:
+            narrow[grey == image.info["transparency"]] = 255
+        image = Image.fromarray(narrow)
     elif image.has_transparency_data:
         opaque_mode, mode = ("L", "LA") if image.mode in ("L", "LA", "La") else ("RGB", "RGBA")
         image = image.convert(mode)

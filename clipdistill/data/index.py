@@ -3,10 +3,11 @@
 import hashlib
 import json
 import logging
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clipdistill.data.tar import Damage, Member, walk
-from clipdistill.data.urls import ShardFile, locate, one_line, shown
+from clipdistill.data.urls import ShardFile, Stat, locate, one_line, shown, stat
 from clipdistill.errors import InputError
 from clipdistill.files import write_text
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 2
+_FORMAT = 3
 _KEPT = 16
-_STAMPS = ("mtime", "ETag", "etag", "Last-Modified", "LastModified", "last_modified", "blob_id")
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
+_COMPRESSED = {
+    "gzip": re.compile(rb"\x1f\x8b\x08"),
+    "zstd": re.compile(rb"\x28\xb5\x2f\xfd"),
+    "bzip2": re.compile(rb"BZh[1-9]1AY&SY"),
+    "xz": re.compile(rb"\xfd7zXZ\0"),
+}
+"""What compressed files begin with, and no member's name does."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -31,14 +37,16 @@ class ShardIndex:
     """Where the samples of one shard begin."""
 
     url: str
-    size: int
-    """Bytes of the shard."""
     offsets: NDArray[np.int64]
     """Byte of each sample's first tar header, rising."""
     end: int
     """Byte after the last sample."""
     digest: str
     """Of the tar headers: it changes when the shard is written anew, not when it is moved."""
+    stat: Stat
+    """The version that was indexed."""
+    repeats: frozenset[int] = frozenset()
+    """Numbers of samples whose key an earlier sample has: bad ones."""
     problems: tuple[str, ...] = ()
     """What is damaged, and where. Samples that the damage hides are not among the offsets."""
 
@@ -134,17 +142,13 @@ def split_name(name: str) -> tuple[str, str] | None:
 
 def _index_shard(url: str, cache_dir: str | Path | None) -> ShardIndex:
     try:
-        fs, path = locate(url)
-        info = fs.info(path)
-        if info["type"] != "file" or info["size"] is None:
-            raise InputError(f"shard {shown(url)!r}: not a file of known size")
-        size = int(info["size"])
-        cached = _cache_file(cache_dir, url=fs.unstrip_protocol(path), size=size, info=info)
-        if cached and (known := _load(cached, url=url, size=size)):
+        version = stat(url)
+        cached = _cache_file(cache_dir, url=url, version=version)
+        if cached and (known := _load(cached, url=url, version=version)):
             return known
-        file = ShardFile(url)
+        file = ShardFile(url, stat=version)
         try:
-            index = _scan(file, url=url, size=size)
+            index = _scan(file, url=url, version=version)
         finally:
             file.close()
     except InputError:
@@ -156,7 +160,7 @@ def _index_shard(url: str, cache_dir: str | Path | None) -> ShardIndex:
     return index
 
 
-def _scan(file: ShardFile, *, url: str, size: int) -> ShardIndex:
+def _scan(file: ShardFile, *, url: str, version: Stat) -> ShardIndex:
     digest = hashlib.blake2b(digest_size=8)
 
     def read_at(offset: int, length: int) -> bytes:
@@ -164,71 +168,85 @@ def _scan(file: ShardFile, *, url: str, size: int) -> ShardIndex:
         digest.update(data)
         return data
 
-    start = read_at(0, 8)
+    start = read_at(0, 16)
     problems: list[str] = []
     offsets: list[int] = []
     end = 0
-    compression = next((name for magic, name in _COMPRESSED.items() if start.startswith(magic)), None)
+    repeats: frozenset[int] = frozenset()
+    compression = next((name for name, magic in _COMPRESSED.items() if magic.match(start)), None)
     if compression:
         problems.append(f"compressed with {compression}; a shard must be a plain tar")
     else:
-        offsets, end = _group(walk(read_at, size), problems)
+        offsets, end, repeats = _group(walk(read_at, version.size), problems)
         if not offsets and problems:
             problems.append("no samples: not a tar archive, or an empty or damaged one")
     return ShardIndex(
         url=url,
-        size=size,
         offsets=np.array(offsets, np.int64),
         end=end,
         digest=digest.hexdigest(),
+        stat=version,
+        repeats=repeats,
         problems=tuple(problems),
     )
 
 
-def _group(entries: Iterable[Member | Damage], problems: list[str]) -> tuple[list[int], int]:
-    """Offsets of the samples (runs of members with one key), and the end of the last; damage goes into
-    `problems`."""
+def _group(entries: Iterable[Member | Damage], problems: list[str]) -> tuple[list[int], int, frozenset[int]]:
+    """Offsets of the samples (runs of members with one key), the end of the last, and which have a key that was there
+    before; damage goes into `problems`."""
     offsets: list[int] = []
     ends: list[int] = [0]
-    current = None
+    repeats: set[int] = set()
+    known: set[str] = set()
+    current, dropped = None, False
     for entry in entries:
         if isinstance(entry, Damage):
             problems.append(f"byte {entry.at:,}: {entry.reason}")
             cut = split_name(entry.name) if entry.name is not None else None
-            if offsets and cut and cut[0] == current:
+            if cut and cut[0] == current and not dropped:
+                dropped = True
                 offsets.pop()
                 ends.pop()
+                if len(offsets) in repeats:
+                    repeats.remove(len(offsets))
+                else:
+                    known.remove(cut[0])
             continue
         named = split_name(entry.name) if entry.regular else None
         if named is None:
             continue
         if named[0] != current:
-            current = named[0]
+            current, dropped = named[0], False
+            if current in known:
+                repeats.add(len(offsets))
+            known.add(current)
             offsets.append(entry.header)
             ends.append(0)
-        ends[-1] = entry.start + entry.size
-    return offsets, ends[-1]
+        if not dropped:
+            ends[-1] = entry.start + entry.size
+    return offsets, ends[-1], frozenset(repeats)
 
 
-def _cache_file(cache_dir: str | Path | None, *, url: str, size: int, info: dict[str, Any]) -> Path | None:
+def _cache_file(cache_dir: str | Path | None, *, url: str, version: Stat) -> Path | None:
     if cache_dir is None:
         return None
-    stamp = [str(info[name]) for name in _STAMPS if info.get(name) is not None]
-    key = hashlib.sha256(json.dumps([_FORMAT, url, size, stamp]).encode()).hexdigest()[:32]
+    fs, path = locate(url)
+    place = fs.unstrip_protocol(path)
+    key = hashlib.sha256(json.dumps([_FORMAT, place, *astuple(version)]).encode()).hexdigest()[:32]
     return Path(cache_dir).expanduser() / "shards" / f"{key}.json"
 
 
-def _load(path: Path, *, url: str, size: int) -> ShardIndex | None:
+def _load(path: Path, *, url: str, version: Stat) -> ShardIndex | None:
     """The index in a cache file; None where there is none, or it is damaged."""
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
-        offsets = np.array(saved["offsets"], np.int64)
         return ShardIndex(
             url=url,
-            size=size,
-            offsets=offsets,
+            offsets=np.array(saved["offsets"], np.int64),
             end=int(saved["end"]),
             digest=str(saved["digest"]),
+            stat=version,
+            repeats=frozenset(saved["repeats"]),
             problems=tuple(saved["problems"]),
         )
     except (OSError, ValueError, KeyError, TypeError, OverflowError):
@@ -242,6 +260,7 @@ def _save(path: Path, index: ShardIndex) -> None:
         "offsets": index.offsets.tolist(),
         "end": index.end,
         "digest": index.digest,
+        "repeats": sorted(index.repeats),
         "problems": index.problems,
     }
     write_text(path, json.dumps(saved))

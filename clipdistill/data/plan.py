@@ -26,7 +26,7 @@ from clipdistill.errors import InputError
 
 Indices = NDArray[np.int64]
 
-_SHARDS, _WINDOW, _PIXELS, _DRAWS = 1, 2, 3, 4
+_SHARDS, _WINDOW, _PIXELS, _DRAWS, _VIEWS = 1, 2, 3, 4, 5
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -179,6 +179,10 @@ class Plan(Layout):
         """The generator that draws a sample's augmentation: the same whichever rank and worker decodes it."""
         return generator(_PIXELS, self.seed, epoch, number)
 
+    def view(self, epoch: int, number: int, views: int) -> int:
+        """Which of its fixed views a sample shows: each once in that many epochs."""
+        return (epoch + number) % views
+
     def _left(self, epoch: int) -> int:
         """Samples of an epoch that this layout shares out."""
         return len(self._rest) if self.past and epoch == self.first_epoch else self.total
@@ -258,8 +262,17 @@ class ResampledPlan(Layout):
         """The generator that draws the augmentation of a worker's sample."""
         return self._generator(_PIXELS, rank, worker, number)
 
+    def view(self, rank: int, worker: int, number: int, views: int) -> int:
+        """Which of its fixed views a sample shows: any, with equal chance."""
+        return int(self.pixels(rank, worker, number).integers(views))
+
     def _generator(self, purpose: int, *numbers: int) -> np.random.Generator:
         return generator(purpose, self.seed, self.restarts, *numbers)
+
+
+def view_pixels(seed: int, shard_digest: str, sample: int, view: int) -> np.random.Generator:
+    """The generator that draws a fixed view of a sample: the same wherever its shard lies, among whichever others."""
+    return generator(_VIEWS, seed, int(shard_digest, 16), sample, view)
 
 
 def generator(purpose: int, *numbers: int) -> np.random.Generator:

@@ -4,15 +4,15 @@ At most one shuffle window of samples is held.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from heapq import heappop, heappush
 from itertools import count, islice
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from clipdistill.data.index import LazyIndex
-from clipdistill.data.plan import Plan, ResampledPlan
+from clipdistill.data.index import LazyIndex, ShardIndex
+from clipdistill.data.plan import Plan, ResampledPlan, view_pixels
 from clipdistill.data.sample import BadSampleError, RawSample, SampleReader
 from clipdistill.errors import InputError
 
@@ -27,6 +27,12 @@ class Given(NamedTuple):
     raw: RawSample
     rng: np.random.Generator
     """Draws its augmentation."""
+    shard: int
+    """Number of its shard in the index."""
+    sample: int
+    """Number of the sample in its shard."""
+    view: int = 0
+    """Which of its fixed views it shows, where it has any."""
     draw: int = 0
     """Of a resampled stream: the oldest draw that still has a sample to give out,"""
     first: int = 0
@@ -34,9 +40,28 @@ class Given(NamedTuple):
 
 
 def read_share(
-    plan: Plan, reader: SampleReader, *, epoch: int, rank: int, worker: int, position: int
+    plan: Plan,
+    index: Sequence[ShardIndex],
+    reader: SampleReader,
+    *,
+    epoch: int,
+    rank: int,
+    worker: int,
+    position: int,
+    views: int = 0,
 ) -> Iterator[Given]:
-    """A worker's share of an epoch from a position of its order on, over and over."""
+    """A worker's share of an epoch from a position of its order on, over and over.
+
+    Args:
+        plan: Which samples they are, and their order.
+        index: The shards.
+        reader: Reads their samples.
+        epoch: The epoch.
+        rank: The worker's rank.
+        worker: The worker.
+        position: Samples that were given out so far.
+        views: Fixed views a sample; 0: a new augmentation each epoch.
+    """
     share = plan.share(epoch, rank, worker)
     position %= len(share)
     while True:
@@ -46,8 +71,22 @@ def read_share(
             while wanted not in held:
                 here = next(unread)
                 held[here] = reader.read(int(share.shard_N[here]), int(share.sample_N[here]))
-            yield Given(held.pop(wanted), plan.pixels(epoch, int(share.number_N[wanted])))
+            shard, sample, number = (int(of_N[wanted]) for of_N in (share.shard_N, share.sample_N, share.number_N))
+            if views:
+                view = plan.view(epoch, number, views)
+                rng = view_pixels(plan.seed, index[shard].digest, sample, view)
+                yield Given(held.pop(wanted), rng, shard, sample, view)
+            else:
+                yield Given(held.pop(wanted), plan.pixels(epoch, number), shard, sample)
         position = 0
+
+
+class _Turn(NamedTuple):
+    """A worker's sample number `number`, and where it is."""
+
+    number: int
+    shard: int
+    sample: int
 
 
 def read_draws(
@@ -60,6 +99,7 @@ def read_draws(
     draw: int,
     first: int,
     position: int,
+    views: int = 0,
 ) -> Iterator[Given]:
     """A worker's samples from a position of its order on, without end.
 
@@ -74,24 +114,29 @@ def read_draws(
         draw: Where to begin: all before this draw was given out before `position`.
         first: Number of the draw's first sample among all of the worker.
         position: Samples that were given out so far.
+        views: Fixed views a sample; 0: a new augmentation each time.
 
     Raises:
         InputError: While iterating: draw after draw is empty.
     """
     whole = _in_order(plan, index, rank, worker, draw, first, lambda *_: None)
-    gone = {number for number, *_ in islice(whole, position - first)}
+    gone = {turn.number for turn, *_ in islice(whole, position - first)}
 
-    def read(number: int, shard: int, sample: int, fault: InputError | None) -> RawSample | None:
-        if number in gone:
+    def read(turn: _Turn, fault: InputError | None) -> RawSample | None:
+        if turn.number in gone:
             return None
         if fault:
-            return RawSample(url=index.urls[shard], key="", fault=BadSampleError("shard unreadable", str(fault)))
-        return reader.read(shard, sample)
+            return RawSample(url=index.urls[turn.shard], key="", fault=BadSampleError("shard unreadable", str(fault)))
+        return reader.read(turn.shard, turn.sample)
 
     order = _in_order(plan, index, rank, worker, draw, first, read)
-    for number, raw, oldest, oldest_first in islice(order, position - first, None):
+    for turn, raw, oldest, oldest_first in islice(order, position - first, None):
         assert raw is not None
-        yield Given(raw, plan.pixels(rank, worker, number), oldest, oldest_first)
+        view, rng = 0, plan.pixels(rank, worker, turn.number)
+        if views and raw.fault is None:
+            view = plan.view(rank, worker, turn.number, views)
+            rng = view_pixels(plan.seed, index[turn.shard].digest, turn.sample, view)
+        yield Given(raw, rng, turn.shard, turn.sample, view, oldest, oldest_first)
 
 
 def _in_order(
@@ -101,11 +146,11 @@ def _in_order(
     worker: int,
     draw: int,
     first: int,
-    read: Callable[[int, int, int, InputError | None], T],
-) -> Iterator[tuple[int, T, int, int]]:
-    """Number of each sample in the order of giving out, what `read` said when its place in its shard was
-    reached, and the oldest open draw."""
-    waiting: list[tuple[float, int, int, T]] = []
+    read: Callable[[_Turn, InputError | None], T],
+) -> Iterator[tuple[_Turn, T, int, int]]:
+    """Each sample in the order of giving out, what `read` said when its place in its shard was reached, and the
+    oldest open draw with the number of its first sample."""
+    waiting: list[tuple[float, _Turn, int, T]] = []
     left: deque[list[int]] = deque()
     number, empty = first, 0
     for current in count(draw):
@@ -121,10 +166,11 @@ def _in_order(
         left.append([current, number, samples])
         for sample, key in enumerate(plan.keys(rank, worker, current, number, samples).tolist()):
             while waiting and waiting[0][0] <= number:
-                _, turn, of_draw, content = heappop(waiting)
+                _, ripe, of_draw, content = heappop(waiting)
                 left[of_draw - left[0][0]][2] -= 1
                 while not left[0][2]:
                     left.popleft()
-                yield turn, content, left[0][0], left[0][1]
-            heappush(waiting, (key, number, current, read(number, shard, sample, fault)))
+                yield ripe, content, left[0][0], left[0][1]
+            turn = _Turn(number, shard, sample)
+            heappush(waiting, (key, turn, current, read(turn, fault)))
             number += 1

@@ -2,6 +2,7 @@
 reason."""
 
 import json
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from PIL import UnidentifiedImageError
 
 from clipdistill.data.image import Augmentation, Pixels, TooManyPixelsError, render
 from clipdistill.data.index import ShardIndex, split_name
-from clipdistill.data.tar import Member, walk
+from clipdistill.data.tar import Damage, walk
 from clipdistill.data.urls import ShardFile, one_line, shown
 from clipdistill.errors import InputError
 
@@ -21,6 +22,8 @@ decoded."""
 
 MAX_SAMPLE_BYTES = 256 << 20
 MAX_TEXT_BYTES = 64 << 10
+MAX_JSON_BYTES = 16 << 20
+"""Hostile json takes some 20 times its size when it is parsed."""
 
 
 class BadSampleError(ValueError):
@@ -71,9 +74,9 @@ class SampleReader:
         stop = int(entry.offsets[sample + 1]) if sample + 1 < len(entry) else entry.end
         raw = RawSample(url=entry.url, key=f"sample {sample}")
         try:
-            if stop - start > MAX_SAMPLE_BYTES:
-                raise BadSampleError("sample too large", f"{stop - start:,} bytes")
-            self._find_members(raw, self._read(shard, start, stop - start))
+            self._find_members(raw, self._read(shard, start, min(stop - start, MAX_SAMPLE_BYTES)))
+            if sample in entry.repeats:
+                raise BadSampleError("duplicate key", "an earlier sample of the shard has it")
         except BadSampleError as fault:
             raw.fault = fault
         return raw
@@ -92,7 +95,7 @@ class SampleReader:
         if self._failure is None:
             try:
                 if self._file is None:
-                    self._file = ShardFile(url)
+                    self._file = ShardFile(url, stat=self._index[shard].stat)
                 data = self._file.read_at(start, size)
                 if len(data) == size:
                     return data
@@ -105,15 +108,22 @@ class SampleReader:
         key = None
         seen = set()
         for entry in walk(lambda at, size: data[at : at + size], len(data)):
-            named = split_name(entry.name) if isinstance(entry, Member) and entry.regular else None
-            if not isinstance(entry, Member) or named is None:
+            if isinstance(entry, Damage):
+                cut = split_name(entry.name) if entry.name is not None else None
+                if cut and key in (None, cut[0]) and len(data) == MAX_SAMPLE_BYTES:
+                    raise BadSampleError("sample too large", f"more than {MAX_SAMPLE_BYTES:,} bytes")
+                if key is None:
+                    continue
+                break
+            named = split_name(entry.name) if entry.regular else None
+            if named is None:
                 continue
-            if key not in (None, named[0]):
+            if (key is None and entry.header) or key not in (None, named[0]):
                 break
             key, extension = named
             raw.key = key
             if extension in seen:
-                raise BadSampleError("duplicate member", f".{extension} twice")
+                raise BadSampleError("duplicate member", f"{extension!r} twice")
             seen.add(extension)
             if extension in self._wanted:
                 raw.members[extension] = data[entry.start : entry.start + entry.size]
@@ -191,9 +201,12 @@ class Decoder:
         try:
             if type(value) not in (int, str, bytes):
                 raise ValueError
-            label = int(value)
+            text = value if isinstance(value, bytes) else str(value).encode()
+            if not text.strip().removeprefix(b"-").isdigit():
+                raise ValueError
+            label = int(text)
         except ValueError as error:
-            raise BadSampleError("label not a class number", repr(value)[:80]) from error
+            raise BadSampleError("label not a class number", _shown(value)) from error
         if self.num_classes is not None and not 0 <= label < self.num_classes:
             raise InputError(
                 f"shard {shown(raw.url)}: sample {raw.key!r} has {self.label_key} {str(label)[:80]}, "
@@ -209,7 +222,7 @@ def _caption(members: dict[str, bytes], key: str) -> str:
     if value is None:
         raise BadSampleError("no caption")
     if not isinstance(value, str | bytes):
-        raise BadSampleError("caption not text", repr(value)[:80])
+        raise BadSampleError("caption not text", _shown(value))
     try:
         encoded = value if isinstance(value, bytes) else value.encode()
         if len(encoded) > MAX_TEXT_BYTES:
@@ -228,8 +241,15 @@ def _member(members: dict[str, bytes], key: str, *, own: str) -> Any:
         return members.get(own)
     if "json" not in members:
         return None
+    size = len(members["json"])
+    if size > MAX_JSON_BYTES:
+        raise BadSampleError("json too large", f"{size:,} bytes, at most {MAX_JSON_BYTES:,}")
     try:
         content = json.loads(members["json"])
     except (ValueError, RecursionError) as error:
         raise BadSampleError("broken json", one_line(error)[:200]) from error
     return content.get(key) if isinstance(content, dict) else None
+
+
+def _shown(value: object) -> str:
+    return reprlib.repr(value[:80] if isinstance(value, str | bytes) else value)

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from clipdistill.data.embeddings import EmbeddingReader, EmbeddingRows, Embeddings, stack_rows
 from clipdistill.data.image import Augmentation
 from clipdistill.data.index import LazyIndex, ShardIndex
 from clipdistill.data.plan import Layout, Past, Plan, ResampledPlan
@@ -75,6 +76,8 @@ class Batch:
     """The samples' names in their shards."""
     epoch: int = 0
     """Number of the epoch, from 0."""
+    teachers: list[Embeddings] = field(default_factory=list)
+    """Each teacher's embeddings of these very pixels, where they were stored."""
     _worker: int = field(default=0, repr=False)
     _cursor: Cursor = field(default=Cursor(), repr=False)
     _skips: list[Skip] = field(default_factory=list, repr=False)
@@ -92,7 +95,12 @@ class Batch:
         return self._with(Tensor.pin_memory)
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        return replace(self, image_BCHW=change(self.image_BCHW), labels_B=change(self.labels_B))
+        return replace(
+            self,
+            image_BCHW=change(self.image_BCHW),
+            labels_B=change(self.labels_B),
+            teachers=[teacher.with_tensors(change) for teacher in self.teachers],
+        )
 
 
 class ImageTextStream(IterableDataset[Batch]):
@@ -105,6 +113,8 @@ class ImageTextStream(IterableDataset[Batch]):
         augmentation: Random changes of the image; None: the central square, always the same.
         seed: With the epoch, of everything random.
         shuffle: Window of the sample shuffle; 0: off (the order of shards changes each epoch all the same).
+        views: Fixed augmentations of each sample, of which an epoch shows one; 0: a new one each epoch.
+        embeddings: Where teachers' embeddings of the views are stored; None: batches carry none.
         samples_per_epoch: None: an epoch is every sample once. A number: shards are drawn at random, each time
             from all, and so many samples are called an epoch.
         rank: This process among `world_size`.
@@ -137,6 +147,8 @@ class ImageTextStream(IterableDataset[Batch]):
         augmentation: Augmentation | None = Augmentation(),  # noqa: B008 (frozen)
         seed: int = 0,
         shuffle: int = 1000,
+        views: int = 0,
+        embeddings: EmbeddingReader | None = None,
         samples_per_epoch: int | None = None,
         rank: int = 0,
         world_size: int = 1,
@@ -154,6 +166,8 @@ class ImageTextStream(IterableDataset[Batch]):
         if isinstance(index, LazyIndex) != (samples_per_epoch is not None):
             raise ValueError("samples_per_epoch must be given with a LazyIndex, and only with one")
         self.index = index
+        self.views = views
+        self.embeddings = embeddings
         self.rank = rank
         self.num_workers = num_workers
         self.plan: Plan | ResampledPlan
@@ -211,7 +225,14 @@ class ImageTextStream(IterableDataset[Batch]):
             batches = plan.batches(cursor.epoch, worker)
             if cursor.batch < batches:
                 samples = read_share(
-                    plan, reader, epoch=cursor.epoch, rank=self.rank, worker=worker, position=cursor.position
+                    plan,
+                    self.index,
+                    reader,
+                    epoch=cursor.epoch,
+                    rank=self.rank,
+                    worker=worker,
+                    position=cursor.position,
+                    views=self.views,
                 )
                 while cursor.batch < batches:
                     batch = self._batch(worker, cursor, samples, share=batches * plan.batch_size)
@@ -231,6 +252,7 @@ class ImageTextStream(IterableDataset[Batch]):
             draw=cursor.draw,
             first=cursor.first,
             position=cursor.position,
+            views=self.views,
         )
         while True:
             epoch = plan.epoch_at(cursor.batch * plan.workers + worker)
@@ -246,6 +268,7 @@ class ImageTextStream(IterableDataset[Batch]):
         labels: list[int] = []
         keys: list[str] = []
         skips: list[Skip] = []
+        rows: list[list[EmbeddingRows]] = []
         position, in_a_row = cursor.position, 0
         while len(keys) < size:
             given = next(samples)
@@ -268,6 +291,8 @@ class ImageTextStream(IterableDataset[Batch]):
                 captions.append(sample.caption)
                 labels.append(sample.label)
                 keys.append(raw.key)
+                if self.embeddings:
+                    rows.append(self.embeddings.read(given.shard, given.sample, given.view, raw))
             position += 1
         return Batch(
             image_BCHW=torch.from_numpy(image_BCHW),
@@ -275,6 +300,7 @@ class ImageTextStream(IterableDataset[Batch]):
             labels_B=torch.tensor(labels, dtype=torch.int64),
             keys=keys,
             epoch=cursor.epoch,
+            teachers=[stack_rows(of_teacher) for of_teacher in zip(*rows, strict=True)],
             _worker=worker,
             _cursor=replace(cursor, batch=cursor.batch + 1, position=position, draw=given.draw, first=given.first),
             _skips=skips,
@@ -444,7 +470,7 @@ class StreamLoader:
             num_workers=workers,
             prefetch_factor=self._prefetch if workers else None,
             pin_memory=self._pin_memory,
-            worker_init_fn=partial(_start_worker, max_pixels=self._stream.decoder.max_pixels),
+            worker_init_fn=partial(start_worker, max_pixels=self._stream.decoder.max_pixels),
             generator=torch.Generator(),  # DataLoader draws a seed from the global generator otherwise
         )
         for item in loader:
@@ -494,7 +520,7 @@ def _changes(then: Sequence[Sequence[str]], now: Sequence[Sequence[str]]) -> str
     return ", ".join(changes[:_NAMED] + more)
 
 
-def _start_worker(_: int, *, max_pixels: int) -> None:
+def start_worker(_: int, *, max_pixels: int) -> None:
     """Set a worker process up: one thread, Ctrl-C left to the training process, Pillow's own limit of
     pixels."""
     torch.set_num_threads(1)

@@ -4,6 +4,11 @@
 more than the archive holds, always moves forward, and finds its way back after damage by looking for the next
 block whose checksum is right. It knows ustar, GNU long names and pax headers: all that WebDataset shards are
 made of.
+
+What it cannot find: members that bytes put in or taken out have moved off the 512-byte grid, up to where the
+grid fits again; members that lie inside another one, because its header, though its checksum is right, claims
+too many bytes. What it cannot even notice: that as many zeros as may end an archive stand in for its last
+members.
 """
 
 import zlib
@@ -11,8 +16,10 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 BLOCK = 512
+_ZEROS = bytes(BLOCK)
 _MAX_EXTENSION_BYTES = 1 << 16
-_AFTER_END = "more members after an end-of-archive mark"
+_MAX_PADDING = 2 * BLOCK + 10_240
+"""Zeros that may end an archive: the end-of-archive mark, in the usual records of 20 blocks."""
 _NO_DATA = b"123456"
 _REGULAR = (b"0", b"\0", b"7")
 _LONG_NAME, _LONG_LINK, _PAX, _PAX_GLOBAL = b"L", b"K", b"x", b"g"
@@ -44,6 +51,14 @@ class _Header(NamedTuple):
     kind: bytes
 
 
+class _Extension(NamedTuple):
+    """What extension headers say of the next member."""
+
+    path: str = ""
+    size: int | None = None
+    sparse: bool = False
+
+
 def walk(read_at: ReadAt, size: int) -> Iterator[Member | Damage]:
     """Yield the members of an archive of `size` bytes, and its damage, in order.
 
@@ -52,49 +67,60 @@ def walk(read_at: ReadAt, size: int) -> Iterator[Member | Damage]:
         size: Where the archive ends; nothing beyond is read.
 
     A member's `header` is the first of its headers, extension headers included: reading may start there
-    again.
+    again. Behind damage that took its extension headers, a member may have the wrong name: nothing on the other
+    side of damage belongs with it.
     """
     at = 0
     first: int | None = None
-    extension: dict[str, str] = {}
-    hole: tuple[int, str] | None = None
-    ended = False
+    extension = _Extension()
+    zeros: int | None = None
+    lost = False
     while at + BLOCK <= size:
         block = read_at(at, BLOCK)
         header = _parse(block)
         extends = header is not None and header.kind in (_LONG_NAME, _LONG_LINK, _PAX, _PAX_GLOBAL)
         if header is None or (extends and header.size > _MAX_EXTENSION_BYTES):
-            zeros = not block.strip(b"\0")
-            hole = hole or (at, _AFTER_END if zeros else "no tar header here")
-            ended = ended or zeros
-            first, extension = None, {}
+            if not lost and block == _ZEROS:
+                zeros = at if zeros is None else zeros
+            elif not lost:
+                lost = True
+                yield Damage(at, "no tar header here")
+            first, extension = None, _Extension()
             at += BLOCK
             continue
-        if hole:
-            yield Damage(*hole)
-            hole, ended = None, False
+        if zeros is not None and not lost:
+            yield Damage(zeros, "more members after an end-of-archive mark")
+        zeros, lost = None, False
         first = at if first is None else first
         data = at + BLOCK
         if extends:
-            if data + header.size <= size:
-                extension |= _extension(header.kind, read_at(data, header.size))
+            if header.kind in (_LONG_NAME, _PAX) and data + header.size <= size:
+                extended = _extended(extension, header.kind, read_at(data, header.size))
+                if extended is None:
+                    yield Damage(at, "unreadable extension header")
+                extension = extended or _Extension()
             at = data + _padded(header.size)
             continue
-        name = extension.get("path") or header.name.decode("utf-8", "surrogateescape")
-        length = _size(extension.get("size", "").encode(), base=10) or header.size
+        name = extension.path or header.name.decode("utf-8", "surrogateescape")
+        length = header.size if extension.size is None else extension.size
         if header.kind in _NO_DATA:
             length = 0
         if data + length > size:
-            yield Damage(first, f"member {name!r} is cut short", name)
-            return
-        regular = header.kind in _REGULAR and not name.endswith("/") and "sparse" not in extension
+            yield Damage(first, f"member {_short(name)} is cut short", name)
+            lost = True
+            first, extension = None, _Extension()
+            at = data
+            continue
+        regular = header.kind in _REGULAR and not name.endswith("/") and not extension.sparse
         yield Member(first, name, data, length, regular)
-        first, extension = None, {}
+        first, extension = None, _Extension()
         at = data + _padded(length)
-    if hole and hole[1] != _AFTER_END:
-        yield Damage(*hole)
-    elif not ended:
+    if lost:
+        return
+    if zeros is None:
         yield Damage(size, "no end-of-archive mark: the file may be cut short")
+    elif size - zeros > _MAX_PADDING:
+        yield Damage(zeros, f"{size - zeros:,} zero bytes to the end: the file may be incomplete")
 
 
 def _parse(block: bytes) -> _Header | None:
@@ -128,19 +154,30 @@ def _padded(size: int) -> int:
     return -(-size // BLOCK) * BLOCK
 
 
-def _extension(kind: bytes, data: bytes) -> dict[str, str]:
-    """What an extension header says of the next member: of its path, its size, whether it is sparse."""
+def _short(name: str) -> str:
+    return repr(name if len(name) <= 100 else name[:97] + "...")
+
+
+def _extended(known: _Extension, kind: bytes, data: bytes) -> _Extension | None:
+    """What is known of the next member with this extension header's content; None where that is damaged."""
     if kind == _LONG_NAME:
-        return {"path": data.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")}
-    found: dict[str, str] = {}
-    while kind == _PAX and data:
-        length = _size(data.split(b" ", 1)[0], base=10)
-        if not length or length > len(data):
-            break
-        keyword, _, value = data[:length].rstrip(b"\n").partition(b" ")[2].partition(b"=")
-        if keyword in (b"path", b"size"):
-            found[keyword.decode()] = value.decode("utf-8", "surrogateescape")
+        path = data.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
+        return known._replace(path=path) if path else None
+    at = 0
+    while at < len(data):
+        space = data.find(b" ", at, at + 8)
+        end = at + ((_size(data[at:space], base=10) if space > at else None) or len(data) + 1)
+        keyword, equals, value = data[space + 1 : end - 1].partition(b"=")
+        if end > len(data) or data[end - 1] != ord("\n") or not equals:
+            return None
+        if keyword == b"path":
+            known = known._replace(path=value.decode("utf-8", "surrogateescape"))
+        elif keyword == b"size":
+            length = _size(value, base=10)
+            if length is None:
+                return None
+            known = known._replace(size=length)
         elif keyword.startswith(b"GNU.sparse"):
-            found["sparse"] = "yes"
-        data = data[length:]
-    return found
+            known = known._replace(sparse=True)
+        at = end
+    return known

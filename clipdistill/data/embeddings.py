@@ -1,0 +1,246 @@
+"""What teachers say of a shard's samples, packed in one file a shard: `FOLDER/<shard's stem>-<its digest>.safetensors`.
+
+    valid        (N,)         uint8: 0 for a sample that could not be used
+    content      (N,)         int64: digest of the sample's image and caption as they lie in the shard
+    image.T      (N, K, D)    of teacher T: unit-norm image embedding of each stored view
+    captions.T   (N, D)       of teacher T: unit-norm text embedding of the caption, where captions are stored
+    *.scale      (N[, K])     float32: what an int8 row is multiplied with
+
+The header holds the key (everything that the numbers depend on) and a digest of the tensors. A file with another
+key, or whose bytes changed, is never used.
+
+Shapes: N samples of a shard, K views, D dimensions of a teacher, B samples of a batch.
+"""
+
+import hashlib
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from clipdistill.data.index import ShardIndex
+from clipdistill.data.sample import IMAGE_EXTENSIONS, RawSample
+from clipdistill.data.urls import shown
+from clipdistill.errors import InputError
+from clipdistill.files import sync
+
+EMBEDDING_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
+"""How embeddings may be stored."""
+
+_FORMAT = 1
+_OPEN_FILES = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embeddings:
+    """One teacher's embeddings of a batch, float32."""
+
+    image_BD: Tensor
+    captions_BD: Tensor | None = None
+
+    def with_tensors(self, change: Callable[[Tensor], Tensor]) -> "Embeddings":
+        """The same with its tensors changed, such as moved to a device."""
+        captions_BD = None if self.captions_BD is None else change(self.captions_BD)
+        return Embeddings(image_BD=change(self.image_BD), captions_BD=captions_BD)
+
+
+class EmbeddingRows(NamedTuple):
+    """One teacher's embeddings of a sample, (D,) float32."""
+
+    image_D: Tensor
+    captions_D: Tensor | None = None
+
+
+def stack_rows(rows: Sequence[EmbeddingRows]) -> Embeddings:
+    """The rows of a batch's samples as matrices."""
+    captions = [row.captions_D for row in rows if row.captions_D is not None]
+    return Embeddings(
+        image_BD=torch.stack([row.image_D for row in rows]),
+        captions_BD=torch.stack(captions) if captions else None,
+    )
+
+
+def pack(rows: Tensor, precision: str) -> dict[str, Tensor]:
+    """Rows (..., D) as they are stored: ``""`` the numbers, and for int8 ``".scale"`` each row's factor."""
+    if precision != "int8":
+        return {"": rows.to(EMBEDDING_DTYPES[precision]).cpu().contiguous()}
+    scale = rows.float().abs().amax(-1).clamp(min=torch.finfo(torch.float32).tiny) / 127
+    whole = (rows.float() / scale[..., None]).round().to(torch.int8)
+    return {"": whole.cpu().contiguous(), ".scale": scale.cpu().contiguous()}
+
+
+def unpack(rows: Tensor, scale: Tensor | None) -> Tensor:
+    """Stored rows as float32."""
+    return rows.float() if scale is None else rows.float() * scale[..., None]
+
+
+def bytes_per_sample(dimensions: Sequence[int], *, views: int, captions: bool, precision: str) -> int:
+    """Size of a sample in its file: all teachers' rows, their scales, and the sample's own fields."""
+    rows = len(dimensions) * (views + captions)
+    numbers = sum(dimensions) * (views + captions)
+    return numbers * EMBEDDING_DTYPES[precision].itemsize + (4 * rows if precision == "int8" else 0) + 9
+
+
+def content_digest(raw: RawSample, caption_key: str) -> int:
+    """A 63-bit digest of a sample's image and caption as they lie in the shard."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name in (*IMAGE_EXTENSIONS, "txt" if caption_key == "txt" else "json"):
+        if name in raw.members:
+            digest.update(f"{name}:{len(raw.members[name])}:".encode())
+            digest.update(raw.members[name])
+    return int.from_bytes(digest.digest(), "big") >> 1
+
+
+def embedding_file(folder: Path, shard: ShardIndex) -> Path:
+    """Where a shard's embeddings are."""
+    stem = shown(shard.url).replace("\\", "/").rsplit("/", 1)[-1].removesuffix(".tar")
+    return folder / f"{stem}-{shard.digest}.safetensors"
+
+
+def write_embeddings(path: Path, tensors: Mapping[str, Tensor], key: Mapping[str, Any]) -> None:
+    """Write a shard's file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    header = {"format": str(_FORMAT), "key": json.dumps(key, sort_keys=True), "digest": _digest(tensors)}
+    try:
+        save_file(dict(tensors), temporary, metadata=header)
+        sync(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def find_fault(path: Path, key: Mapping[str, Any], *, samples: int, thorough: bool) -> str | None:
+    """Why a shard's file cannot be used, in words; None where it can.
+
+    Args:
+        path: The file.
+        key: What its numbers must depend on.
+        samples: N of the shard.
+        thorough: Whether to read all of the file and compare its digest.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            if header.get("format") != str(_FORMAT):
+                return f"format {header.get('format')}, this version reads {_FORMAT}"
+            difference = _difference(json.loads(header["key"]), json.loads(json.dumps(key)))
+            if difference:
+                return f"stale: {difference}"
+            if file.get_slice("valid").get_shape() != [samples]:
+                return f"stale: it holds {file.get_slice('valid').get_shape()[0]} samples, the shard {samples}"
+            if thorough and _digest(_tensors(file)) != header["digest"]:
+                return "damaged: its bytes are not those that were written"
+    except FileNotFoundError:
+        return "missing"
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        return f"damaged: {' '.join(str(error).split())}"
+    return None
+
+
+class EmbeddingReader:
+    """Embeddings of samples, by shard and number; files are mapped into memory, and verified when first opened.
+
+    Args:
+        folder: Where the files are.
+        index: All shards.
+        key: What every file's numbers must depend on.
+        caption_key: As for the stream.
+    """
+
+    def __init__(self, folder: Path, index: Sequence[ShardIndex], key: Mapping[str, Any], *, caption_key: str) -> None:
+        self._folder = folder
+        self._index = index
+        self._key = key
+        self._caption_key = caption_key
+        self._files: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
+
+    def check(self) -> None:
+        """See that every shard has a file with the right key.
+
+        Raises:
+            InputError: Naming the first that has none.
+        """
+        faults = []
+        for shard in self._index:
+            path = embedding_file(self._folder, shard)
+            fault = find_fault(path, self._key, samples=len(shard), thorough=False)
+            if fault:
+                faults.append(f"{path.name} {fault}")
+        if faults:
+            raise InputError(
+                f"teacher_cache.folder: {self._folder} cannot serve {len(faults)} of {len(self._index)} shards, "
+                f"the first for {faults[0]}; allowed: what `clipdistill cache` with this config writes"
+            )
+
+    def read(self, shard: int, sample: int, view: int, raw: RawSample) -> list[EmbeddingRows]:
+        """Each teacher's embeddings of a view of a sample, and of its caption where captions are stored.
+
+        Raises:
+            InputError: The file is damaged, or was made from another content of the shard.
+        """
+        tensors = self._open(shard)
+        if not tensors["valid"][sample] or int(tensors["content"][sample]) != content_digest(raw, self._caption_key):
+            raise InputError(
+                f"teacher_cache.folder: sample {raw.key!r} of {shown(raw.url)} is not what {self._path(shard).name} "
+                "was made from; allowed: the same shards, or build the cache anew"
+            )
+
+        def row(name: str, *at: int) -> Tensor:
+            scale = tensors.get(f"{name}.scale")
+            return unpack(tensors[name][at], None if scale is None else scale[at])
+
+        return [
+            EmbeddingRows(
+                row(f"image.{teacher}", sample, view),
+                row(f"captions.{teacher}", sample) if self._key["captions"] else None,
+            )
+            for teacher in range(len(self._key["teachers"]))
+        ]
+
+    def _path(self, shard: int) -> Path:
+        return embedding_file(self._folder, self._index[shard])
+
+    def _open(self, shard: int) -> dict[str, Tensor]:
+        if shard not in self._files:
+            path = self._path(shard)
+            fault = find_fault(path, self._key, samples=len(self._index[shard]), thorough=True)
+            if fault:
+                raise InputError(f"teacher_cache.folder: {path} {fault}; allowed: `clipdistill cache` builds it anew")
+            with safe_open(path, framework="pt") as file:
+                self._files[shard] = _tensors(file)
+            while len(self._files) > _OPEN_FILES:
+                self._files.popitem(last=False)
+        self._files.move_to_end(shard)
+        return self._files[shard]
+
+
+def _tensors(file: Any) -> dict[str, Tensor]:
+    return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for name in sorted(tensors):
+        digest.update(f"{name}:{tensors[name].dtype}:{tuple(tensors[name].shape)}:".encode())
+        digest.update(tensors[name].contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _difference(then: Any, now: Any, at: str = "") -> str | None:
+    """The first setting that differs, in words."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        for name in now:
+            found = _difference(then.get(name), now[name], f"{at}.{name}" if at else name)
+            if found:
+                return found
+        return None
+    return None if then == now else f"{at} was {then!r} and is {now!r}"
