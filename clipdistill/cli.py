@@ -1,18 +1,29 @@
-"""The command line: ``clipdistill {quickstart,train,evaluate,export,shards}``.
+"""The command line: ``clipdistill {quickstart,train,evaluate,export,report,shards}``.
 
-Exit code 0: done. 2: the user's input is wrong (one line says what). 1: a fault.
+Exit code 0: done. 2: the user's input is wrong (one line says what). 1: a fault (one line, where it is a known one).
+75: stopped by SIGTERM or SIGINT, and saved; the same command with ``--resume auto`` goes on. `accelerate launch` and
+`torchrun` make 1 of every code but 0.
 """
 
 import argparse
-import json
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
 from clipdistill import __version__
-from clipdistill.errors import InputError
+from clipdistill.errors import AlreadyToldError, InputError, Interrupted, RunError
+from clipdistill.evaluation.command import add_arguments as evaluation_arguments
+from clipdistill.evaluation.command import run as run_evaluation
+from clipdistill.export.command import add_arguments as export_arguments
+from clipdistill.export.command import run as run_export
+from clipdistill.interruption import Interruption, exit_now
+from clipdistill.report.command import add_arguments as report_arguments
+from clipdistill.report.command import run as run_report
+from clipdistill.shards import add_arguments as shard_arguments
+from clipdistill.shards import run as run_shards
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,17 +34,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(
         level=logging.INFO if args.verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
     )
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     try:
         args.run(args)
-    except InputError as error:
+        return 0
+    except (InputError, RunError, FloatingPointError, Interrupted) as error:
         print(f"clipdistill: {error}", file=sys.stderr)
-        return 2
-    except FloatingPointError as error:
-        print(f"clipdistill: {error}", file=sys.stderr)
-        return 1
+        code = getattr(error, "exit_code", 1)
+    except AlreadyToldError as error:
+        code = error.exit_code
     except KeyboardInterrupt:
-        return 130
-    return 0
+        code = 130
+    except Exception:
+        if not several:
+            raise
+        traceback.print_exc()
+        code = 1
+    if several:  # the interpreter's own end would wait for processes that may be gone
+        sys.stdout.flush()
+        exit_now(code)
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -60,7 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser(
         "train",
         help="distil a student as a config says",
-        description="Distil a student. Under `accelerate launch` or `torchrun` use scripts/train.py, same arguments.",
+        description="Distil a student. Under `accelerate launch` or `torchrun` use scripts/train.py, same arguments. "
+        "SIGTERM and SIGINT (Ctrl-C) finish the step, save, and exit with code 75 (launchers make 1 of it); a second "
+        "one exits at once. With --resume auto the same command goes on, with any number of processes.",
     )
     train.add_argument("--config", required=True, type=Path, help="YAML file, such as configs/icons-gkl.yaml")
     train.add_argument(
@@ -75,61 +97,39 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser(
         "evaluate",
-        help="zero-shot accuracy on data sets in CLIP_benchmark's layout",
-        description="Zero-shot top-1, top-5 and mean per-class recall on a data set in CLIP_benchmark's layout, and "
-        "agreement with a teacher. Writes CLIP_benchmark's JSON.",
+        help="accuracy, retrieval, linear probes, robustness and agreement with a teacher, of models on test sets",
+        description="Evaluate models on test sets: zero-shot classification and retrieval, linear probes, robustness, "
+        "calibration, and agreement with a teacher. Writes CLIP_benchmark's JSON, DataComp's lines, and a summary. "
+        "Under `accelerate launch` or `torchrun` use scripts/evaluate.py, same arguments: processes share the work.",
     )
-    evaluate.add_argument(
-        "--model",
-        required=True,
-        help="a run's folder, an export, hf-hub:OWNER/NAME, local-dir:FOLDER, or an open_clip name",
-    )
-    evaluate.add_argument("--pretrained", default="", help="tag or weights file, with an open_clip name")
-    evaluate.add_argument(
-        "--data", required=True, metavar="FOLDER", help="holds classnames.txt and SPLIT/0.tar, 1.tar, ..."
-    )
-    evaluate.add_argument("--split", default="test", help="default: %(default)s")
-    evaluate.add_argument("--prompts", help="a prompt set (name or folder) in place of the data set's own")
-    evaluate.add_argument(
-        "--allow-duplicate-classes",
-        action="store_true",
-        help="accept a class list that names a class twice (published ImageNet lists do)",
-    )
-    evaluate.add_argument("--teacher", help="a second model, for teacher_agreement and teacher_kl")
-    evaluate.add_argument("--teacher-pretrained", default="", help="tag or weights file of the teacher")
-    evaluate.add_argument(
-        "--output", type=Path, metavar="FILE.json", help="where the result is written (default: printed)"
-    )
-    evaluate.add_argument("--batch-size", type=_positive, default=256, help="images at once (default: %(default)s)")
-    evaluate.add_argument("--workers", type=_positive, default=4, help="decoding threads (default: %(default)s)")
-    evaluate.add_argument("--device", default=None, help="such as cuda or cpu (default: cuda where there is one)")
-    evaluate.set_defaults(run=_evaluate)
+    evaluation_arguments(evaluate)
+    evaluate.set_defaults(run=run_evaluation)
 
     export = commands.add_parser(
         "export",
-        help="write a run's student as a folder that open_clip loads",
-        description="Write a student in open_clip's format (config, safetensors, tokenizer), after checking that the "
-        "reloaded model computes the same features.",
+        help="write a student as a folder that open_clip, transformers and onnxruntime load",
+        description="Write a student in every format that fits it, compare each with the student, describe it all in "
+        "a model card, and push it to the Hugging Face Hub if asked to.",
     )
-    export.add_argument(
-        "--checkpoint",
-        required=True,
-        metavar="RUN",
-        help="a finished run's folder, or anything evaluate --model takes",
+    export_arguments(export)
+    export.set_defaults(run=run_export)
+
+    report = commands.add_parser(
+        "report",
+        help="show a run as one HTML file",
+        description="Write a run's curves, its student's accuracy against the teacher's, and test images with both "
+        "models' guesses as one HTML file that needs no network. Works on a run that has not ended, too.",
     )
-    export.add_argument("--output", required=True, type=Path, metavar="DIR", help="new folder")
-    export.add_argument("--half", action="store_true", help="float16 weights: half the size")
-    export.set_defaults(run=_export)
+    report_arguments(report)
+    report.set_defaults(run=run_report)
 
     shards = commands.add_parser(
         "shards",
         help="make WebDataset shards from icons, an image folder, a CSV or a Hugging Face data set",
         description="Make WebDataset shards.",
     )
-    from clipdistill.shards import add_arguments
-
-    add_arguments(shards)
-    shards.set_defaults(run=_shards)
+    shard_arguments(shards)
+    shards.set_defaults(run=run_shards)
     return parser
 
 
@@ -140,81 +140,20 @@ def _quickstart(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
-    from clipdistill.config import load_config
+    with Interruption() as interruption:
+        from clipdistill.config import load_config
+        from clipdistill.evaluation import main_metric
 
-    config = load_config(args.config, args.overrides)
-    from clipdistill.trainer import train
+        config = load_config(args.config, args.overrides)
+        from clipdistill.trainer import train
 
-    result = train(config, resume=args.resume)
+        result = train(config, resume=args.resume, interruption=interruption)
     if int(os.environ.get("RANK", "0")) > 0:
         return
     print(f"student: {result.student}")
     for record in result.evaluations:
-        print(f"{record['dataset']}: zero-shot top-1 {record['metrics']['acc1']:.2%}")
-
-
-def _evaluate(args: argparse.Namespace) -> None:
-    import torch
-
-    from clipdistill import evaluation
-    from clipdistill.files import write_json
-
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(
-            f"--device {device}: not available here; allowed: cpu, or a device that torch finds"
-        ) from error
-    if args.output is not None and args.output.is_dir():
-        raise InputError(f"--output {args.output}: a folder; allowed: a file in an existing folder")
-    if args.output is not None and not args.output.parent.is_dir():
-        raise InputError(
-            f"--output {args.output}: no folder {args.output.parent}; allowed: a file in an existing folder"
-        )
-    data = evaluation.load_classification_set(
-        args.data, split=args.split, prompts=args.prompts, allow_duplicates=args.allow_duplicate_classes
-    )
-    tower = evaluation.load_for_evaluation(args.model, args.pretrained, device=device)
-    teacher_predictions = None
-    if args.teacher:
-        teacher = evaluation.load_for_evaluation(args.teacher, args.teacher_pretrained, device=device)
-        teacher_predictions = evaluation.predict(
-            teacher, data, batch_size=args.batch_size, workers=args.workers, device=device
-        )
-    predictions = evaluation.predict(tower, data, batch_size=args.batch_size, workers=args.workers, device=device)
-    metrics = evaluation.classification_metrics(predictions, teacher_predictions)
-    record = evaluation.benchmark_record(data, metrics, model=args.model, pretrained=args.pretrained)
-    if args.output is None:
-        print(json.dumps(record, indent=2, allow_nan=False))
-    else:
-        write_json(args.output, record)
-        print(f"{args.output}: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items() if v is not None))
-
-
-def _export(args: argparse.Namespace) -> None:
-    import torch
-
-    from clipdistill.evaluation import load_for_evaluation
-    from clipdistill.export import export_open_clip
-
-    tower = load_for_evaluation(args.checkpoint)
-    dtype = torch.float16 if args.half else torch.float32
-    difference = export_open_clip(tower, args.output, dtype=dtype)
-    print(f"{args.output}: features differ by at most {difference:.1e} when reloaded")
-
-
-def _shards(args: argparse.Namespace) -> None:
-    from clipdistill.shards import run
-
-    run(args)
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not allowed; allowed: 1 or more")
-    return number
+        name, value = main_metric(record)
+        print(f"{record['dataset']}: zero-shot {name} {value:.2%}")
 
 
 if __name__ == "__main__":

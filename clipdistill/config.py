@@ -24,6 +24,7 @@ OmegaConf.register_resolver("resource", lambda path: str(resource(path)), replac
 TEXT_MODES = ("train", "freeze", "teacher")
 LABEL_SOURCES = ("none", "dataset", "teacher")
 PRECISIONS = ("fp32", "bf16")
+LOSS_IMPLEMENTATIONS = ("auto", "plain", "tiled", "triton")
 LOSSES_OVER = {
     "gkl": ("prompts", "captions"),
     "kl": ("prompts", "captions"),
@@ -160,12 +161,19 @@ class DataConfig:
     """Side, in pixels, of the uint8 crop that all towers share; empty: the largest tower's input size."""
     workers: int = 2
     """Decoding processes for each training process; 0 decodes in the training process itself."""
+    views: int = 0
+    """Fixed augmentations of each sample, of which an epoch shows one; 0: a new one each epoch."""
     shuffle: int = 1000
     """Window of the sample shuffle, in samples (the order of shards is shuffled each epoch, too); 0: off."""
     caption_key: str = "txt"
     """Where the caption is: ``txt``, or a field of the sample's json."""
     label_key: str = "cls"
     """Where the label is: ``cls``, or a field of the sample's json."""
+    samples_per_epoch: int | None = None
+    """For sets too large for epochs: draw shards at random, each time from all, and call this many samples an epoch.
+    Empty: an epoch is every sample once."""
+    max_bad_share: float = 0.01
+    """Largest share of bad samples, from the first 1,000 on; above it the run saves and stops. 1: never."""
     max_pixels: int = 89_478_485
     """Images of more pixels are refused before they are decoded."""
     cache: str = "~/.cache/clipdistill"
@@ -175,7 +183,15 @@ class DataConfig:
     def __post_init__(self) -> None:
         _check(self.batch_size >= 1, "data.batch_size", self.batch_size, ">= 1")
         _check(self.workers >= 0, "data.workers", self.workers, ">= 0")
+        _check(self.views >= 0, "data.views", self.views, ">= 0")
         _check(self.shuffle >= 0, "data.shuffle", self.shuffle, ">= 0")
+        _check(
+            self.samples_per_epoch is None or self.samples_per_epoch >= 1,
+            "data.samples_per_epoch",
+            self.samples_per_epoch,
+            ">= 1 or empty",
+        )
+        _check(0 <= self.max_bad_share <= 1, "data.max_bad_share", self.max_bad_share, "0 to 1")
         _check(self.max_pixels >= 1, "data.max_pixels", self.max_pixels, ">= 1")
         _check(
             self.image_size is None or self.image_size >= 1,
@@ -183,6 +199,19 @@ class DataConfig:
             self.image_size,
             ">= 1 or empty",
         )
+
+
+@dataclass(kw_only=True)
+class TeacherCacheConfig:
+    """The teachers' embeddings, which ``clipdistill cache`` computes once for all views of all samples."""
+
+    folder: str = ""
+    """Where the files are, one a shard; empty: the teachers run in every step."""
+    precision: str = "bf16"
+    """fp32, bf16, or int8 (with a factor a row)."""
+
+    def __post_init__(self) -> None:
+        _one_of("teacher_cache.precision", self.precision, ("fp32", "bf16", "int8"))
 
 
 @dataclass(kw_only=True)
@@ -301,6 +330,9 @@ class TrainConfig:
     itself looks at its micro-batch (batch norm) or at chance (dropout)."""
     precision: str = "fp32"
     """fp32, or bf16 (autocast of the student; losses and weights stay float32)."""
+    loss_implementation: str = "auto"
+    """Of gkl and kl. plain: by way of the matrices of logits; tiled, triton: straight from the features, without these
+    matrices, in PyTorch and in CUDA kernels; auto: whichever is faster for the size."""
     channels_last: bool = True
     """Memory layout of convolutions: faster on most devices, never wrong."""
     ema: float | None = None
@@ -310,9 +342,19 @@ class TrainConfig:
     evaluate_every: int | None = None
     """Optimizer steps between two evaluations; empty: at the end only."""
     save_every: int = 500
-    """Optimizer steps between two checkpoints (one is always written at the end)."""
+    """Optimizer steps between two checkpoints (one is also written of each step that is evaluated, and at the end)."""
     keep: int = 3
     """Newest checkpoints that are kept."""
+    keep_best: int = 1
+    """Checkpoints that are kept for their ``best_metric``, where ``evaluate_every`` has it measured; 0: none."""
+    best_metric: str = "evaluation/mean"
+    """What makes a checkpoint one of the best: ``evaluation/SET/METRIC``, as in the metrics; or the mean over the sets
+    of their main metrics, which are acc1, mean_average_precision (multi-label sets) and mean_recall@1 (retrieval)."""
+    rank_timeout: float = 600.0
+    """Seconds that a process waits for the others before it ends the run; in half of them, one that gives no sign of
+    life is given up. Work that the first process does alone, such as the export, may take longer."""
+    trace: bool = False
+    """Write the keys of every step's samples, and a digest of their pixels, to samples/ in the output."""
     threads: int | None = None
     """CPU threads of a process; empty: what torch chooses."""
     trackers: list[str] | None = None
@@ -323,6 +365,8 @@ class TrainConfig:
         _check(self.steps is None or self.steps >= 1, "train.steps", self.steps, ">= 1")
         for name in ("accumulate", "log_every", "save_every", "keep"):
             _check(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), ">= 1")
+        _check(self.keep_best >= 0, "train.keep_best", self.keep_best, ">= 0")
+        _check(1 <= self.rank_timeout < math.inf, "train.rank_timeout", self.rank_timeout, ">= 1")
         _check(
             self.evaluate_every is None or self.evaluate_every >= 1,
             "train.evaluate_every",
@@ -330,6 +374,7 @@ class TrainConfig:
             ">= 1 or empty",
         )
         _one_of("train.precision", self.precision, PRECISIONS)
+        _one_of("train.loss_implementation", self.loss_implementation, LOSS_IMPLEMENTATIONS)
         _check(self.ema is None or 0 < self.ema < 1, "train.ema", self.ema, "in (0, 1) or empty")
 
 
@@ -338,7 +383,7 @@ class EvaluationConfig:
     """Zero-shot evaluation during and after training."""
 
     folders: list[str] = field(default_factory=list)
-    """Data sets in CLIP_benchmark's layout."""
+    """Test sets: folders or URLs in CLIP_benchmark's layout, folders of class folders, Hugging Face data sets."""
     split: str = "test"
     allow_duplicate_classes: bool = False
     """Accept class lists that name a class twice (published ImageNet lists do)."""
@@ -363,6 +408,7 @@ class Config:
     """One teacher or several; none where every term does without (clip)."""
     student: StudentConfig = field(default_factory=StudentConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    teacher_cache: TeacherCacheConfig = field(default_factory=TeacherCacheConfig)
     prompts: str = ""
     """Prompt set: the name of a shipped one, or a folder with classnames.txt and templates.txt."""
     templates_per_step: int = 1
@@ -396,6 +442,9 @@ class Config:
         if needs_teacher or self.student.text == "teacher" or self.labels == "teacher":
             what = needs_teacher[0] if needs_teacher else "student.text or labels = teacher"
             _check(bool(self.teachers), "teachers", self.teachers, f"at least one, as {what} needs it")
+        if self.teacher_cache.folder:
+            _check(bool(self.teachers), "teachers", self.teachers, "at least one, as teacher_cache.folder needs it")
+            _check(self.data.views >= 1, "data.views", self.data.views, ">= 1, as teacher_cache.folder needs it")
         if self.student.text == "teacher":
             _check(
                 len(self.teachers) == 1,
@@ -487,14 +536,23 @@ _FREE_ON_RESUME = (
     "output",
     "evaluation",
     "data.cache",
+    "teacher_cache.folder",
+    "data.workers",
+    "data.max_bad_share",
+    "data.batch_size",
+    "train.accumulate",
     "student.grad_checkpointing",
     "student.compile",
-    *(f"train.{name}" for name in ("log_every", "evaluate_every", "save_every", "keep", "threads", "trackers")),
+    *(f"train.{name}" for name in ("log_every", "evaluate_every", "save_every", "keep", "keep_best")),
+    "train.best_metric",
+    *(f"train.{name}" for name in ("rank_timeout", "trace", "threads", "trackers")),
 )
 
 
 def check_same_run(saved: Config, config: Config) -> None:
     """Refuse to go on with a run under settings that would have made it another run.
+
+    What makes up the global batch is not among them: the trainer checks it, which knows the number of processes.
 
     Raises:
         InputError: naming the first setting that differs.

@@ -1,8 +1,11 @@
-"""What the ranks exchange: sums, and features with their gradients. Each function is the identity on one process.
+"""What the ranks exchange: sums, features with their gradients, plain values. All is the identity on one process.
+
+Plain values and votes have a group of their own, over the hosts' network, so that they make no device wait.
 
 Shapes: N ranks, B rows a rank, D features.
 """
 
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -33,13 +36,63 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     return total
 
 
+_hosts: Any = None
+"""The group of plain values and votes; None stands for the default group."""
+
+
+def open_host_group(timeout: float) -> None:
+    """Make the group of plain values and votes; every rank calls this after the default group has been made.
+
+    Args:
+        timeout: seconds after which a rank that waits for another raises RuntimeError.
+    """
+    global _hosts
+    if world_size() > 1:
+        _hosts = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout))
+
+
+def forget_host_group() -> None:
+    """The groups are gone, or no longer of use."""
+    global _hosts
+    _hosts = None
+
+
 def gather_objects(value: Any) -> list[Any]:
     """``value`` of every rank, in the order of ranks."""
     if world_size() == 1:
         return [value]
     gathered: list[Any] = [None] * world_size()
-    dist.all_gather_object(gathered, value)
+    dist.all_gather_object(gathered, value, group=_hosts)
     return gathered
+
+
+class Vote:
+    """A number that all ranks come to know at the same call: the largest that one of them has cast.
+
+    With several ranks it is known one call later, so that nobody waits for it: a rank is held up only where another is
+    more than one call behind, and a device never.
+    """
+
+    def __init__(self) -> None:
+        self._cast: tuple[Tensor, Any] | None = None
+
+    def __call__(self, number: int) -> int:
+        """Cast a number; the outcome of the call before (with one rank: of this one)."""
+        if world_size() == 1:
+            return number
+        outcome = self.close()
+        ballot = torch.tensor([number])
+        self._cast = ballot, dist.all_reduce(ballot, dist.ReduceOp.MAX, group=_hosts, async_op=True)
+        return outcome
+
+    def close(self) -> int:
+        """The outcome of the last call."""
+        if self._cast is None:
+            return 0
+        ballot, work = self._cast
+        self._cast = None
+        work.wait()
+        return int(ballot)
 
 
 class _Gather(torch.autograd.Function):

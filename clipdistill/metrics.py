@@ -1,11 +1,13 @@
 """A run's metrics: one flat JSON record a line, a progress bar on a terminal, plain lines elsewhere."""
 
-import json
+import math
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.tracking import get_available_trackers
 from rich.console import Console
 from rich.progress import (
@@ -16,9 +18,12 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from torch import Tensor
 
+from clipdistill.distributed import gather_objects, sum_over_ranks, widest_float, world_size
 from clipdistill.errors import InputError
-from clipdistill.files import write_text
+from clipdistill.evaluation.records import MEAN
+from clipdistill.records import RecordWriter, keep_records, read_records
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -29,20 +34,32 @@ class MetricsLog:
     Args:
         output: the run's folder.
         main: whether this process writes.
-        first_step: steps already taken; later records of an interrupted run are dropped.
+        first_step: steps already taken; what an interrupted run wrote of later ones is dropped.
         total_steps: length of the run.
+        evaluate_first: whether the run goes on with the evaluation of ``first_step``; one that is there is dropped.
+
+    Raises:
+        RunError: here or in ``write``: the disk is full...
     """
 
-    def __init__(self, output: Path, *, main: bool, first_step: int, total_steps: int) -> None:
+    def __init__(
+        self, output: Path, *, main: bool, first_step: int, total_steps: int, evaluate_first: bool = False
+    ) -> None:
         self.total_steps = total_steps
         self.main = main
         self._progress: Progress | None = None
         if not main:
             return
         path = output / METRICS_FILE
-        kept = [record for record in read_metrics(path) if record["step"] <= first_step]
-        write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
-        self._file = path.open("a", encoding="utf-8", buffering=1)
+        if path.exists():
+            keep_records(
+                path,
+                lambda record: (
+                    record["step"] < first_step
+                    or (record["step"] == first_step and not (evaluate_first and MEAN in record))
+                ),
+            )
+        self._writer = RecordWriter(path)
         console = Console(file=sys.stderr)
         if console.is_terminal:
             columns = (
@@ -61,30 +78,84 @@ class MetricsLog:
         """Append a record; values that are not finite become null, as JSON has no NaN."""
         if not self.main:
             return
-        self._file.write(json.dumps(_finite(record)) + "\n")
+        self._writer.write(_finite(record))
         text = _summary(record)
         if self._progress is not None:
             self._progress.update(self._task, completed=record["step"], state=text)
         else:
             print(f"step {record['step']}/{self.total_steps}  {text}", file=sys.stderr, flush=True)
 
-    def close(self) -> None:
-        """Flush and end the progress bar."""
+    def sync(self) -> None:
+        """Wait until all records are on the disk."""
         if self.main:
-            self._file.close()
+            self._writer.sync()
+
+    def close(self) -> None:
+        """Close the file and end the progress bar."""
+        if self.main:
+            self._writer.close()
         if self._progress is not None:
             self._progress.stop()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics file; a last line cut short by a kill is left out."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
-    return records
+    return read_records(path)
+
+
+class Window:
+    """Sums over the steps between two records of the metrics, kept on the device so that no step waits for them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.bad_step = torch.tensor(math.inf, dtype=widest_float(device), device=device)
+        self._sums: dict[str, Tensor] = {}
+        self._steps = 0
+        self._restart_clock()
+
+    def _restart_clock(self) -> None:
+        self._samples = 0
+        self._waited = 0.0
+        self._started = time.perf_counter()
+
+    def add(self, step: int, losses: Mapping[str, Tensor], grad_norm: Tensor, *, samples: int, waited: float) -> None:
+        """Take in a step: this rank's share of the losses, the norm, its samples, and seconds it waited for them."""
+        for name, value in losses.items():
+            self._sums[name] = self._sums.get(name, 0.0) + value
+        self._sums["grad_norm"] = self._sums.get("grad_norm", 0.0) + grad_norm.detach() / world_size()
+        finite = torch.isfinite(losses["loss"]) & torch.isfinite(grad_norm)
+        self.bad_step = torch.where(finite, self.bad_step, self.bad_step.clamp(max=step))
+        self._steps += 1
+        self._samples += samples
+        self._waited += waited
+
+    def first_bad_step(self) -> float:
+        """The first step of this rank whose loss or gradient was not finite; infinity if there was none."""
+        return float(self.bad_step)
+
+    def close(self) -> dict[str, float]:
+        """Means over the window and over ranks, throughput of all ranks, share of the time spent waiting for data.
+
+        Times, and what is counted in them, are those of this process: since the run was resumed, if it was.
+        """
+        values = torch.stack([value.to(widest_float(self.device)) for value in self._sums.values()])
+        seconds = time.perf_counter() - self._started
+        record = dict(zip(self._sums, (sum_over_ranks(values) / self._steps).tolist(), strict=True))
+        record["samples_per_second"] = self._samples * world_size() / seconds
+        record["data_wait_share"] = sum(gather_objects(self._waited)) / world_size() / seconds
+        self._sums = {}
+        self._steps = 0
+        self._restart_clock()
+        return record
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's part of what the next record will be made of."""
+        return {"steps": self._steps, "sums": {name: value.cpu() for name, value in self._sums.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with a window under way."""
+        self._steps = state["steps"]
+        self._sums = {name: value.to(self.device, copy=True) for name, value in state["sums"].items()}
 
 
 def choose_trackers(trackers: Sequence[str] | None) -> list[str]:
@@ -125,8 +196,8 @@ def _finite(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _summary(record: dict[str, Any]) -> str:
-    if "evaluation/mean_acc1" in record:
-        return f"zero-shot top-1 {record['evaluation/mean_acc1']:.1%}"
+    if MEAN in record:
+        return f"zero-shot {record[MEAN]:.1%}"
     parts = [f"loss {record['loss']:.4f}", f"{record['samples_per_second']:.0f} samples/s"]
     skipped = sum(value for key, value in record.items() if key.startswith("skipped/"))
     if record["data_wait_share"] > 0.05:

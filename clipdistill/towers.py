@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -141,11 +141,21 @@ class Tower(nn.Module):
     def text_fingerprint(self) -> str:
         """sha256 of the text tower's weights, architecture and precision: the identity of what it computes."""
         config = {key: value for key, value in self.model_config.items() if key != "vision_cfg"}
-        digest = hashlib.sha256(json.dumps([config, self.precision], sort_keys=True).encode())
-        for name, tensor in sorted(text_state(self.clip).items()):
-            digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
+        return _fingerprint([config, self.precision], text_state(self.clip))
+
+    def image_fingerprint(self) -> str:
+        """sha256 of the image tower's weights, architecture, pixel transform and precision."""
+        config = {key: value for key, value in self.model_config.items() if key != "text_cfg"}
+        preprocess = open_clip.get_model_preprocess_cfg(self.clip)
+        return _fingerprint([config, preprocess, self.precision], self.clip.visual.state_dict())
+
+
+def _fingerprint(settings: Any, state: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 class Teacher(Tower):

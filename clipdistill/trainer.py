@@ -4,251 +4,338 @@ Shapes: N ranks, K micro-batches, B samples a micro-batch, C classes, T template
 """
 
 import contextlib
-import copy
 import hashlib
-import json
 import logging
 import math
+import multiprocessing
 import shutil
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, set_seed
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from clipdistill.checkpoint import TrainingState, load_checkpoint, resolve_resume, save_checkpoint
-from clipdistill.config import Config, TermConfig, check_same_run, load_config, save_config, to_dict
-from clipdistill.data import Augmentation, Batch, ImageTextStream, StreamLoader, expand_urls, index_shards
-from clipdistill.distributed import gather_objects, rank, sum_over_ranks, widest_float, world_size
-from clipdistill.errors import InputError
-from clipdistill.evaluation import (
-    benchmark_record,
-    classification_metrics,
-    load_classification_set,
-    mean_acc1,
-    predict,
+from clipdistill.assembly import (
+    freeze_unused,
+    make_optimizer,
+    make_terms,
+    open_evaluation_sets,
+    open_prompts,
+    open_stream,
+    open_student,
+    open_teachers,
 )
+from clipdistill.checkpoint import (
+    TrainingState,
+    load_checkpoint,
+    own_part,
+    random_state,
+    rate_checkpoint,
+    save_checkpoint,
+    set_random_state,
+)
+from clipdistill.config import Config, save_config, to_dict
+from clipdistill.data import Batch
+from clipdistill.distributed import Vote, forget_host_group, gather_objects, open_host_group
+from clipdistill.errors import InputError, Interrupted, RunError
+from clipdistill.evaluation import evaluate_sets, mean_main_metric
+from clipdistill.evaluation.records import MEAN
 from clipdistill.export import export_open_clip
-from clipdistill.files import write_json
-from clipdistill.metrics import MetricsLog, choose_trackers, flatten
-from clipdistill.objective import Features, Objective, Targets, Term
-from clipdistill.prompts import PromptSet, load_prompts
+from clipdistill.files import writing
+from clipdistill.interruption import Interruption, stopped_by
+from clipdistill.metrics import MetricsLog, Window, choose_trackers, flatten
+from clipdistill.moving_average import MovingAverage
+from clipdistill.objective import Features, Objective, Targets, TermLoss
+from clipdistill.optimization import Schedule
+from clipdistill.peers import Peers
+from clipdistill.prompts import PromptSet
+from clipdistill.run_folder import (
+    SUMMARY_FILE,
+    RunResult,
+    clear_leftovers,
+    find_start,
+    finished_run,
+    whole_checkpoint,
+)
 from clipdistill.similarity import class_prompt_tokens, prompt_bank
-from clipdistill.towers import Student, Teacher, load_student, load_teacher, share_of_classes
+from clipdistill.towers import Student, Teacher, share_of_classes
+from clipdistill.trace import Trace, drop_later
+
+__all__ = ["SUMMARY_FILE", "MovingAverage", "Run", "RunResult", "train"]
 
 log = logging.getLogger(__name__)
 
 _OF_SAMPLES = ("image", "captions")
 """Those of the student's outputs that have a row a sample; the others are the same for every micro-batch."""
 
-SUMMARY_FILE = "summary.json"
-"""Written when a run has ended: steps, skipped samples, evaluations of the final student."""
+_SAMPLES_BEFORE_JUDGING = 1000
+"""Before so many samples, the share of bad ones says nothing."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class RunResult:
-    """What a finished run leaves.
-
-    Attributes:
-        output: the run's folder.
-        student: the exported student's folder.
-        steps: optimizer steps taken in all.
-        evaluations: one CLIP_benchmark record a set, of the final student.
-        skipped: bad samples by reason.
-    """
-
-    output: Path
-    student: Path
-    steps: int
-    evaluations: list[dict[str, Any]]
-    skipped: Mapping[str, int]
-
-
-def train(config: Config, *, resume: str | None = None) -> RunResult:
+def train(config: Config, *, resume: str | None = None, interruption: Interruption | None = None) -> RunResult:
     """Run a config from start to end, or from a checkpoint to the end.
 
     Args:
         config: the run.
-        resume: ``auto`` (the newest valid checkpoint of ``config.output``, or the start), a checkpoint's folder, or
+        resume: ``auto`` (the newest whole checkpoint of ``config.output``, or the start), a checkpoint's folder, or
             None (``config.output`` must not hold a run).
+        interruption: handles signals already; None: SIGTERM and SIGINT are handled while the run lasts.
 
     Raises:
         InputError: whatever is wrong with the config, the models, the shards or the output folder.
+        RunError: the disk is full, or another process of the run is gone.
         FloatingPointError: a loss or gradient that is not finite; the step is named.
+        Interrupted: SIGTERM or SIGINT came; the step under way was finished, and saved.
+        AlreadyToldError: another process of the run ends with one of these.
     """
     output = Path(config.output)
-    finished = _finished(config) if resume == "auto" else None
+    finished = finished_run(config) if resume == "auto" else None
     if finished is not None:
         return finished
     existed = output.exists()
-    run = None
+    run: Run | None = None
+    failed = False
+    with contextlib.nullcontext(interruption) if interruption else Interruption() as interruption:
+        accelerator = start_processes(config)
+        peers = Peers(timeout=config.train.rank_timeout, progress=lambda: whole_checkpoint(output))
+        try:
+            run = Run(config, resume=resume, accelerator=accelerator, peers=peers, interruption=interruption)
+            run.fit()
+            result = run.finish()
+            peers.part()
+            return result
+        except BaseException as error:
+            with interruption.leaving():
+                ending = peers.account_for(_in_one_line(error, peers.progress))
+                new = not existed and not (output / "checkpoints").exists()
+                if new and isinstance(ending, InputError | Interrupted):
+                    shutil.rmtree(output, ignore_errors=True)
+            failed = True
+            if ending is error:
+                raise
+            raise ending from error
+        finally:
+            with interruption.leaving():
+                if run is not None:
+                    run.close(failed=failed)
+                peers.close()
+                forget_host_group()
+                AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def start_processes(config: Config) -> Accelerator:
+    """Find the device, and the other processes of the run.
+
+    Raises:
+        InputError: a tracker that is not there.
+        RunError: the other processes do not come.
+    """
+    if config.train.threads is not None:
+        torch.set_num_threads(config.train.threads)
+    timeout = timedelta(seconds=config.train.rank_timeout)
+    trackers = choose_trackers(config.train.trackers)
     try:
-        run = Run(config, resume=resume)
-        run.fit()
-        return run.finish()
-    except InputError:
-        if not existed and not (output / "checkpoints").exists():
-            shutil.rmtree(output, ignore_errors=True)
-        raise
-    finally:
-        if run is not None:
-            run.close()
-        AcceleratorState._reset_state(reset_partial_state=True)
+        accelerator = Accelerator(
+            cpu=not torch.accelerator.is_available(),  # else each process of a launcher believes to be alone
+            mixed_precision="bf16" if config.train.precision == "bf16" else "no",
+            log_with=trackers or None,
+            project_dir=config.output,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
+        )
+        if accelerator.device.type == "cpu":
+            # DDP would lay its buckets out anew after its first step. Sums of more than two ranks then add up in
+            # another order, and the step after a resume would differ from the same step of a run that went through.
+            accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
+        open_host_group(config.train.rank_timeout)
+    except torch.distributed.DistError as error:
+        raise RunError(f"the processes of the run have not found each other: {str(error).splitlines()[0]}") from error
+    return accelerator
 
 
 class Run:
     """A run under way. ``fit`` is the loop; the rest of the class is what the loop calls, in that order."""
 
-    def __init__(self, config: Config, *, resume: str | None = None) -> None:
-        output = Path(config.output)
-        if config.train.threads is not None:
-            torch.set_num_threads(config.train.threads)
-        trackers = choose_trackers(config.train.trackers)
-        self.accelerator = Accelerator(
-            mixed_precision="bf16" if config.train.precision == "bf16" else "no",
-            log_with=trackers or None,
-            project_dir=str(output),
-        )
+    def __init__(
+        self,
+        config: Config,
+        *,
+        resume: str | None = None,
+        accelerator: Accelerator | None = None,
+        peers: Peers | None = None,
+        interruption: Interruption | None = None,
+    ) -> None:
+        self._other_children = set(multiprocessing.active_children())
+        self.config = config
+        self.output = output = Path(config.output)
+        self.accelerator = accelerator or start_processes(config)
         if self.accelerator.gradient_accumulation_steps != 1:
             raise InputError(
                 f"gradient_accumulation_steps: {self.accelerator.gradient_accumulation_steps} from the launcher; "
                 "allowed: 1, with train.accumulate in its place"
             )
-        checkpoint = _claim_output(config, resume)
-        self.config = config
-        self.output = output
+        self.peers = peers or Peers(timeout=config.train.rank_timeout)
+        self.interruption = interruption or Interruption()
+        checkpoint = self._claim_output(resume)
         self.device = self.accelerator.device
         self.cache = Path(config.data.cache).expanduser()
 
-        terms = [term for term in config.objective if term.weight > 0]
-        self.prompts = load_prompts(config.prompts) if config.prompts else None
-        if self.prompts is not None and self.prompts.num_classes < 2:
-            raise InputError(f"prompts: {config.prompts} has 1 class; allowed: 2 or more")
-        self.evaluation_sets = [
-            load_classification_set(
-                folder,
-                split=config.evaluation.split,
-                allow_duplicates=config.evaluation.allow_duplicate_classes,
-            )
-            for folder in config.evaluation.folders
-        ]
-        self.teachers = self._load_teachers()
-        student = self._load_student()
-        _check_dimensions(terms, self.teachers, student)
+        self.prompts = open_prompts(config)
+        self.evaluation_sets = open_evaluation_sets(config, cache=self.cache)
+        self.teachers = open_teachers(config)
+        student = open_student(config, self.teachers)
         for teacher, settings in zip(self.teachers, config.teachers, strict=True):
             if settings.shard and self.accelerator.num_processes > 1:
                 teacher.shard(self.device)
             teacher.to(self.device)
-        self.image_size = config.data.image_size or max(t.image_size for t in (student, *self.teachers))
-
-        self.loader = self._open_stream()
-        steps_per_epoch = self.loader.steps_per_epoch / config.train.accumulate
-        if config.train.steps is not None:
-            self.total_steps = config.train.steps
-        else:
-            assert config.train.epochs is not None
-            self.total_steps = max(1, round(config.train.epochs * steps_per_epoch))
+        self.loader = open_stream(
+            config,
+            image_size=config.data.image_size or max(t.image_size for t in (student, *self.teachers)),
+            num_classes=self.prompts.num_classes if self.prompts else None,
+            cache=self.cache,
+            pin_memory=self.device.type == "cuda",
+        )
+        self.step = self.epoch = 0
+        state = None if checkpoint is None else load_checkpoint(checkpoint)
+        self.steps_per_epoch = self.loader.steps_per_epoch / config.train.accumulate
+        if state is not None:
+            self._find_place(state)
+        self.schedule = self._make_schedule(state)
+        self.total_steps = self.schedule.total_steps
         self.objective = Objective(
-            [_term(term, steps_per_epoch) for term in terms],
+            make_terms(config, self.steps_per_epoch),
             teacher_weights=[teacher.weight for teacher in self.teachers],
             num_classes=self.prompts.num_classes if self.prompts else 0,
             device=self.device,
+            implementation=config.train.loss_implementation,  # type: ignore[arg-type]
         )
-        _freeze_unused(student, self.objective)
+        freeze_unused(student, self.objective)
         self.student = student
         self.ema = None if config.train.ema is None else MovingAverage(student, decay=config.train.ema)
-        optimizer = torch.optim.AdamW(
-            parameter_groups(student, config.optimizer.weight_decay),
-            lr=config.optimizer.lr,
-            betas=(config.optimizer.betas[0], config.optimizer.betas[1]),
-            eps=config.optimizer.eps,
-            fused=self.device.type == "cuda" or None,
-        )
         if config.student.compile:
             student.clip.visual.compile()
-        self.model, self.optimizer = self.accelerator.prepare(student, optimizer)
+        self.model, self.optimizer = self.accelerator.prepare(student, make_optimizer(config, student, self.device))
         if self.ema is not None:
             self.ema.average.to(self.device)
         set_seed(config.seed, device_specific=True)
 
         self.teacher_banks = self._teacher_banks()
         self.student_bank_CD, self.prompt_tokens_CTL = self._student_prompts()
-        self.step = 0
-        if checkpoint is not None:
-            self._restore(load_checkpoint(checkpoint))
+        self.window = Window(self.device)
+        self.vote = Vote()
+        self.evaluations: list[dict[str, Any]] | None = None
+        if state is not None:
+            self._restore(state)
         main = self.accelerator.is_main_process
-        if main:
-            output.mkdir(parents=True, exist_ok=True)
-            save_config(config, output / "config.yaml")
-        self.metrics = MetricsLog(output, main=main, first_step=self.step, total_steps=self.total_steps)
-        if trackers:
+        with self.peers.first_alone():
+            if main:
+                with writing("config.yaml", output):
+                    output.mkdir(parents=True, exist_ok=True)
+                    clear_leftovers(output)
+                    save_config(config, output / "config.yaml")
+                drop_later(output, self.step)
+        self.metrics = MetricsLog(
+            output,
+            main=main,
+            first_step=self.step,
+            total_steps=self.total_steps,
+            evaluate_first=self.evaluations is None,
+        )
+        self.trace = Trace(output) if config.train.trace else None
+        if self.accelerator.log_with:
             self.accelerator.init_trackers("clipdistill", flatten(to_dict(config)))
-        self.evaluations: list[dict[str, Any]] = []
+        self.peers.progress = self.progress
 
     def fit(self) -> None:
-        """The loop: data, step, log, checkpoint, evaluation."""
+        """The loop: data, step, log, checkpoint, evaluation. A signal waits for the end of the step."""
         config = self.config.train
+        if 0 < self.step < self.total_steps and self._evaluation_is_due():
+            self._evaluate()
         batches = iter(self.loader)
         self.model.train()
-        window = _Window(self.device)
-        while self.step < self.total_steps:
-            started = time.perf_counter()
-            micro_batches = [next(batches) for _ in range(config.accumulate)]
-            waited = time.perf_counter() - started
+        with self.interruption.deferred():
+            while self.step < self.total_steps:
+                started = time.perf_counter()
+                micro_batches = [next(batches) for _ in range(config.accumulate)]
+                waited = time.perf_counter() - started
 
-            lr = self._set_learning_rate()
-            epoch = self._epoch_of(self.step)
-            if self.step > 0 and epoch != self._epoch_of(self.step - 1):
-                self.objective.end_epoch()
-            last_of_window = (self.step + 1) % config.log_every == 0 or self.step + 1 == self.total_steps
-            losses, shares, grad_norm = self._optimize(micro_batches, measure_shares=last_of_window)
-            self.step += 1
-            window.add(self.step, losses, grad_norm, sum(len(batch) for batch in micro_batches), waited)
+                lr = self._set_learning_rate()
+                if micro_batches[0].epoch != self.epoch:
+                    self.epoch = micro_batches[0].epoch
+                    self.objective.end_epoch()
+                last_of_window = (self.step + 1) % config.log_every == 0 or self.step + 1 == self.total_steps
+                losses, shares, grad_norm = self._optimize(micro_batches, measure_shares=last_of_window)
+                self.step += 1
+                self.evaluations = None
+                samples = sum(len(batch) for batch in micro_batches)
+                self.window.add(self.step, losses, grad_norm, samples=samples, waited=waited)
+                if self.trace is not None:
+                    self.trace.write(self.step, micro_batches)
 
-            saving = self.step % config.save_every == 0 or self.step == self.total_steps
-            if last_of_window or saving:
-                self._stop_if_not_finite(window)
-            if last_of_window:
-                record = window.close() | shares
-                self._log(
-                    record | {"lr": lr, "epoch": epoch, "logit_scale": self.student.clip.logit_scale.exp().item()}
-                )
-            if saving:
-                self._save()
-            if config.evaluate_every and self.step % config.evaluate_every == 0 and self.step < self.total_steps:
-                self._evaluate()
+                stopping = self.vote(self.interruption.number)
+                saving = stopping or self.step % config.save_every == 0 or self.step == self.total_steps
+                bad_data = self._too_many_bad_samples() if last_of_window else ""
+                saving = saving or bool(bad_data) or self._evaluation_is_due()
+                if last_of_window or saving:
+                    self._stop_if_not_finite()
+                if last_of_window:
+                    scale = self.student.clip.logit_scale.exp().item()
+                    self._log(self.window.close() | shares | {"lr": lr, "epoch": self.epoch, "logit_scale": scale})
+                if saving:
+                    self._save()
+                if bad_data:
+                    raise InputError(bad_data)
+                if stopping := stopping or (self.vote.close() if self.step == self.total_steps else 0):
+                    raise Interrupted(f"{stopped_by(stopping)} after step {self.step}; saved; --resume auto goes on")
+                if self._evaluation_is_due() and self.step < self.total_steps:
+                    with self.interruption.immediate():
+                        self._evaluate()
 
     def finish(self) -> RunResult:
         """Export and evaluate the final student."""
         folder = self.output / "student"
-        if self.accelerator.is_main_process and not folder.exists():
-            export_open_clip(self._tower(), folder)
-        self.accelerator.wait_for_everyone()
-        self._evaluate()
-        skipped = _add_counts(gather_objects(self.loader.skipped))
-        if self.accelerator.is_main_process:
-            summary = {"steps": self.step, "skipped": skipped, "evaluations": self.evaluations}
-            write_json(self.output / SUMMARY_FILE, summary)
-        return RunResult(
+        with self.peers.first_alone():
+            if self.accelerator.is_main_process and not folder.exists():
+                with writing("student", self.output):
+                    export_open_clip(self._tower(), folder)
+        if self._evaluation_is_due():
+            self._evaluate()
+        result = RunResult(
             output=self.output,
             student=folder,
             steps=self.step,
-            evaluations=self.evaluations,
-            skipped=skipped,
+            evaluations=self.evaluations or [],
+            skipped=_add_counts(gather_objects(self.loader.skipped)),
         )
+        if self.accelerator.is_main_process:
+            with writing(SUMMARY_FILE, self.output):
+                result.save()
+        return result
 
-    def close(self) -> None:
-        """Stop the workers, and close the logs."""
+    def close(self, *, failed: bool = False) -> None:
+        """Stop the workers, close the logs, and take leave of the other processes, unless they are not to be met."""
         self.loader.close()
+        for worker in set(multiprocessing.active_children()) - self._other_children:  # that do not end by themselves
+            worker.kill()
         self.metrics.close()
-        self.accelerator.end_training()
+        if self.trace is not None:
+            self.trace.close()
+        if failed and self.accelerator.num_processes > 1:
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
+        else:
+            self.accelerator.end_training()
+
+    def progress(self) -> str:
+        """How far the run has come, and what the next one will find."""
+        return f"last finished step {self.step}; {whole_checkpoint(self.output)}"
 
     # The step.
 
@@ -317,7 +404,7 @@ class Run:
         states, outputs = [], []
         with torch.no_grad():
             for number, batch in enumerate(batches):
-                states.append(_random_state(self.device))
+                states.append(random_state(self.device))
                 texts = self._texts(batch, prompts=number == len(batches) - 1)
                 outputs.append(self.model(batch.image_BCHW, **texts))
         leaves = {
@@ -338,7 +425,7 @@ class Run:
         starts = torch.tensor([0, *(len(batch) for batch in batches)]).cumsum(0).tolist()
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
-            _set_random_state(states[number], self.device)
+            set_random_state(states[number], self.device)
             with _synchronised(self.accelerator, self.model, last):
                 out = self.model(batch.image_BCHW, **self._texts(batch, prompts=last))
                 rows = slice(starts[number], starts[number + 1])
@@ -352,11 +439,11 @@ class Run:
         _accumulate(sums, losses, total)
         return sums, shares
 
-    def _gradient_shares(self, losses: Mapping[str, Mapping[str, Tensor]], image_BD: Tensor) -> dict[str, float]:
+    def _gradient_shares(self, losses: Mapping[str, TermLoss], image_BD: Tensor) -> dict[str, float]:
         """Each part's share of the gradient norms at this rank's image features of the student, weights applied."""
         norms = {}
         for term in self.objective.terms:
-            for part, value in losses[term.name].items():
+            for part, value in losses[term.name].parts.items():
                 weighted = term.weight_at(self.step) * value
                 (grad,) = torch.autograd.grad(weighted, image_BD, retain_graph=True, allow_unused=True)
                 norms[f"gradient_share/{term.name}/{part}"] = 0.0 if grad is None else float(grad.norm())
@@ -421,31 +508,36 @@ class Run:
             bias=out.get("bias"),
         )
 
-    def _epoch_of(self, step: int) -> int:
-        """The epoch, from 0, to which the first sample of an optimizer step belongs."""
-        return step * self.config.train.accumulate // self.loader.steps_per_epoch
-
     def _set_learning_rate(self) -> float:
-        """Linear warm-up, then a cosine that would reach 0 one step after the last."""
-        settings = self.config.optimizer
-        if self.step < settings.warmup_steps:
-            factor = (self.step + 1) / settings.warmup_steps
-        else:
-            progress = (self.step - settings.warmup_steps) / max(1, self.total_steps - settings.warmup_steps)
-            factor = 0.5 * (1 + math.cos(math.pi * progress))
+        rate = self.schedule.rate(self.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = settings.lr * factor
-        return settings.lr * factor
+            group["lr"] = rate
+        return rate
 
     # Logs, checkpoints, evaluation.
 
-    def _stop_if_not_finite(self, window: "_Window") -> None:
-        bad_step = min(gather_objects(window.first_bad_step()))
+    def _stop_if_not_finite(self) -> None:
+        bad_step = min(gather_objects(self.window.first_bad_step()))
         if bad_step < math.inf:
             raise FloatingPointError(
                 f"step {int(bad_step)}: the loss or its gradient is not finite; the checkpoints before it are whole "
                 "(lower optimizer.lr, raise optimizer.warmup_steps, or set optimizer.clip_norm)"
             )
+
+    def _too_many_bad_samples(self) -> str:
+        """What to say if more than the allowed share of all ranks' samples were bad; else nothing."""
+        counts = gather_objects((self.loader.samples, self.loader.skipped))
+        skipped = _add_counts([skipped for _, skipped in counts])
+        bad = sum(skipped.values())
+        seen = bad + sum(samples for samples, _ in counts)
+        allowed = self.config.data.max_bad_share
+        if seen < _SAMPLES_BEFORE_JUDGING or bad <= allowed * seen:
+            return ""
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.items())
+        return (
+            f"data.shards: {bad:,} of {seen:,} samples were bad, {bad / seen:.1%} ({reasons}); allowed: "
+            f"data.max_bad_share = {allowed:g}, or raise it; saved after step {self.step}, --resume auto goes on"
+        )
 
     def _log(self, record: dict[str, Any]) -> None:
         skipped = _add_counts(gather_objects(self.loader.skipped))
@@ -455,6 +547,9 @@ class Run:
         self.accelerator.log({key: value for key, value in record.items() if key != "step"}, step=self.step)
 
     def _save(self) -> None:
+        self.metrics.sync()
+        if self.trace is not None:
+            self.trace.sync()
         model_state, optimizer_state = get_state_dict(
             self.model,
             self.optimizer.optimizer,
@@ -463,127 +558,147 @@ class Run:
         tensors: dict[str, Any] = {"student": model_state}
         if self.ema is not None:
             tensors["ema"] = self.ema.average.state_dict()
-        priors = {
-            f"{name}/{part}": getattr(prior, part)
-            for name, prior in self.objective.priors.items()
-            for part in ("prior_CC", "count_C", "sum_CC")
-        }
-        rank_state = {
-            "stream": self.loader.state_dict(),
-            "random": _random_state(self.device),
-            "priors": {name: tensor.cpu() for name, tensor in priors.items()},
-        }
-        state = TrainingState(step=self.step, tensors=tensors, optimizer=optimizer_state, rank_state=rank_state)
-        path = save_checkpoint(self.output / "checkpoints", state, keep=self.config.train.keep)
+        priors = self.objective.priors
+        if priors:
+            tensors["priors"] = {name: prior.prior_CC for name, prior in priors.items()}
+        config = self.config.train
+        path = save_checkpoint(
+            self.output / "checkpoints",
+            step=self.step,
+            tensors=tensors,
+            optimizer=optimizer_state,
+            rank_state={
+                "run": {
+                    "epoch": self.epoch,
+                    "steps_per_epoch": self.steps_per_epoch,
+                    "schedule": self.schedule.state_dict(),
+                    "batch": self._batch(),
+                },
+                "stream": self.loader.state_dict(),
+                "random": random_state(self.device),
+                "window": self.window.state_dict(),
+                "prior_sums": {name: prior.sum_CC.cpu() for name, prior in priors.items()},
+                "prior_counts": {name: prior.count_C.cpu() for name, prior in priors.items()},
+            },
+            keep=config.keep,
+            keep_best=config.keep_best,
+        )
         log.info("checkpoint %s", path)
 
+    def _batch(self) -> dict[str, int]:
+        """What the global batch is made up of."""
+        accumulate, batch_size = self.config.train.accumulate, self.config.data.batch_size
+        return {"ranks": self.accelerator.num_processes, "accumulate": accumulate, "batch_size": batch_size}
+
+    def _find_place(self, state: TrainingState) -> None:
+        """Go to where the run stands in its epochs: the part of ``_restore`` on which the length of the run depends."""
+        run = state.rank_states[0]["run"]
+        before, now = run["batch"], self._batch()
+        was, size = math.prod(before.values()), math.prod(now.values())
+        if was != size:
+            for name, key in {"accumulate": "train.accumulate", "batch_size": "data.batch_size"}.items():
+                if before[name] != now[name]:
+                    raise InputError(
+                        f"{key}: {now[name]}, but the run has {before[name]}; allowed: the same, or one that keeps the "
+                        f"global batch of {was} samples with {now['ranks']} processes"
+                    )
+            log.warning("the global batch was %d samples with %d processes, and is %d", was, before["ranks"], size)
+        self.step, self.epoch, self.steps_per_epoch = state.step, run["epoch"], run["steps_per_epoch"]
+        self.loader.load_state_dicts([rank_state["stream"] for rank_state in state.rank_states])
+
+    def _make_schedule(self, state: TrainingState | None) -> Schedule:
+        """The learning rates up to the end of the run, which is stated in steps or in epochs."""
+        config, optimizer = self.config.train, self.config.optimizer
+        if config.steps is not None:
+            total_steps = config.steps
+        else:
+            assert config.epochs is not None
+            left = self.loader.batches_before(config.epochs) - self.loader.state_dict()["step"]
+            total_steps = max(1, self.step + math.floor(max(0.0, left) / config.accumulate + 0.5))
+        schedule = Schedule(
+            peak=optimizer.lr,
+            warmup_steps=optimizer.warmup_steps,
+            total_steps=total_steps,
+            anchor_step=optimizer.warmup_steps,
+        )
+        return schedule if state is None else schedule.resumed(state.rank_states[0]["run"]["schedule"], self.step)
+
     def _restore(self, state: TrainingState) -> None:
-        options = StateDictOptions(full_state_dict=True)
         set_state_dict(
             self.model,
             self.optimizer.optimizer,
             model_state_dict=dict(state.tensors["student"]),
             optim_state_dict=dict(state.optimizer),
-            options=options,
+            options=StateDictOptions(full_state_dict=True),
         )
         if self.ema is not None:
             self.ema.average.load_state_dict(dict(state.tensors["ema"]))
-        for name, tensor in state.rank_state["priors"].items():
-            prior, part = name.rsplit("/", 1)
-            setattr(self.objective.priors[prior], part, tensor.to(self.device))
-        self.loader.load_state_dict(state.rank_state["stream"])
-        _set_random_state(state.rank_state["random"], self.device)
-        self.step = state.step
+        ranks, mine = state.rank_states, self.accelerator.process_index
+        for name, prior in self.objective.priors.items():
+            prior.prior_CC = state.tensors["priors"][name].to(self.device, copy=True)
+            prior.sum_CC = own_part([rank["prior_sums"][name] for rank in ranks]).to(self.device)
+            prior.count_C = own_part([rank["prior_counts"][name] for rank in ranks]).to(self.device)
+        windows = [rank["window"] for rank in ranks]
+        sums = {name: own_part([window["sums"][name] for window in windows]) for name in windows[0]["sums"]}
+        self.window.load_state_dict({"steps": windows[0]["steps"], "sums": sums})
+        if mine < len(ranks):
+            set_random_state(ranks[mine]["random"], self.device)
+        self.evaluations = state.evaluations
 
     def _tower(self) -> Student:
         """What is evaluated and exported: the moving average where there is one."""
         return self.ema.average if self.ema is not None else self.student
 
+    def _evaluation_is_due(self) -> bool:
+        every = self.config.train.evaluate_every
+        wanted = self.step == self.total_steps or (every is not None and self.step % every == 0)
+        return bool(self.evaluation_sets) and wanted and self.evaluations is None
+
     def _evaluate(self) -> None:
-        """Zero-shot accuracy on every set, by the main process; the others wait."""
-        if self.accelerator.is_main_process and self.evaluation_sets:
-            self.evaluations = []
-            record: dict[str, Any] = {"step": self.step}
-            for data in self.evaluation_sets:
-                predictions = predict(
-                    self._tower(),
-                    data,
-                    batch_size=self.config.evaluation.batch_size,
-                    workers=self.config.evaluation.workers,
-                    device=self.device,
+        """Every set, shared out over the ranks; the step's checkpoint, written before, receives what was found."""
+        found = evaluate_sets(
+            self._tower(),
+            self.evaluation_sets,
+            model=self.config.student.model,
+            pretrained=str(self.output),
+            batch_size=self.config.evaluation.batch_size,
+            workers=self.config.evaluation.workers,
+            device=self.device,
+            cache=None if self.student.text_mode == "train" else self.cache,
+        )
+        record: dict[str, Any] = {"step": self.step}
+        for one in found:
+            record |= {f"evaluation/{one['dataset']}/{name}": value for name, value in one["metrics"].items()}
+        record[MEAN] = mean_main_metric(found)
+        with self.peers.first_alone():
+            if self.accelerator.is_main_process:
+                self.metrics.write(record)
+                self.accelerator.log({k: v for k, v in record.items() if k != "step" and v is not None}, step=self.step)
+                rate_checkpoint(
+                    self.output / "checkpoints",
+                    self.step,
+                    evaluations=found,
+                    metric=record[self.config.train.best_metric] or 0.0,
+                    keep=self.config.train.keep,
+                    keep_best=self.config.train.keep_best,
                 )
-                metrics = classification_metrics(predictions)
-                self.evaluations.append(
-                    benchmark_record(data, metrics, model=self.config.student.model, pretrained=str(self.output))
-                )
-                record |= {f"evaluation/{data.name}/{name}": value for name, value in metrics.items()}
-            record["evaluation/mean_acc1"] = mean_acc1(self.evaluations)
-            self.metrics.write(record)
-            self.accelerator.log({k: v for k, v in record.items() if k != "step" and v is not None}, step=self.step)
-        self.accelerator.wait_for_everyone()
+        self.evaluations = found
 
     # The parts.
 
-    def _load_teachers(self) -> list[Teacher]:
-        settings = [asdict(teacher) for teacher in self.config.teachers]
-        return [
-            load_teacher(
-                teacher["model"],
-                pretrained=teacher["pretrained"],
-                weight=teacher["weight"],
-                logit_scale=teacher["logit_scale"],
-                precision=teacher["precision"],
-            )
-            for teacher in settings
-        ]
-
-    def _load_student(self) -> Student:
-        settings = self.config.student
-        set_seed(self.config.seed)
-        student = load_student(
-            settings.model,
-            pretrained=settings.pretrained,
-            text_mode=settings.text,
-            teacher=self.teachers[0] if settings.text == "teacher" else None,
-            logit_scale=settings.logit_scale,
-            train_logit_scale=settings.train_logit_scale,
-        )
-        if settings.grad_checkpointing:
-            student.clip.set_grad_checkpointing(True)
-        if self.config.train.channels_last:
-            for tower in (student, *self.teachers):
-                tower.use_channels_last()
-        return student
-
-    def _open_stream(self) -> StreamLoader:
-        data = self.config.data
-        urls = expand_urls(data.shards)
-        accelerator = self.accelerator
-        mine = index_shards(urls[accelerator.process_index :: accelerator.num_processes], cache_dir=self.cache)
-        parts = gather_objects(mine)
-        index = [parts[number % len(parts)][number // len(parts)] for number in range(len(urls))]
-        augmentation = Augmentation(
-            **{name: tuple(v) if isinstance(v, list) else v for name, v in asdict(data.augmentation).items()}  # type: ignore[arg-type]
-        )
-        needs_captions = any(term.over == "captions" and term.weight > 0 for term in self.config.objective)
-        stream = ImageTextStream(
-            index,
-            batch_size=data.batch_size,
-            image_size=self.image_size,
-            augmentation=augmentation,
-            seed=self.config.seed,
-            shuffle=data.shuffle,
-            rank=accelerator.process_index,
-            world_size=accelerator.num_processes,
-            num_workers=data.workers,
-            caption_key=data.caption_key,
-            label_key=data.label_key,
-            require_captions=needs_captions,
-            require_labels=self.config.labels == "dataset",
-            num_classes=self.prompts.num_classes if self.prompts and self.config.labels == "dataset" else None,
-            max_pixels=data.max_pixels,
-        )
-        return StreamLoader(stream, pin_memory=self.device.type == "cuda")
+    def _claim_output(self, resume: str | None) -> Path | None:
+        """The checkpoint to resume from. The first process looks for it, and decides for all."""
+        decision: Path | InputError | None = None
+        with self.peers.first_alone():
+            if self.accelerator.is_main_process:
+                try:
+                    decision = find_start(self.config, resume)
+                except InputError as error:
+                    decision = error
+        decision = gather_objects(decision)[0]
+        if isinstance(decision, InputError):
+            raise decision
+        return decision
 
     def _teacher_banks(self) -> list[Tensor | None]:
         if self.prompts is None:
@@ -602,156 +717,6 @@ class Run:
         if self.student.text_mode == "freeze":
             return self._bank(self.student, self.prompts), None
         return None, class_prompt_tokens(self.student, self.prompts)
-
-
-class _Window:
-    """Sums over the steps between two records of the metrics, kept on the device so that no step waits for them."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.bad_step = torch.tensor(math.inf, dtype=widest_float(device), device=device)
-        self._reset()
-
-    def _reset(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.steps = 0
-        self.samples = 0
-        self.waited = 0.0
-        self.started = time.perf_counter()
-
-    def add(self, step: int, losses: Mapping[str, Tensor], grad_norm: Tensor, samples: int, waited: float) -> None:
-        for name, value in losses.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value
-        self.sums["grad_norm"] = self.sums.get("grad_norm", 0.0) + grad_norm.detach() / world_size()
-        finite = torch.isfinite(losses["loss"]) & torch.isfinite(grad_norm)
-        self.bad_step = torch.where(finite, self.bad_step, self.bad_step.clamp(max=step))
-        self.steps += 1
-        self.samples += samples
-        self.waited += waited
-
-    def first_bad_step(self) -> float:
-        return float(self.bad_step)
-
-    def close(self) -> dict[str, float]:
-        """Means over the window and over ranks, throughput of all ranks, share of the time spent waiting for data."""
-        values = torch.stack([value.to(widest_float(self.device)) for value in self.sums.values()])
-        seconds = time.perf_counter() - self.started
-        record = dict(zip(self.sums, (sum_over_ranks(values) / self.steps).tolist(), strict=True))
-        record["samples_per_second"] = self.samples * world_size() / seconds
-        record["data_wait_share"] = sum(gather_objects(self.waited)) / world_size() / seconds
-        self._reset()
-        return record
-
-
-def parameter_groups(student: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW's two groups: decayed are matrices and convolutions; not vectors and scales (of whatever number of
-    dimensions), positions, class tokens, the logit scale.
-    """
-    decayed: list[nn.Parameter] = []
-    free: list[nn.Parameter] = []
-    for name, parameter in student.named_parameters():
-        if parameter.requires_grad:
-            position = name.endswith(("positional_embedding", "pos_embed", "class_embedding", "cls_token"))
-            vector = sum(size > 1 for size in parameter.shape) < 2
-            (free if vector or position else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
-
-
-def _finished(config: Config) -> RunResult | None:
-    """What a run left, if it has ended; its config must be this one."""
-    output = Path(config.output)
-    if not (output / SUMMARY_FILE).is_file():
-        return None
-    check_same_run(load_config(output / "config.yaml"), config)
-    summary = json.loads((output / SUMMARY_FILE).read_text(encoding="utf-8"))
-    return RunResult(
-        output=output,
-        student=output / "student",
-        steps=summary["steps"],
-        evaluations=summary["evaluations"],
-        skipped=summary["skipped"],
-    )
-
-
-def _claim_output(config: Config, resume: str | None) -> Path | None:
-    """Refuse a folder that holds another run; the checkpoint to resume from. The first rank decides for all."""
-    decision: Path | str | None = None
-    if rank() == 0:
-        try:
-            decision = _find_start(config, resume)
-        except InputError as error:
-            decision = str(error)
-    decision = gather_objects(decision)[0]
-    if isinstance(decision, str):
-        raise InputError(decision)
-    return decision
-
-
-def _find_start(config: Config, resume: str | None) -> Path | None:
-    output = Path(config.output)
-    if output.exists() and not output.is_dir():
-        raise InputError(f"output: {output} is a file; allowed: a folder")
-    taken = output.is_dir() and any(output.iterdir())
-    if taken and resume is None:
-        raise InputError(f"output: {output} holds another run; allowed: a new folder, or --resume auto to go on")
-    if taken and not (output / "config.yaml").is_file():
-        raise InputError(f"output: {output} holds other files; allowed: a new folder, or the folder of this run")
-    if resume is None:
-        return None
-    checkpoint = resolve_resume(resume, output / "checkpoints")
-    started = output if checkpoint is None else checkpoint.parent.parent
-    if (started / "config.yaml").is_file():
-        check_same_run(load_config(started / "config.yaml"), config)
-    return checkpoint
-
-
-def _check_dimensions(terms: Sequence[TermConfig], teachers: Sequence[Teacher], student: Student) -> None:
-    for term in terms:
-        for teacher in teachers:
-            if term.loss == "feature" and teacher.embed_dim != student.embed_dim:
-                raise InputError(
-                    f"objective.loss: feature compares the student's {student.embed_dim} dimensions with the "
-                    f"{teacher.embed_dim} of teacher {teacher.name}; allowed: equal ones (as student.text: teacher)"
-                )
-
-
-def _term(config: TermConfig, steps_per_epoch: float) -> Term:
-    settings = asdict(config)
-    warmup_steps = round(settings.pop("warmup_epochs") * steps_per_epoch)
-    return Term(name=config.name, warmup_steps=warmup_steps, **settings)
-
-
-def _freeze_unused(student: Student, objective: Objective) -> None:
-    """Parameters that no term reaches would break DDP's synchronisation."""
-    if not objective.needs_logits:
-        student.clip.logit_scale.requires_grad_(False)
-        bias = student.logit_bias()
-        if bias is not None:
-            bias.requires_grad_(False)
-    if not (objective.needs_prompts or objective.needs_captions):
-        student.freeze_text()
-
-
-class MovingAverage:
-    """An exponential moving average of a student's weights and of its buffers, such as batch-norm statistics.
-
-    It starts fast: the decay of update n, from 0, is min(decay, (1 + n) / (10 + n)).
-    """
-
-    def __init__(self, student: Student, *, decay: float) -> None:
-        self.average = copy.deepcopy(student).eval().requires_grad_(False)
-        self.decay = decay
-
-    @torch.no_grad()
-    def update(self, student: Student, number: int) -> None:
-        """Take in the weights after optimizer step ``number``."""
-        share = 1 - min(self.decay, (1 + number) / (10 + number))
-        pairs = list(zip(self.average.state_dict().values(), student.state_dict().values(), strict=True))
-        floating = [(mean, current) for mean, current in pairs if mean.is_floating_point()]
-        torch._foreach_lerp_([mean for mean, _ in floating], [current for _, current in floating], share)
-        for mean, current in pairs:
-            if not mean.is_floating_point():
-                mean.copy_(current)
 
 
 def _concatenate(targets: Sequence[Targets]) -> Targets:
@@ -776,10 +741,10 @@ def _concatenate(targets: Sequence[Targets]) -> Targets:
     )
 
 
-def _accumulate(sums: dict[str, Tensor], losses: Mapping[str, Mapping[str, Tensor]], total: Tensor) -> None:
+def _accumulate(sums: dict[str, Tensor], losses: Mapping[str, TermLoss], total: Tensor) -> None:
     sums["loss"] = sums.get("loss", 0.0) + total.detach()
-    for term, parts in losses.items():
-        for part, value in parts.items():
+    for term, loss in losses.items():
+        for part, value in loss.parts.items():
             name = f"loss/{term}/{part}"
             sums[name] = sums.get(name, 0.0) + value.detach()
 
@@ -795,17 +760,13 @@ def _caption_ids(captions: Sequence[str], device: torch.device) -> Tensor:
     return torch.tensor([int.from_bytes(digest, "big") >> 1 for digest in digests], device=device)
 
 
-def _random_state(device: torch.device) -> dict[str, Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def _set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)
+def _in_one_line(error: BaseException, progress: Callable[[], str]) -> BaseException:
+    """An error that is not the program's own, with a line that says, too, what is left of the run."""
+    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
+        error = RunError(str(error).splitlines()[0].rstrip(". "))
+    if type(error) in (RunError, Interrupted) and "--resume" not in str(error):
+        return type(error)(f"{error}; {progress()}")
+    return error
 
 
 def _add_counts(counts: Sequence[Mapping[str, int]]) -> dict[str, int]:

@@ -43,6 +43,8 @@ def test_saved_config_reads_back_equal(write_config: Callable[..., Path], tmp_pa
         ("objective.0.weight=0", r"^objective: .* allowed: at least one term of weight > 0"),
         ("train.epochs=3", r"^train\.epochs: 3\.0 with train\.steps: 6"),
         ("student.text=both", r"^student\.text: 'both' is not allowed; allowed: train, freeze, teacher"),
+        ("train.keep_best=-1", r"^train\.keep_best: -1 is not allowed; allowed: >= 0"),
+        ("train.rank_timeout=.inf", r"^train\.rank_timeout: inf is not allowed; allowed: >= 1"),
         ("data.batch_size=0", r"^data\.batch_size: 0 is not allowed; allowed: >= 1"),
         ("data.shards=[]", r"^data\.shards"),
         ("prompts=''", r"^prompts: '' is not allowed; allowed: a prompt set"),

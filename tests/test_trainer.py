@@ -1,10 +1,9 @@
 """The trainer on real shards: equivalences across processes and accumulation, exact resume, priors, text modes."""
 
+import hashlib
+import itertools
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,16 +14,17 @@ from safetensors.torch import load_file
 
 from clipdistill.checkpoint import find_checkpoint
 from clipdistill.config import load_config
-from clipdistill.data import ImageTextStream, StreamLoader, expand_urls, index_shards
+from clipdistill.data import Augmentation, ImageTextStream, StreamLoader, expand_urls, index_shards
 from clipdistill.errors import InputError
 from clipdistill.metrics import read_metrics
+from clipdistill.moving_average import MovingAverage
 from clipdistill.prompts import load_prompts
 from clipdistill.similarity import prompt_bank, similarity_logits
 from clipdistill.towers import load_student, load_teacher
-from clipdistill.trainer import MovingAverage, train
+from clipdistill.trainer import train
 from tests.conftest import TINY_MODEL, colour_samples, write_tar
+from tests.processes import Job, Runs, assert_identical, traced, until
 
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true"}
 GKL = {"loss": "gkl", "gamma": 0.5, "beta": 0.3}
 EVERYTHING = [
     GKL | {"warmup_epochs": 1},
@@ -37,9 +37,7 @@ EVERYTHING = [
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    checkpoint = find_checkpoint(run / "checkpoints")
-    assert checkpoint is not None
-    return load_file(checkpoint / "student.safetensors")
+    return load_file(newest(run) / "student.safetensors")
 
 
 def steps(run: Path) -> list[dict[str, Any]]:
@@ -47,12 +45,9 @@ def steps(run: Path) -> list[dict[str, Any]]:
 
 
 def launch(config: Path, *arguments: str, processes: int = 1) -> None:
-    """Train in processes of their own, as torchrun starts them."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    script = ["scripts/train.py", "--config", str(config), *arguments]
-    command = [sys.executable, *(launcher if processes > 1 else []), *script]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENVIRONMENT, check=False)
-    assert result.returncode == 0, result.stderr[-4000:]
+    """Train in processes of their own."""
+    job = Job("--config", config, *arguments, log=config.with_suffix(".log"), ranks=processes)
+    assert job.wait(300) == [0] * processes, job.text()
 
 
 def assert_same_training(ours: Path, theirs: Path, *, tolerance: float) -> None:
@@ -93,6 +88,17 @@ def test_world_size_and_accumulation_change_nothing(
     assert all(len(evaluation) == len(evaluations[0]) for evaluation in evaluations)
 
 
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_losses_from_features_train_the_same(write_config: Callable[..., Path], tmp_path: Path, processes: int) -> None:
+    """With a class prior, captions in both directions, accumulation; prior rows and gathered columns included."""
+    objective = [GKL | {"class_prior": True}, {"loss": "kl"}, GKL | {"over": "captions"}]
+    config = write_config(objective=objective, labels="dataset")
+    fixed = ["optimizer.eps=1e-3", "train.steps=4", "train.log_every=1", "train.accumulate=2", "data.batch_size=8"]
+    for name in ("plain", "tiled"):
+        launch(config, *fixed, f"output={tmp_path / name}", f"train.loss_implementation={name}", processes=processes)
+    assert_same_training(tmp_path / "tiled", tmp_path / "plain", tolerance=2e-4)
+
+
 @pytest.mark.slow
 def test_sharded_teacher_teaches_the_same(write_config: Callable[..., Path], tmp_path: Path) -> None:
     for name, shard in (("sharded", "true"), ("whole", "false")):
@@ -105,65 +111,136 @@ def _write_twin_shards(folder: Path) -> None:
     write_tar(folder / "0.tar", colour_samples(16))
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_resumed_run_is_bit_identical(write_config: Callable[..., Path], tmp_path: Path, accumulate: int) -> None:
-    changes: dict[str, Any] = {
-        "objective": [GKL | {"class_prior": True}, {"loss": "clip"}],
-        "labels": "teacher",
-        "train": {
-            "steps": 8,
-            "save_every": 3,
-            "log_every": 1,
-            "accumulate": accumulate,
-            "ema": 0.9,
-            "trackers": [],
-        },
-    }
-    whole = load_config(write_config(**changes), [f"output={tmp_path / 'whole'}"])
-    train(whole)
-    interrupted = load_config(write_config(**changes), [f"output={tmp_path / 'interrupted'}"])
-    train(interrupted)
-    for path in (tmp_path / "interrupted" / "checkpoints").iterdir():
-        if path.name != "step_00000003":
-            shutil.rmtree(path)
-    (tmp_path / "interrupted" / "summary.json").unlink()
-    train(interrupted, resume="auto")
-    ours, theirs = (find_checkpoint(tmp_path / name / "checkpoints") for name in ("interrupted", "whole"))
-    assert ours is not None
-    assert theirs is not None
-    for name in ("student.safetensors", "ema.safetensors"):
-        mine, other = load_file(ours / name), load_file(theirs / name)
-        assert all(torch.equal(mine[key], other[key]) for key in other)
-    mine, other = (torch.load(path / "optimizer.pt", weights_only=True) for path in (ours, theirs))
-    for name, state in other["state"].items():
-        assert all(torch.equal(mine["state"][name][key], value) for key, value in state.items())
-    mine, other = (torch.load(path / "rank_00000.pt", weights_only=True) for path in (ours, theirs))
-    assert mine["stream"] == other["stream"]
-    assert all(torch.equal(mine["priors"][name], value) for name, value in other["priors"].items())
-    assert [r["loss"] for r in steps(tmp_path / "interrupted")] == [r["loss"] for r in steps(tmp_path / "whole")]
+@pytest.fixture(scope="module")
+def runs(colours: Path, tiny_model: Path, teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Runs of everything that has a state: class priors, captions, dropped patches, a moving average, evaluations."""
+    folder = tmp_path_factory.mktemp("runs")
+    student = folder / "drops.json"
+    student.write_text(json.dumps({**TINY_MODEL, "vision_cfg": {**TINY_MODEL["vision_cfg"], "patch_dropout": 0.3}}))
+    return Runs(
+        folder,
+        colours=colours,
+        student=student,
+        teacher=teacher_folder,
+        objective=[
+            GKL | {"class_prior": True, "warmup_epochs": 1},
+            {"loss": "clip"},
+            {"loss": "gkl", "over": "captions"},
+        ],
+        evaluation={"folders": [str(colours / "set")]},
+        train={"ema": 0.9, "evaluate_every": 4, "keep": 2},
+    )
 
 
-@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "manifest"])
-def test_damaged_checkpoint_is_named_and_passed_over(
-    write_config: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: str
+@pytest.mark.parametrize("accumulate", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("ranks", "workers"),
+    [(1, 0), *(pytest.param(*layout, marks=pytest.mark.slow) for layout in ((1, 2), (2, 0), (2, 2)))],
+)
+def test_killed_and_resumed_run_is_bit_identical(runs: Runs, ranks: int, workers: int, accumulate: int) -> None:
+    """Weights, average, optimizer, priors, positions, metrics, evaluations and samples, after two kills."""
+    layout = [f"data.workers={workers}", f"train.accumulate={accumulate}"]
+    name = f"killed-{ranks}-{workers}-{accumulate}"
+    for step in (6, 13):
+        job = runs.start(name, *layout, ranks=ranks)
+        until(lambda step=step: traced(runs.folder / name) >= step)
+        job.kill()
+    job = runs.start(name, *layout, ranks=ranks)
+    assert job.wait() == [0] * ranks, job.text()
+    expected = runs.whole(*layout, ranks=ranks)
+    assert_identical(runs.folder / name, expected)
+    summaries = [json.loads((run / "summary.json").read_text()) for run in (runs.folder / name, expected)]
+    assert [e["metrics"] for e in summaries[0]["evaluations"]] == [e["metrics"] for e in summaries[1]["evaluations"]]
+    assert [record["step"] for record in steps(expected)] == [5, 10, 15, 16]
+    assert [r["step"] for r in read_metrics(expected / "metrics.jsonl") if "evaluation/mean" in r] == [
+        4,
+        8,
+        12,
+        16,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("before", "stop", "after", "overrides", "expected_steps"),
+    [
+        pytest.param(2, 3, 1, [], 3 + 6 + 12, id="half-the-batch"),
+        pytest.param(2, 3, 1, ["train.accumulate=2"], 3 + 3 + 6, id="same-batch", marks=pytest.mark.slow),
+        pytest.param(1, 4, 2, ["data.workers=1"], 4 + 4 + 6, id="twice-the-batch", marks=pytest.mark.slow),
+    ],
+)
+def test_resume_with_another_number_of_ranks(
+    colours: Path,
+    tiny_model: Path,
+    teacher_folder: Path,
+    tmp_path: Path,
+    before: int,
+    stop: int,
+    after: int,
+    overrides: list[str],
+    expected_steps: int,
 ) -> None:
-    config = load_config(write_config(), ["evaluation.folders=[]"])
-    train(config)
-    newest = tmp_path / "run" / "checkpoints" / "step_00000006"
-    file = newest / ("manifest.json" if damage == "manifest" else "student.safetensors")
-    content = bytearray(file.read_bytes())
-    if damage == "remove":
-        file.unlink()
-    elif damage == "flip":
-        content[len(content) // 2] ^= 1
-        file.write_bytes(content)
-    else:
-        file.write_bytes(content[: len(content) // 2])
-    found = find_checkpoint(tmp_path / "run" / "checkpoints")
+    """The epoch goes on with what nobody has seen; its class prior is that of the undisturbed run; the learning rate
+    does not jump."""
+    write_tar(tmp_path / "shards" / "0.tar", colour_samples(48))
+    runs = Runs(
+        tmp_path,
+        colours=colours,
+        student=tiny_model,
+        teacher=teacher_folder,
+        objective=[GKL | {"class_prior": True}],
+        train={"steps": None, "epochs": 2, "log_every": 1, "save_every": 1, "keep": 30},
+    )
+    shards = f"data.shards=[{tmp_path / 'shards'}]"
+    whole = runs.whole(shards, ranks=before)
+    shutil.copytree(whole, tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()
+    for path in (tmp_path / "run" / "checkpoints").iterdir():
+        if path.name > f"step_{stop:08d}":
+            shutil.rmtree(path)
+    job = runs.start("run", shards, *overrides, ranks=after)
+    assert job.wait() == [0] * after, job.text()
+
+    records, expected = steps(tmp_path / "run"), steps(whole)
+    assert len(records) == expected_steps
+    traces = [read_metrics(path) for path in sorted((tmp_path / "run" / "samples").iterdir())]
+    epochs = {record["step"]: record["epoch"] for record in records}
+    for epoch in (0, 1):
+        keys = [key for trace in traces for line in trace if epochs[line["step"]] == epoch for key in line["keys"]]
+        assert sorted(keys) == [sample["key"] for sample in colour_samples(48)]
+    assert records[:stop] == expected[:stop]
+    assert records[stop]["lr"] == pytest.approx(expected[stop]["lr"])
+    assert records[-1]["lr"] < 0.1 * records[0]["lr"]
+    priors = [load_file(newest(run) / "priors.safetensors")["gkl_prompts/0"] for run in (tmp_path / "run", whole)]
+    torch.testing.assert_close(priors[0], priors[1])
+
+
+def newest(run: Path) -> Path:
+    found = find_checkpoint(run / "checkpoints")
     assert found is not None
-    assert found.name == "step_00000003"
-    assert "step_00000006" in caplog.text
-    assert file.name in caplog.text
+    return found
+
+
+def test_trace_holds_what_the_stream_gives_out(write_config: Callable[..., Path], tmp_path: Path) -> None:
+    overrides = ["train.trace=true", "train.steps=2", "train.accumulate=2", "evaluation.folders=[]"]
+    config = load_config(write_config(), overrides)
+    train(config)
+    augmentation = Augmentation(crop_scale=(0.9, 1.0), crop_ratio=(0.75, 4 / 3))
+    index = index_shards(expand_urls(config.data.shards), cache_dir=None)
+    stream = ImageTextStream(index, batch_size=8, image_size=16, augmentation=augmentation, shuffle=16)
+    batches = list(itertools.islice(StreamLoader(stream), 4))
+    records = read_metrics(tmp_path / "run" / "samples" / "rank_00000.jsonl")
+    assert [record["step"] for record in records] == [1, 2]
+    for record, pair in zip(records, (batches[:2], batches[2:]), strict=True):
+        assert record["keys"] == pair[0].keys + pair[1].keys
+        pixels = b"".join(batch.image_BCHW.numpy().tobytes() for batch in pair)
+        assert record["pixels"] == hashlib.blake2b(pixels, digest_size=16).hexdigest()
+
+
+def test_other_global_batch_is_refused(write_config: Callable[..., Path], tmp_path: Path) -> None:
+    train(load_config(write_config(), ["evaluation.folders=[]"]))
+    (tmp_path / "run" / "summary.json").unlink()
+    with pytest.raises(InputError, match=r"^data\.batch_size: 4, but the run has 8; allowed: the same, or"):
+        train(load_config(write_config(), ["evaluation.folders=[]", "data.batch_size=4"]), resume="auto")
 
 
 def test_prior_is_the_teachers_mean_prediction_of_the_epoch_before(
@@ -179,7 +256,7 @@ def test_prior_is_the_teachers_mean_prediction_of_the_epoch_before(
     overrides = [f"data.shards=[{tmp_path / 'twin'}]", "data.batch_size=16", "evaluation.folders=[]"]
     config = load_config(write_config(**changes), overrides)
     train(config)
-    state = torch.load(tmp_path / "run" / "checkpoints" / "step_00000002" / "rank_00000.pt", weights_only=True)
+    priors = load_file(tmp_path / "run" / "checkpoints" / "step_00000002" / "priors.safetensors")
 
     stream = ImageTextStream(
         index_shards(expand_urls([str(tmp_path / "twin")]), cache_dir=None),
@@ -193,7 +270,7 @@ def test_prior_is_the_teachers_mean_prediction_of_the_epoch_before(
     logits_BC = similarity_logits(teacher.encode_image(batch.image_BCHW), bank_CD, teacher.logit_scale, None)
     for label in range(4):
         expected = (logits_BC[batch.labels_B == label] / 2.0).softmax(dim=1).mean(dim=0)
-        torch.testing.assert_close(state["priors"]["gkl_prompts/0/prior_CC"][label], expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(priors["gkl_prompts/0"][label], expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("text", ["train", "freeze", "teacher"])
@@ -296,6 +373,15 @@ def test_finished_run_is_reused_only_with_the_same_settings(write_config: Callab
     assert sorted(path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")) == before
     with pytest.raises(InputError, match=r"^train\.steps: 3, but the run"):
         train(load_config(write_config(), ["train.steps=3"]), resume="auto")
+
+
+def test_what_a_killed_run_was_writing_is_cleared_away(write_config: Callable[..., Path], tmp_path: Path) -> None:
+    half = tmp_path / "run" / ".student.99.tmp"
+    half.mkdir(parents=True)
+    (half / "open_clip_model.safetensors").write_bytes(b"half")
+    (tmp_path / "run" / ".config.yaml.99.tmp").write_text("output: ")
+    train(load_config(write_config(), ["train.steps=1", "evaluation.folders=[]"]), resume="auto")
+    assert not list((tmp_path / "run").glob(".*"))
 
 
 def test_locked_text_learns_from_captions_alone(write_config: Callable[..., Path]) -> None:

@@ -6,9 +6,10 @@
 # GPUs a node: GPUS_PER_NODE, 8 by default; say the same in --gpus-per-node. `output`, `data.cache` and local shards must
 # be on a file system that all nodes share.
 #
-# The job may be stopped at any time: it resumes from its newest valid checkpoint, losing at most train.save_every
-# steps. It puts itself back into the queue two minutes before its time limit; SLURM does so after a preemption or a
-# node's failure. scancel ends it for good. A run goes on only with as many GPUs as it began with.
+# The job may be stopped at any time. Two minutes before its time limit it asks the run to stop, which finishes its step
+# and saves, and puts itself back into the queue; at a preemption, where the partition's GraceTime leaves time for it, the
+# run stops in the same way, and SLURM requeues the job. After a node's failure it goes on from its newest whole
+# checkpoint, losing at most train.save_every steps. scancel ends it for good. A run goes on with any number of GPUs.
 #
 #SBATCH --job-name=clipdistill
 #SBATCH --nodes=2
@@ -27,9 +28,11 @@ config=${1:?usage: sbatch slurm.sh CONFIG [KEY=VALUE ...]}
 shift
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 gpus=${GPUS_PER_NODE:-8}
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=100  # seconds that the launcher leaves a run to finish its step and to save
 
 launch=
 stop() {
+    trap "" TERM USR1  # a second signal would end the run before it has saved
     kill -TERM "$launch" 2> /dev/null || true
     wait
 }
