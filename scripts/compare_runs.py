@@ -1,0 +1,140 @@
+"""Compare two runs of one config that should be the same, sample by sample and bit by bit.
+
+    python scripts/compare_runs.py runs/undisturbed runs/resumed
+
+Samples: those in the traces of all ranks (`train.trace`), each at its step and place, with the digest of the step's
+pixels. Bits: every tensor and value of the newest checkpoint, every file of the exported student, the summary, and the
+metrics save for timings. Exit code 0: no difference; 1: some.
+"""
+
+import argparse
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file
+
+from clipdistill.checkpoint import find_checkpoint
+from clipdistill.metrics import METRICS_FILE, read_metrics
+from clipdistill.run_folder import SUMMARY_FILE
+
+TIMINGS = ("samples_per_second", "data_wait_share")
+"""Metrics that no two runs share."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What a run has in common with another, the reference.
+
+    Attributes:
+        seen: samples that the reference saw, over all ranks and steps.
+        lost: of these, those that the run did not see at their place, with the same pixels.
+        repeated: samples that the run saw where the reference did not.
+        compared: number of tensors and values compared.
+        differing: names of those that differ, or that only one of the two has.
+    """
+
+    seen: int
+    lost: int
+    repeated: int
+    compared: int
+    differing: list[str]
+
+    def same(self) -> bool:
+        """Whether the reference saw samples, and nothing at all differs."""
+        return self.seen > 0 and not (self.lost or self.repeated or self.differing)
+
+
+def compare_runs(reference: Path, run: Path) -> Comparison:
+    """Compare the folders of two runs."""
+    expected, found = _places(reference), _places(run)
+    values, others = dict(_values(reference)), dict(_values(run))
+    names = values.keys() | others.keys()
+    return Comparison(
+        seen=expected.total(),
+        lost=(expected - found).total(),
+        repeated=(found - expected).total(),
+        compared=len(names),
+        differing=sorted(name for name in names if name not in values or values[name] != others.get(name)),
+    )
+
+
+def _places(run: Path) -> Counter[tuple[str, int, int, str, str]]:
+    """Rank, step, place in the step, key, and the step's pixels, of every sample in the traces."""
+    return Counter(
+        (file.stem, record["step"], place, key, record["pixels"])
+        for file in (run / "samples").glob("rank_*.jsonl")
+        for record in read_metrics(file)
+        for place, key in enumerate(record["keys"])
+    )
+
+
+def _values(run: Path) -> Iterator[tuple[str, object]]:
+    """Name and bits of everything else that a run leaves, save for timings."""
+    checkpoint = find_checkpoint(run / "checkpoints")
+    for folder in [run / "student", *([checkpoint] if checkpoint else [])]:
+        for file in sorted(folder.glob("*")):
+            name = str(file.relative_to(run))
+            if file.suffix == ".safetensors":
+                yield from _leaves(name, load_file(file))
+            elif file.suffix == ".pt":
+                yield from _leaves(name, torch.load(file, weights_only=True))
+            elif file.name != "manifest.json":
+                yield name, file.read_bytes()
+    for number, record in enumerate(read_metrics(run / METRICS_FILE)):
+        for key, value in record.items():
+            if key not in TIMINGS:
+                yield f"{METRICS_FILE}: record {number}: {key}", repr(value)
+    if (run / SUMMARY_FILE).is_file():
+        yield SUMMARY_FILE, (run / SUMMARY_FILE).read_bytes()
+
+
+def _leaves(name: str, value: Any) -> Iterator[tuple[str, object]]:
+    if isinstance(value, torch.Tensor):
+        content = value.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        yield name, (str(value.dtype), tuple(value.shape), content)
+    elif isinstance(value, dict | list | tuple) and value:
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _leaves(f"{name}: {key}", part)
+    else:
+        yield name, repr(value)
+
+
+def show(console: Console, comparisons: Sequence[Comparison], *, most: int = 20) -> None:
+    """Print a table, a row a comparison, and the names of what differs."""
+    table = Table(title="against the undisturbed run")
+    for column in ("run", "samples seen", "lost", "repeated", "tensors and values", "differing"):
+        table.add_column(column, justify="right")
+    for number, result in enumerate(comparisons):
+        figures = (number, result.seen, result.lost, result.repeated, result.compared, len(result.differing))
+        table.add_row(*(str(figure) for figure in figures))
+    console.print(table)
+    for number, result in enumerate(comparisons):
+        for name in result.differing[:most]:
+            console.print(f"run {number} differs: {name}", highlight=False, markup=False, soft_wrap=True)
+        if len(result.differing) > most:
+            console.print(f"run {number} differs in {len(result.differing) - most} more", highlight=False)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compare and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("reference", type=Path, help="folder of the undisturbed run")
+    parser.add_argument("run", type=Path, help="folder of the other run")
+    args = parser.parse_args(argv)
+    for folder in (args.reference, args.run):
+        if not (folder / "samples").is_dir():
+            parser.error(f"{folder}: no traces in {folder / 'samples'}; allowed: the folder of a run with train.trace")
+    result = compare_runs(args.reference, args.run)
+    show(Console(width=120), [result])
+    return 0 if result.same() else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
