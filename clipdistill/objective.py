@@ -9,6 +9,7 @@ Shapes: N ranks, B rows of this rank, C classes, D features.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,16 +18,20 @@ from torch import Tensor
 from clipdistill.distributed import gather_rows, rank, sum_over_ranks, widest_float, world_size
 from clipdistill.losses import (
     FeatureKind,
+    GKLDenominators,
+    Implementation,
     contrastive_sums,
     dist_loss,
     dkd_sums,
     feature_sums,
-    gkl_weights,
-    gkl_wmse_denominator,
+    fused_wins,
+    gkl_denominator,
+    gkl_denominators_from_features,
+    gkl_loss_from_features,
+    gkl_sums,
     kd_sums,
+    kd_sums_from_features,
     positive_targets,
-    soft_ce_sums,
-    wmse_sums,
 )
 from clipdistill.similarity import similarity_logits
 
@@ -85,10 +90,28 @@ class Features:
     @cached_property
     def caption_logits(self) -> tuple[Tensor, Tensor]:
         """This rank's rows of the in-batch matrix, (B, N * B): image over texts, and text over images."""
+        image_over_text, text_over_image = self.caption_sides
+        return (
+            similarity_logits(*image_over_text, self.scale, self.bias),
+            similarity_logits(*text_over_image, self.scale, self.bias),
+        )
+
+    @cached_property
+    def caption_sides(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Rows (B, D) and columns (N * B, D) of the two ``caption_logits``."""
         assert self.captions_BD is not None
-        image_over_text = similarity_logits(self.image_BD, gather_rows(self.captions_BD), self.scale, self.bias)
-        text_over_image = similarity_logits(self.captions_BD, gather_rows(self.image_BD), self.scale, self.bias)
-        return image_over_text, text_over_image
+        return (self.image_BD, gather_rows(self.captions_BD)), (self.captions_BD, gather_rows(self.image_BD))
+
+    def sides(self, over: str) -> list[tuple[Tensor, Tensor]]:
+        """Rows and columns of the matrices that a term compares: one over prompts, one each way over captions."""
+        if over == "captions":
+            return list(self.caption_sides)
+        assert self.prompts_CD is not None
+        return [(self.image_BD, self.prompts_CD)]
+
+    def logits(self, over: str) -> list[Tensor]:
+        """The matrices themselves."""
+        return [self.prompt_logits] if over == "prompts" else list(self.caption_logits)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +121,19 @@ class Targets:
     teachers: Sequence[Features] = ()
     labels_B: Tensor | None = None
     caption_ids_B: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class TermLoss:
+    """This rank's share of a term, unweighted.
+
+    Attributes:
+        parts: 0-d, by name.
+        value: their sum, 0-d; to differentiate it costs less than to differentiate the parts.
+    """
+
+    parts: Mapping[str, Tensor]
+    value: Tensor
 
 
 @dataclass
@@ -146,12 +182,15 @@ class Objective:
         teacher_weights: share of each teacher, normalised to sum to 1.
         num_classes: C, for the class priors.
         device: where the priors live.
+        implementation: of gkl and kl: ``plain`` by way of the matrices of logits; ``tiled`` and ``triton`` straight
+            from the features, without them; ``auto`` whichever is faster for each matrix (``fused_wins``).
     """
 
     terms: Sequence[Term]
     teacher_weights: Sequence[float] = ()
     num_classes: int = 0
     device: torch.device | str = "cpu"
+    implementation: Implementation = "auto"
     priors: dict[str, ClassPrior] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -222,88 +261,155 @@ class Objective:
                 continue
             for number in range(len(self.teacher_weights)):
                 for targets in batches:
-                    for direction, logits in enumerate(_logits(term, targets.teachers[number])):
+                    for direction, part in enumerate(self._gkl_denominators(term, number, targets)):
                         key = f"{term.name}/{number}/{direction}"
-                        part = gkl_wmse_denominator(self._gkl_weights(term, number, logits, targets))
                         local[key] = local.get(key, torch.zeros_like(part)) + part
         packed = sum_over_ranks(torch.stack([value.to(widest_float(device)) for value in local.values()]))
         return dict(zip(local, packed, strict=True))
 
-    def losses(
-        self, student: Features, targets: Targets, denominators: Mapping[str, Tensor]
-    ) -> dict[str, dict[str, Tensor]]:
-        """This rank's share of every term of one micro-batch, unweighted: {term: {part: 0-d tensor}}.
+    def losses(self, student: Features, targets: Targets, denominators: Mapping[str, Tensor]) -> dict[str, TermLoss]:
+        """This rank's share of every term of one micro-batch, by the term's name.
 
-        The shares of all ranks and micro-batches add up to the value of the term on the global batch. A term's parts
-        add up to the term; gkl has two, ``soft_ce`` and ``wmse``, with alpha and beta applied.
+        The shares of all ranks and micro-batches add up to the value of the term on the global batch. gkl has two
+        parts, ``soft_ce`` and ``wmse``, with alpha and beta applied; every other loss has one.
         """
         return {term.name: self._term(term, student, targets, denominators) for term in self.terms}
 
-    def total(self, losses: Mapping[str, Mapping[str, Tensor]], step: int) -> Tensor:
+    def total(self, losses: Mapping[str, TermLoss], step: int) -> Tensor:
         """The weighted sum at optimizer step ``step``."""
-        parts = [term.weight_at(step) * value for term in self.terms for value in losses[term.name].values()]
-        return torch.stack(parts).sum()
+        return torch.stack([term.weight_at(step) * losses[term.name].value for term in self.terms]).sum()
 
-    def _term(
-        self, term: Term, student: Features, targets: Targets, denominators: Mapping[str, Tensor]
-    ) -> dict[str, Tensor]:
+    def _term(self, term: Term, student: Features, targets: Targets, denominators: Mapping[str, Tensor]) -> TermLoss:
         rows = denominators["rows"].to(torch.float32)
         if term.loss == "clip":
-            return {"clip": self._clip(term, student, targets) / rows}
-        student_logits = _logits(term, student) if term.loss != "feature" else []
+            return _single("clip", self._clip(term, student, targets) / rows)
         parts: dict[str, Tensor] = {}
+        value = torch.zeros((), device=rows.device)
         for number, teacher in enumerate(targets.teachers):
-            share = self.teacher_weights[number]
-            if term.loss == "feature":
-                pairs = [(student.image_BD, teacher.image_BD)]
-                if term.over == "captions":
-                    assert student.captions_BD is not None
-                    assert teacher.captions_BD is not None
-                    pairs.append((student.captions_BD, teacher.captions_BD))
-            else:
-                pairs = list(zip(student_logits, _logits(term, teacher), strict=True))
-            for direction, (s, t) in enumerate(pairs):
-                key = f"{term.name}/{number}/{direction}"
-                for part, value in self._pair(term, s, t, key, number, targets, denominators, rows).items():
-                    parts[part] = parts.get(part, 0.0) + share / len(pairs) * value
-        return parts
+            losses = [
+                self._pair(term, student, teacher, direction, number, targets, denominators, rows)
+                for direction in range(2 if term.over == "captions" else 1)
+            ]
+            share = self.teacher_weights[number] / len(losses)
+            for loss in losses:
+                value = value + share * loss.value
+                for part, of_part in loss.parts.items():
+                    parts[part] = parts.get(part, 0.0) + share * of_part
+        return TermLoss(parts, value)
 
     def _pair(
         self,
         term: Term,
-        student: Tensor,
-        teacher: Tensor,
-        key: str,
+        student: Features,
+        teacher: Features,
+        direction: int,
         number: int,
         targets: Targets,
         denominators: Mapping[str, Tensor],
         rows: Tensor,
-    ) -> dict[str, Tensor]:
+    ) -> TermLoss:
         """One student matrix against one teacher's."""
+        if term.loss == "feature":
+            ours, theirs = ((x.image_BD, x.captions_BD)[direction] for x in (student, teacher))
+            assert ours is not None
+            assert theirs is not None
+            return _single(term.kind, feature_sums(ours, theirs, kind=term.kind).numerator / rows)
+        if term.loss == "gkl":
+            denominator = denominators[f"{term.name}/{number}/{direction}"]
+            return self._gkl(term, student, teacher, direction, number, targets, denominator, rows)
+        if term.loss == "kl" and self._fused(term, teacher, direction):
+            (rows_BD, columns_CD), (rows_BE, columns_CE) = (x.sides(term.over)[direction] for x in (student, teacher))
+            kl = kd_sums_from_features(
+                rows_BD,
+                columns_CD,
+                rows_BE,
+                columns_CE,
+                temperature=term.temperature,
+                student_scale=student.scale,
+                teacher_scale=teacher.scale,
+                student_bias=student.bias,
+                teacher_bias=teacher.bias,
+                implementation=self.implementation,
+            )
+            return _single("kl", kl.numerator / rows)
+        student_BC, teacher_BC = (features.logits(term.over)[direction] for features in (student, teacher))
         match term.loss:
-            case "gkl":
-                soft_ce = soft_ce_sums(student, teacher, temperature=term.temperature)
-                wmse = wmse_sums(student, teacher, self._gkl_weights(term, number, teacher, targets))
-                return {
-                    "soft_ce": term.alpha * soft_ce.numerator / rows,
-                    "wmse": term.beta * wmse.numerator / denominators[key].to(wmse.numerator.dtype),
-                }
             case "kl":
-                return {"kl": kd_sums(student, teacher, temperature=term.temperature).numerator / rows}
+                loss = kd_sums(student_BC, teacher_BC, temperature=term.temperature).numerator / rows
             case "dkd":
-                labels_B = targets.labels_B if term.over == "prompts" else _own_columns(student)
+                labels_B = targets.labels_B if term.over == "prompts" else _own_columns(student_BC)
                 assert labels_B is not None
-                dkd = dkd_sums(
-                    student, teacher, labels_B, alpha=term.alpha, beta=term.beta, temperature=term.temperature
-                )
-                return {"dkd": dkd.numerator / rows}
+                settings = {"alpha": term.alpha, "beta": term.beta, "temperature": term.temperature}
+                loss = dkd_sums(student_BC, teacher_BC, labels_B, **settings).numerator / rows
             case "dist":
-                whole_student, whole_teacher = gather_rows(student), gather_rows(teacher)
-                value = dist_loss(whole_student, whole_teacher, beta=term.beta, gamma=term.gamma)
-                return {"dist": value / world_size()}
-            case "feature":
-                return {term.kind: feature_sums(student, teacher, kind=term.kind).numerator / rows}
-        raise AssertionError(term.loss)
+                whole = gather_rows(student_BC), gather_rows(teacher_BC)
+                loss = dist_loss(*whole, beta=term.beta, gamma=term.gamma) / world_size()
+            case _:
+                raise AssertionError(term.loss)
+        return _single(term.loss, loss)
+
+    def _gkl(
+        self,
+        term: Term,
+        student: Features,
+        teacher: Features,
+        direction: int,
+        number: int,
+        targets: Targets,
+        denominator: Tensor,
+        rows: Tensor,
+    ) -> TermLoss:
+        weighting = self._weighting(term, number, targets)
+        if self._fused(term, teacher, direction):
+            (rows_BD, columns_CD), (rows_BE, columns_CE) = (x.sides(term.over)[direction] for x in (student, teacher))
+            out = gkl_loss_from_features(
+                rows_BD,
+                columns_CD,
+                rows_BE,
+                columns_CE,
+                student_scale=student.scale,
+                teacher_scale=teacher.scale,
+                alpha=term.alpha,
+                beta=term.beta,
+                temperature=term.temperature,
+                student_bias=student.bias,
+                teacher_bias=teacher.bias,
+                denominators=GKLDenominators(rows, denominator.to(rows.dtype)),
+                implementation=self.implementation,
+                **weighting,
+            )
+            return TermLoss({"soft_ce": term.alpha * out.soft_ce, "wmse": term.beta * out.wmse}, out.loss)
+        student_BC, teacher_BC = (features.logits(term.over)[direction] for features in (student, teacher))
+        sums = gkl_sums(student_BC, teacher_BC, temperature=term.temperature, **weighting)
+        soft_ce = term.alpha * sums.soft_ce.numerator / rows
+        wmse = term.beta * sums.wmse.numerator / denominator.to(rows.dtype)
+        return TermLoss({"soft_ce": soft_ce, "wmse": wmse}, soft_ce + wmse)
+
+    def _gkl_denominators(self, term: Term, number: int, targets: Targets) -> list[Tensor]:
+        """Of the wMSE of a micro-batch of this rank, 0-d, for each matrix."""
+        teacher, weighting = targets.teachers[number], self._weighting(term, number, targets)
+        return [
+            gkl_denominators_from_features(
+                *sides, teacher_scale=teacher.scale, implementation=self.implementation, **weighting
+            ).wmse
+            if self._fused(term, teacher, direction)
+            else gkl_denominator(teacher.logits(term.over)[direction], **weighting)
+            for direction, sides in enumerate(teacher.sides(term.over))
+        ]
+
+    def _weighting(self, term: Term, number: int, targets: Targets) -> dict[str, Any]:
+        """What the weights of gkl's wMSE come from."""
+        weighting: dict[str, Any] = {"gamma": term.gamma, "weight_temperature": term.weight_temperature}
+        if term.class_prior:
+            weighting |= {"class_prior": self.priors[f"{term.name}/{number}"].prior_CC, "labels": targets.labels_B}
+        return weighting
+
+    def _fused(self, term: Term, teacher: Features, direction: int) -> bool:
+        """Whether a matrix of logits is not made, but the loss computed from the features."""
+        if self.implementation != "auto":
+            return self.implementation != "plain"
+        rows_BE, columns_CE = teacher.sides(term.over)[direction]
+        return fused_wins(len(rows_BE), len(columns_CE), rows_BE.device)
 
     def _clip(self, term: Term, student: Features, targets: Targets) -> Tensor:
         if term.over == "prompts":
@@ -315,21 +421,10 @@ class Objective:
         both = [contrastive_sums(logits_BN, target_BN).numerator for logits_BN in student.caption_logits]
         return (both[0] + both[1]) / 2
 
-    def _gkl_weights(self, term: Term, number: int, teacher_logits: Tensor, targets: Targets) -> Tensor:
-        if not term.class_prior:
-            return gkl_weights(teacher_logits, gamma=term.gamma, weight_temperature=term.weight_temperature)
-        return gkl_weights(
-            teacher_logits,
-            gamma=term.gamma,
-            weight_temperature=term.weight_temperature,
-            class_prior=self.priors[f"{term.name}/{number}"].prior_CC,
-            labels=targets.labels_B,
-        )
 
-
-def _logits(term: Term, features: Features) -> list[Tensor]:
-    """The matrices that a term compares: one over prompts, one each way over captions."""
-    return [features.prompt_logits] if term.over == "prompts" else list(features.caption_logits)
+def _single(name: str, loss: Tensor) -> TermLoss:
+    """Of a term with one part."""
+    return TermLoss({name: loss}, loss)
 
 
 def _own_columns(rows: Tensor) -> Tensor:

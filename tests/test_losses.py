@@ -204,7 +204,9 @@ def test_a_bad_class_prior_is_not_silent():
         assert not gkl_loss(student, teacher, class_prior=prior, labels=LABELS).loss.isfinite()
     unseen = PRIOR.clone()
     unseen[3] = 0
-    assert gkl_loss(student, teacher, class_prior=unseen, labels=LABELS).loss.isnan()
+    out = gkl_loss(student, teacher, class_prior=unseen, labels=LABELS)
+    assert out.loss.isnan()
+    assert out.soft_ce == gkl_loss(student, teacher).soft_ce  # which takes no part in it
 
 
 # --- no waiting for the GPU
@@ -269,6 +271,16 @@ def test_kd_is_kl_times_the_squared_temperature():
     student, teacher = random_logits(B, C, seed=1), random_logits(B, C, seed=2)
     kl = F.kl_div((student / 3).log_softmax(1), (teacher / 3).softmax(1), reduction="batchmean")
     torch.testing.assert_close(kd_loss(student, teacher, temperature=3.0), 9 * kl)
+
+
+def test_kd_of_many_rows_is_torch_s_kl_div():
+    rows, classes = 3001, 401  # many blocks of rows, the last one shorter
+    student, teacher = random_logits(rows, classes, seed=1).requires_grad_(), random_logits(rows, classes, seed=2)
+    ours = kd_loss(student, teacher, temperature=2.0)
+    kl = F.kl_div((student / 2).log_softmax(1), (teacher / 2).softmax(1), reduction="batchmean")
+    torch.testing.assert_close(ours, 4 * kl, rtol=1e-12, atol=0)
+    grads = [torch.autograd.grad(loss, student)[0] for loss in (ours, 4 * kl)]
+    torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-15)
 
 
 @pytest.mark.parametrize("row", range(B))

@@ -1,6 +1,7 @@
 """GKL: the papers' pairwise definition, Theorem 1, and what a trainer relies on (exact sums, O(B C))."""
 
 import doctest
+import math
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ from torch.utils._pytree import tree_leaves
 import clipdistill.losses.gkl
 from clipdistill.losses import (
     LossSum,
+    gkl_denominator,
     gkl_loss,
+    gkl_sums,
     gkl_weights,
-    gkl_wmse_denominator,
+    kd_loss,
     soft_ce_sums,
     wmse_sums,
 )
@@ -115,20 +118,15 @@ def test_micro_batches_add_up_to_the_batch(splits, use_prior):
     (whole_grad,) = torch.autograd.grad(whole.loss, student)
 
     parts = list(zip(student.split(splits), teacher.split(splits), labels.split(splits), strict=True))
-    weights = [
-        gkl_weights(
-            t,
-            gamma=0.6,
-            weight_temperature=3.0,
-            **({"class_prior": prior, "labels": y} if use_prior else {}),
-        )
-        for _, t, y in parts
+    settings = [
+        {"gamma": 0.6, "weight_temperature": 3.0} | ({"class_prior": prior, "labels": y} if use_prior else {})
+        for _, _, y in parts
     ]
-    denominator = sum(gkl_wmse_denominator(weight) for weight in weights)
+    denominator = sum(gkl_denominator(t, **of_part) for (_, t, _), of_part in zip(parts, settings, strict=True))
     loss, grad = 0.0, torch.zeros_like(student)
-    for (s, t, _), weight in zip(parts, weights, strict=True):
-        part = soft_ce_sums(s, t, temperature=2.0).numerator / 12
-        part = part + 0.5 * wmse_sums(s, t, weight).numerator / denominator
+    for (s, t, _), of_part in zip(parts, settings, strict=True):
+        sums = gkl_sums(s, t, temperature=2.0, **of_part)
+        part = sums.soft_ce.numerator / 12 + 0.5 * sums.wmse.numerator / denominator
         grad += torch.autograd.grad(part, student, retain_graph=True)[0]
         loss += part.item()
 
@@ -151,6 +149,150 @@ def test_loss_sum_adds_fractions_by_their_parts():
     assert total.value == 1.0
 
 
+SETTINGS = {
+    "one temperature": {},
+    "gamma": {"gamma": 0.6},
+    "weights equal to p": {"gamma": 0.5, "temperature": 4.0, "weight_temperature": 2.0},
+    "two temperatures": {"gamma": 0.3, "temperature": 2.0, "weight_temperature": 3.0},
+    "only T2": {"weight_temperature": 3.0},
+    "uniform": {"gamma": 0.0},
+    "prior": {"gamma": 0.6, "class_prior": random_prior(6), "labels": torch.tensor([0, 3, 3, 5, 1])},
+}
+each_setting = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+
+
+def by_definition(
+    student, teacher, *, gamma=1.0, temperature=1.0, weight_temperature=1.0, class_prior=None, labels=None
+):
+    """Numerators of soft_ce and wMSE, and the wMSE's denominator, in (B, C, C) tensors."""
+    base = (teacher / weight_temperature).softmax(1) if class_prior is None else class_prior[labels]
+    weight = base**gamma
+    denominator = (weight[:, :, None] * weight[:, None, :]).sum()
+    soft_ce = F.cross_entropy(student / temperature, (teacher / temperature).softmax(1), reduction="sum")
+    return soft_ce, pairwise_wmse(student, teacher, weight) * denominator, denominator
+
+
+# What a caller may make of the two numerators: each alone, and together with any gradient from above.
+USES = {
+    "soft_ce": lambda soft_ce, _: soft_ce,
+    "wmse": lambda _, wmse: wmse,
+    "both": lambda soft_ce, wmse: 0.3 * soft_ce - 1.7 * wmse,
+    "not linear": lambda soft_ce, wmse: soft_ce.square() * wmse.sqrt(),
+}
+
+
+@each_setting
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+def test_sums_equal_the_definition_whatever_is_made_of_them(settings, use):
+    student, teacher = random_logits(5, 6, seed=1).requires_grad_(), random_logits(5, 6, seed=2)
+    sums = gkl_sums(student, teacher, **settings)
+    soft_ce, wmse, denominator = by_definition(student, teacher, **settings)
+
+    assert sums.soft_ce.denominator == 5
+    for value, expected in [
+        (sums.soft_ce.numerator, soft_ce),
+        (sums.wmse.numerator, wmse),
+        (sums.wmse.denominator, denominator),
+        (gkl_denominator(teacher, **{k: v for k, v in settings.items() if k != "temperature"}), denominator),
+    ]:
+        torch.testing.assert_close(value, expected, rtol=1e-12, atol=0)
+    ours, theirs = use(sums.soft_ce.numerator, sums.wmse.numerator), use(soft_ce, wmse)
+    (expected_grad,) = torch.autograd.grad(theirs, student)
+    for _ in range(2):  # a retained graph gives the same again
+        (grad,) = torch.autograd.grad(ours, student, retain_graph=True)
+        torch.testing.assert_close(grad, expected_grad, rtol=1e-10, atol=1e-11)
+
+
+@pytest.fixture
+def one_thread():  # whose blocks of rows are the smallest: 2^17 elements
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@each_setting
+@pytest.mark.usefixtures("one_thread")
+def test_many_blocks_of_rows_equal_the_parts_computed_at_once(settings):
+    rows, classes = 1000, 401
+    student, teacher = random_logits(rows, classes, seed=1).requires_grad_(), random_logits(rows, classes, seed=2)
+    settings = dict(settings)
+    if "labels" in settings:
+        settings |= {"class_prior": random_prior(classes), "labels": torch.arange(rows) % classes}
+    temperature = settings.pop("temperature", 1.0)
+    weight = gkl_weights(teacher, **{"gamma": 1.0, "weight_temperature": 1.0} | settings)
+    expected = soft_ce_sums(student, teacher, temperature=temperature), wmse_sums(student, teacher, weight)
+    for ours, theirs in zip(gkl_sums(student, teacher, temperature=temperature, **settings), expected, strict=True):
+        torch.testing.assert_close(ours.numerator, theirs.numerator, rtol=1e-12, atol=0)
+        torch.testing.assert_close(ours.denominator, theirs.denominator, rtol=1e-12, atol=0, check_dtype=False)
+        grads = [torch.autograd.grad(sums.numerator, student, retain_graph=True)[0] for sums in (ours, theirs)]
+        torch.testing.assert_close(*grads, rtol=1e-10, atol=1e-12)
+
+
+@each_setting
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_a_bad_logit_shows_in_each_part_alone(settings, bad, side):
+    logits = {"student": random_logits(5, 6, seed=1), "teacher": random_logits(5, 6, seed=2)}
+    logits[side][1, 2] = bad
+    sums = gkl_sums(logits["student"], logits["teacher"], **settings)
+    assert not sums.soft_ce.numerator.isfinite()
+    assert not sums.wmse.numerator.isfinite()
+
+
+def test_no_rows_are_a_sum_of_nothing():
+    student = torch.zeros(0, 4, requires_grad=True)
+    for sums in gkl_sums(student, torch.zeros(0, 4), gamma=0.5):
+        assert sums.numerator == 0
+        assert sums.denominator == 0
+        (grad,) = torch.autograd.grad(sums.numerator, student, retain_graph=True)
+        assert grad.shape == (0, 4)
+    assert gkl_denominator(torch.zeros(0, 4)) == 0
+
+
+def test_the_mass_of_the_weights_counts_classes_whose_probability_underflows():
+    teacher = torch.full((1, 1000), -100.0)
+    teacher[0, 0] = 100.0  # the others' probability, e^-200, is 0 in float32; its power, e^-2, is not
+    expected = (1 + 999 * math.exp(-2)) ** 2
+    assert gkl_denominator(teacher, gamma=0.01).item() == pytest.approx(expected, rel=1e-5)
+    assert gkl_sums(teacher, teacher, gamma=0.01).wmse.denominator.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_gradient_of_half_precision_logits_is_rounded_once(dtype):
+    student, teacher = (random_logits(5, 6, seed=seed).to(dtype) for seed in (1, 2))
+    loss = gkl_loss(student.requires_grad_(), teacher, gamma=0.5).loss
+    exact = student.detach().float().requires_grad_()
+    gkl_loss(exact, teacher.float(), gamma=0.5).loss.backward()
+    assert torch.equal(torch.autograd.grad(loss, student)[0], exact.grad.to(dtype))
+
+
+def test_only_the_logits_are_kept_for_the_backward_pass():
+    student, teacher = random_logits(64, 50, seed=1).requires_grad_(), random_logits(64, 50, seed=2)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        gkl_loss(student, teacher, gamma=0.5)
+        kd_loss(student, teacher, temperature=2.0)
+    matrices = {x.data_ptr() for x in kept if x.numel() >= student.numel()}
+    assert matrices == {student.data_ptr(), teacher.data_ptr()}
+
+
+@pytest.mark.parametrize("loss", [gkl_loss, lambda s, t: kd_loss(s, t, temperature=2.0)], ids=["gkl", "kd"])
+def test_torch_compile_gives_the_same_in_one_graph(loss):
+    def value(student, teacher):
+        out = loss(student, teacher)
+        return out if isinstance(out, torch.Tensor) else out.loss
+
+    student, teacher = random_logits(6, 9, seed=1).requires_grad_(), random_logits(6, 9, seed=2)
+    compiled, plain = (
+        torch.compile(value, backend="aot_eager", fullgraph=True)(student, teacher),
+        value(student, teacher),
+    )
+    torch.testing.assert_close(compiled, plain, rtol=1e-14, atol=0)
+    grads = [torch.autograd.grad(x, student)[0] for x in (compiled, plain)]
+    torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-15)
+
+
 def test_the_wmse_denominator_does_not_depend_on_the_student():
     teacher, weight = random_logits(4, 6), random_logits(4, 6, seed=3).softmax(1)
     sums = wmse_sums(random_logits(4, 6, seed=1).requires_grad_(), teacher, weight)
@@ -161,8 +303,17 @@ def test_the_wmse_denominator_does_not_depend_on_the_student():
 
 def test_a_second_derivative_is_refused_rather_than_wrong():
     student, teacher = random_logits(3, 4, seed=1).requires_grad_(), random_logits(3, 4)
-    with pytest.raises(RuntimeError, match="wMSE has no second derivative"):
+    with pytest.raises(RuntimeError, match="GKL has no second derivative: differentiate without create_graph=True"):
         torch.autograd.grad(gkl_loss(student, teacher).loss, student, create_graph=True)
+    with pytest.raises(RuntimeError, match="kd_loss has no second derivative"):
+        torch.autograd.grad(kd_loss(student, teacher, temperature=1.0), student, create_graph=True)
+
+
+def test_the_parts_have_a_second_derivative():
+    student, teacher = random_logits(3, 4, seed=1).requires_grad_(), random_logits(3, 4)
+    weight = gkl_weights(teacher, gamma=0.5, weight_temperature=1.0)
+    assert torch.autograd.gradgradcheck(lambda s: wmse_sums(s, teacher, weight).value, student)
+    assert torch.autograd.gradgradcheck(lambda s: soft_ce_sums(s, teacher, temperature=2.0).value, student)
 
 
 class LargestTensor(TorchDispatchMode):

@@ -45,16 +45,28 @@ def outside_autocast(tensor: Tensor) -> torch.autocast:
 
 def at_least_float32(**tensors: Tensor) -> list[Tensor]:
     """The tensors in one common floating type: float64 where any of them is float64, else float32."""
+    dtype = common_float(**tensors)
+    return [tensor.to(dtype) for tensor in tensors.values()]
+
+
+def common_float(**tensors: Tensor) -> torch.dtype:
+    """The type that arithmetic on the tensors has: float64 where any of them is float64, else float32."""
     dtype = torch.float32
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
         dtype = torch.promote_types(dtype, tensor.dtype)
-    return [tensor.to(dtype) for tensor in tensors.values()]
+    return dtype
 
 
 def matching_matrices(**tensors: Tensor) -> list[Tensor]:
     """The tensors in a common type (float32 or float64), checked to be 2-D and of one shape, C > 0."""
+    check_matrices(**tensors)
+    return at_least_float32(**tensors)
+
+
+def check_matrices(**tensors: Tensor) -> None:
+    """Raise ValueError unless all tensors are 2-D and of one shape, C > 0."""
     first, *others = tensors
     shape = tuple(tensors[first].shape)
     if len(shape) != 2 or shape[1] == 0:
@@ -62,7 +74,6 @@ def matching_matrices(**tensors: Tensor) -> list[Tensor]:
     for name in others:
         if tuple(tensors[name].shape) != shape:
             raise ValueError(f"{name} must have {first}'s shape {shape}, got {tuple(tensors[name].shape)}")
-    return at_least_float32(**tensors)
 
 
 def logit_pair(student_logits: Tensor, teacher_logits: Tensor) -> list[Tensor]:
@@ -107,3 +118,22 @@ def nan_where_softmax_hides_infinity(logits_BC: Tensor) -> Tensor:
     the logits through their softmax alone adds this to its rows.
     """
     return logits_BC.detach().amin(1) * 0
+
+
+def row_blocks(matrix_BC: Tensor) -> list[slice]:
+    """The rows in turn, as slices small enough that a few blocks of temporaries stay in a CPU's cache.
+
+    A block feeds every thread; it is the whole matrix on other devices, and under torch.compile, which fuses the
+    passes over memory by itself.
+    """
+    rows, columns = matrix_BC.shape
+    if matrix_BC.device.type != "cpu" or torch.compiler.is_compiling():
+        return [slice(0, rows)]
+    step = max(1, 2**17 * torch.get_num_threads() // columns)
+    return [slice(start, start + step) for start in range(0, max(rows, 1), step)]
+
+
+def refuse_second_derivative(loss: str) -> None:
+    """Raise RuntimeError in a backward pass that is itself recorded: a hand-written gradient is a constant."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{loss} has no second derivative: differentiate without create_graph=True")

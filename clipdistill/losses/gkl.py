@@ -8,15 +8,16 @@ weighted mean ``mu_b = sum_j w_bj delta_bj / W_b`` the sum over pairs is a varia
 
     1/4 sum_jk w_bj w_bk (delta_bj - delta_bk)^2  =  1/2 W_b sum_j w_bj (delta_bj - mu_b)^2
 
-so time and memory are O(B C), not O(B C^2).
+so time and memory are O(B C), not O(B C^2). ``gkl_sums`` goes further: block by block of rows, it keeps nothing of
+that size for the backward pass but the logits themselves.
 
-Shape suffixes: B rows of a batch, C classes.
+Shape suffixes: B rows of a batch, b rows of a block of it, C classes.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,12 +26,16 @@ from clipdistill.losses._common import (
     LossSum,
     at_least_float32,
     check_labels,
+    check_matrices,
     check_temperature,
+    common_float,
     logit_pair,
     matching_matrices,
     mean_over_rows,
     nan_where_softmax_hides_infinity,
     outside_autocast,
+    refuse_second_derivative,
+    row_blocks,
     tempered,
 )
 
@@ -42,6 +47,13 @@ class GKLOutput:
     loss: Tensor
     soft_ce: Tensor
     wmse: Tensor
+
+
+class GKLSums(NamedTuple):
+    """The parts of GKL, unweighted, as sums over the rows of a batch."""
+
+    soft_ce: LossSum
+    wmse: LossSum
 
 
 def gkl_loss(
@@ -84,7 +96,8 @@ def gkl_loss(
 
     Returns:
         GKLOutput with ``loss``, ``soft_ce`` and ``wmse``: 0-d, in nats, means over the batch as above. The
-        gradient goes to the student's logits only. A logit that is not finite makes the loss nan or inf.
+        gradient goes to the student's logits only; there is no second derivative. Each may be differentiated alone,
+        in one graph: all but the last with ``retain_graph=True``. A logit that is not finite makes the loss nan or inf.
 
     Raises:
         ValueError: wrong shapes or types, gamma outside [0, 1], a temperature not above 0, labels outside
@@ -98,15 +111,90 @@ def gkl_loss(
         >>> [round(x, 4) for x in (out.soft_ce.item(), out.wmse.item(), out.loss.item())]
         [0.3607, 0.2435, 0.4824]
     """
-    student_BC, teacher_BC = logit_pair(student_logits, teacher_logits)
     if labels is not None:
-        labels = check_labels(labels, student_BC, wait_for_device=True)
-    weight_BC = gkl_weights(
-        teacher_BC, gamma=gamma, weight_temperature=weight_temperature, class_prior=class_prior, labels=labels
+        check_matrices(student_logits=student_logits)
+        labels = check_labels(labels, student_logits, wait_for_device=True)
+    sums = gkl_sums(
+        student_logits,
+        teacher_logits,
+        gamma=gamma,
+        temperature=temperature,
+        weight_temperature=weight_temperature,
+        class_prior=class_prior,
+        labels=labels,
     )
-    soft_ce = soft_ce_sums(student_BC, teacher_BC, temperature=temperature).value
-    wmse = wmse_sums(student_BC, teacher_BC, weight_BC).value
+    soft_ce, wmse = sums.soft_ce.value, sums.wmse.value
     return GKLOutput(alpha * soft_ce + beta * wmse, soft_ce, wmse)
+
+
+def gkl_sums(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    *,
+    gamma: float = 1.0,
+    temperature: float = 1.0,
+    weight_temperature: float = 1.0,
+    class_prior: Tensor | None = None,
+    labels: Tensor | None = None,
+) -> GKLSums:
+    """Both parts of ``gkl_loss`` as sums over rows with their denominators, from one pass over the logits.
+
+    The wMSE's denominator, ``sum_b W_b^2``, does not depend on the student: ``gkl_denominator`` gives it beforehand.
+
+    Args:
+        student_logits: (B, C), any floating type; half precision is computed in float32.
+        teacher_logits: (B, C).
+        gamma: as for ``gkl_loss``, and so are the other settings.
+        temperature: T of the soft cross-entropy.
+        weight_temperature: T2 of the weights.
+        class_prior: (C, C), given together with labels or not at all.
+        labels: (B,) integers in [0, C). No GPU synchronisation: the range of labels on a GPU is left to the
+            indexing kernel, which stops the program on a bad label.
+
+    Returns:
+        ``soft_ce`` and ``wmse``, in nats; gradients as for ``gkl_loss``.
+
+    Raises:
+        ValueError: as ``gkl_loss``.
+    """
+    check_matrices(student_logits=student_logits, teacher_logits=teacher_logits)
+    check_temperature("temperature", temperature)
+    labels = _check_weight_settings(teacher_logits, gamma, weight_temperature, class_prior, labels)
+    dtype = common_float(student_logits=student_logits, teacher_logits=teacher_logits)
+    settings = _Settings(dtype, gamma, temperature, weight_temperature)
+    soft_ce, wmse, denominator = _GKL.apply(student_logits, teacher_logits.detach(), class_prior, labels, settings)
+    return GKLSums(mean_over_rows(soft_ce, len(student_logits)), LossSum(wmse, denominator))
+
+
+@torch.no_grad()
+def gkl_denominator(
+    teacher_logits: Tensor,
+    *,
+    gamma: float = 1.0,
+    weight_temperature: float = 1.0,
+    class_prior: Tensor | None = None,
+    labels: Tensor | None = None,
+) -> Tensor:
+    """The denominator of ``gkl_sums(...).wmse``, ``sum_b W_b^2``, without a student: 0-d.
+
+    It is a sum over the whole batch: add it up over micro-batches and ranks before dividing. Settings as for
+    ``gkl_sums``.
+    """
+    check_matrices(teacher_logits=teacher_logits)
+    labels = _check_weight_settings(teacher_logits, gamma, weight_temperature, class_prior, labels)
+    dtype = common_float(teacher_logits=teacher_logits)
+    if class_prior is None and gamma in (0, 1):
+        mass = len(teacher_logits[0]) if gamma == 0 else 1
+        return teacher_logits.new_full((), len(teacher_logits) * mass**2, dtype=dtype)
+    settings = _Settings(dtype, gamma, weight_temperature, weight_temperature)
+    denominator = torch.zeros((), dtype=dtype, device=teacher_logits.device)
+    for rows in row_blocks(teacher_logits):
+        _, teacher_bC, prior_bC = _block(dtype, rows, teacher_logits, teacher_logits, class_prior, labels)
+        p_bC = _softmax(teacher_bC, 1 / weight_temperature)
+        share_bC = _shares(teacher_bC, p_bC, prior_bC, settings)
+        mass_b1 = _masses(teacher_bC, p_bC, prior_bC, share_bC, settings)
+        denominator += len(teacher_bC) if mass_b1 is None else mass_b1.square().sum()
+    return denominator
 
 
 @torch.no_grad()
@@ -137,20 +225,11 @@ def gkl_weights(
         ValueError: as ``gkl_loss``.
     """
     (teacher_BC,) = matching_matrices(teacher_logits=teacher_logits)
-    if not 0 <= gamma <= 1:
-        raise ValueError(f"gamma must be in [0, 1], got {gamma}")
-    check_temperature("weight_temperature", weight_temperature)
-    if (class_prior is None) != (labels is None):
-        missing = "class_prior" if class_prior is None else "labels"
-        raise ValueError(f"class_prior and labels must be given together or not at all, got {missing}=None")
+    labels = _check_weight_settings(teacher_BC, gamma, weight_temperature, class_prior, labels)
     with outside_autocast(teacher_BC):
         if class_prior is None or labels is None:
             log_weight_BC = torch.log_softmax(tempered(teacher_BC, weight_temperature), 1)
             return log_weight_BC.mul_(gamma).exp_()
-        square = (teacher_BC.shape[1], teacher_BC.shape[1])
-        if tuple(class_prior.shape) != square:
-            raise ValueError(f"class_prior must have shape {square}, got {tuple(class_prior.shape)}")
-        labels = check_labels(labels, teacher_BC, wait_for_device=False)
         prior_CC, _ = at_least_float32(class_prior=class_prior, teacher_logits=teacher_BC)
         return prior_CC.index_select(0, labels).pow_(gamma)
 
@@ -201,40 +280,174 @@ def wmse_sums(student_logits: Tensor, teacher_logits: Tensor, weight_BC: Tensor)
         weight_BC: (B, C) weights from ``gkl_weights``, taken as constants.
 
     Returns:
-        LossSum in nats. The gradient goes to the student's logits and, where they require it, with
-        the opposite sign to the teacher's (KL's own wMSE trains the teacher alone: detach the student). There
-        is no second derivative.
+        LossSum in nats. The gradient goes to the student's logits and, where they require it, with the opposite sign
+        to the teacher's (KL's own wMSE trains the teacher alone: detach the student).
 
     Raises:
         ValueError: wrong shapes or types.
     """
     student_BC, teacher_BC, weight_BC = matching_matrices(
-        student_logits=student_logits, teacher_logits=teacher_logits, weight_BC=weight_BC
+        student_logits=student_logits, teacher_logits=teacher_logits, weight_BC=weight_BC.detach()
     )
     with outside_autocast(student_BC):
-        return LossSum(*_WMSE.apply(student_BC, teacher_BC, weight_BC))
-
-
-class _WMSE(torch.autograd.Function):
-    """Numerator and denominator of wMSE; the gradient is ``-W_b w_bj (delta_bj - mu_b)``."""
-
-    @staticmethod
-    def forward(ctx: Any, student_BC: Tensor, teacher_BC: Tensor, weight_BC: Tensor) -> tuple[Tensor, Tensor]:
-        total_B1 = weight_BC.sum(1, keepdim=True)
+        mass_B1 = weight_BC.sum(1, keepdim=True)
         delta_BC = teacher_BC - student_BC
-        centred_BC = delta_BC.sub_((weight_BC * delta_BC).sum(1, keepdim=True) / total_B1)
-        weighted_BC = weight_BC * centred_BC
-        ctx.save_for_backward(weighted_BC, total_B1)
-        variance_B1 = centred_BC.mul_(weighted_BC).sum(1, keepdim=True)
-        numerator, denominator = (total_B1 * variance_B1).sum() / 2, total_B1.square().sum()
-        ctx.mark_non_differentiable(denominator)
-        return numerator, denominator
+        mean_B1 = (weight_BC * delta_BC).sum(1, keepdim=True) / mass_B1
+        variance_B1 = (weight_BC * (delta_BC - mean_B1).square()).sum(1, keepdim=True)
+        return LossSum((mass_B1 * variance_B1).sum() / 2, mass_B1.square().sum())
+
+
+class _Settings(NamedTuple):
+    dtype: torch.dtype
+    gamma: float
+    temperature: float
+    weight_temperature: float
+
+
+class _GKL(torch.autograd.Function):
+    """Numerators of soft_ce and wMSE and the latter's denominator, computed block by block of rows.
+
+    The backward pass computes the probabilities again from the logits: on a CPU a block passes through its arithmetic
+    in the cache, sooner than (B, C) matrices are written to memory and read back. Autocast moves none of these
+    operations to half precision.
+    """
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: None) -> tuple[Tensor | None, Tensor | None, None]:
-        if torch.is_grad_enabled():
-            raise RuntimeError("wMSE has no second derivative: differentiate without create_graph=True")
-        weighted_BC, total_B1 = ctx.saved_tensors
-        grad_BC = weighted_BC * (-grad * total_B1)
-        to_student, to_teacher, _ = ctx.needs_input_grad
-        return grad_BC if to_student else None, -grad_BC if to_teacher else None, None
+    def forward(
+        ctx: Any,
+        student_BC: Tensor,
+        teacher_BC: Tensor,
+        prior_CC: Tensor | None,
+        labels_B: Tensor | None,
+        settings: _Settings,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        inputs = (student_BC, teacher_BC, prior_CC, labels_B)
+        statistics = [_statistics(*_block(settings.dtype, rows, *inputs), settings) for rows in row_blocks(student_BC)]
+        soft_ce_B, mean_B, variance_B, *masses = torch.cat(statistics).unbind(1)
+        if masses:
+            square_B = masses[0].square()
+            variance_B, denominator = square_B * variance_B, square_B.sum()
+        else:
+            square_B, denominator = None, mean_B.new_full((), len(mean_B))
+        ctx.save_for_backward(mean_B, square_B, *inputs)
+        ctx.settings = settings
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(denominator)
+        return soft_ce_B.sum(), variance_B.sum() / 2, denominator
+
+    @staticmethod
+    def backward(ctx: Any, grad_soft_ce: Tensor | None, grad_wmse: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("GKL")
+        mean_B, square_B, *inputs = ctx.saved_tensors
+        grad_BC = torch.empty_like(inputs[0])
+        for rows in row_blocks(grad_BC):
+            slope = grad_wmse if grad_wmse is None or square_B is None else grad_wmse * square_B[rows, None]
+            block = _block(ctx.settings.dtype, rows, *inputs)
+            _gradient(*block, ctx.settings, mean_B[rows, None], grad_soft_ce, slope, out_bC=grad_BC[rows])
+        return grad_BC, None, None, None, None
+
+
+def _block(
+    dtype: torch.dtype,
+    rows: slice,
+    student_BC: Tensor,
+    teacher_BC: Tensor,
+    prior_CC: Tensor | None,
+    labels_B: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The student's and the teacher's logits and, where there is a class prior, its rows, in the given precision."""
+    student_bC, teacher_bC = student_BC[rows].to(dtype), teacher_BC[rows].to(dtype)
+    if prior_CC is None or labels_B is None:
+        return student_bC, teacher_bC, None
+    return student_bC, teacher_bC, prior_CC.index_select(0, labels_B[rows]).to(dtype)
+
+
+def _statistics(student_bC: Tensor, teacher_bC: Tensor, prior_bC: Tensor | None, settings: _Settings) -> Tensor:
+    """(b, 3): soft cross-entropy, mean and variance of delta under the weights; (b, 4) with W where it is not 1."""
+    p_bC = _softmax(teacher_bC, 1 / settings.temperature)
+    share_bC = _shares(teacher_bC, p_bC, prior_bC, settings)
+    mass_b1 = _masses(teacher_bC, p_bC, prior_bC, share_bC, settings)
+    cross_b1 = torch.log_softmax(tempered(student_bC, settings.temperature), 1).mul_(p_bC).sum(1, keepdim=True)
+    delta_bC = teacher_bC - student_bC
+    mean_b1 = (share_bC * delta_bC).sum(1, keepdim=True)
+    variance_b1 = delta_bC.sub_(mean_b1).square_().mul_(share_bC).sum(1, keepdim=True)
+    # a softmax turns -inf into an innocent probability 0: the mean shows it, or where a prior may be empty, the logits
+    witness_b1 = mean_b1 if prior_bC is None else teacher_bC.amin(1, keepdim=True)
+    soft_ce_b1 = 0 * witness_b1 - cross_b1
+    return torch.cat([soft_ce_b1, mean_b1, variance_b1] + ([] if mass_b1 is None else [mass_b1]), 1)
+
+
+def _gradient(
+    student_bC: Tensor,
+    teacher_bC: Tensor,
+    prior_bC: Tensor | None,
+    settings: _Settings,
+    mean_b1: Tensor,
+    pull: Tensor | None,
+    slope: Tensor | None,
+    *,
+    out_bC: Tensor,
+) -> None:
+    """``pull / T (q - p) - slope v (delta - mu)``, with the shares v of the weights; slope is a number or (b, 1)."""
+    p_bC = _softmax(teacher_bC, 1 / settings.temperature)
+    if pull is None:
+        grad_bC = student_bC.new_zeros(())
+    else:
+        grad_bC = _softmax(student_bC, 1 / settings.temperature).sub_(p_bC).mul_(tempered(pull, settings.temperature))
+    if slope is None:
+        out_bC.copy_(grad_bC)
+    else:
+        share_bC = _shares(teacher_bC, p_bC, prior_bC, settings)
+        torch.addcmul(grad_bC, (student_bC - teacher_bC).add_(mean_b1).mul_(slope), share_bC, out=out_bC)
+
+
+def _shares(teacher_bC: Tensor, p_bC: Tensor, prior_bC: Tensor | None, settings: _Settings) -> Tensor:
+    """The weights divided by W, their sum over the row; p is ``softmax(t/T)``."""
+    if prior_bC is not None:
+        weight_bC = prior_bC**settings.gamma
+        return weight_bC.div_(weight_bC.sum(1, keepdim=True))
+    if settings.gamma * settings.temperature == settings.weight_temperature:
+        return p_bC
+    return _softmax(teacher_bC, settings.gamma / settings.weight_temperature)
+
+
+def _masses(
+    teacher_bC: Tensor, p_bC: Tensor, prior_bC: Tensor | None, share_bC: Tensor, settings: _Settings
+) -> Tensor | None:
+    """W, (b, 1), or None where it is 1: ``w = base^gamma = W v``, taken at the likeliest class, far from underflow."""
+    if prior_bC is not None:
+        base_bC = prior_bC
+    elif settings.gamma == 1:
+        return None
+    elif settings.temperature == settings.weight_temperature:
+        base_bC = p_bC
+    else:
+        base_bC = _softmax(teacher_bC, 1 / settings.weight_temperature)
+    return base_bC.amax(1, keepdim=True) ** settings.gamma / share_bC.amax(1, keepdim=True)
+
+
+def _softmax(logits_bC: Tensor, scale: float) -> Tensor:
+    return torch.softmax(logits_bC if scale == 1 else logits_bC * scale, 1)
+
+
+def _check_weight_settings(
+    teacher_logits: Tensor,
+    gamma: float,
+    weight_temperature: float,
+    class_prior: Tensor | None,
+    labels: Tensor | None,
+) -> Tensor | None:
+    """Raise ValueError for wrong settings of w; returns the labels as ``check_labels`` does."""
+    if not 0 <= gamma <= 1:
+        raise ValueError(f"gamma must be in [0, 1], got {gamma}")
+    check_temperature("weight_temperature", weight_temperature)
+    if (class_prior is None) != (labels is None):
+        missing = "class_prior" if class_prior is None else "labels"
+        raise ValueError(f"class_prior and labels must be given together or not at all, got {missing}=None")
+    if class_prior is None or labels is None:
+        return None
+    square = (teacher_logits.shape[1], teacher_logits.shape[1])
+    if tuple(class_prior.shape) != square:
+        raise ValueError(f"class_prior must have shape {square}, got {tuple(class_prior.shape)}")
+    common_float(class_prior=class_prior)
+    return check_labels(labels, teacher_logits, wait_for_device=False)

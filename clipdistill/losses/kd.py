@@ -2,21 +2,24 @@
 
 Source: Hinton et al., "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531), section 2.
 
-Shape suffixes: B rows of a batch, C classes.
+Shape suffixes: B rows of a batch, b rows of a block of it, C classes.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from clipdistill.losses._common import (
     LossSum,
+    check_matrices,
     check_temperature,
-    logit_pair,
+    common_float,
     mean_over_rows,
-    outside_autocast,
+    refuse_second_derivative,
+    row_blocks,
     tempered,
 )
 
@@ -34,8 +37,8 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: floa
         temperature: T, above 0.
 
     Returns:
-        0-d, in nats, the mean over the batch; the gradient goes to the student's logits only. A logit that is
-        not finite makes the loss nan or inf.
+        0-d, in nats, the mean over the batch; the gradient goes to the student's logits only, and there is no second
+        derivative. A logit that is not finite makes the loss nan or inf.
 
     Raises:
         ValueError: wrong shapes or types, a temperature not above 0.
@@ -45,10 +48,35 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: floa
 
 def kd_sums(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float) -> LossSum:
     """``kd_loss`` as a sum over rows and its denominator B."""
-    student_BC, teacher_BC = logit_pair(student_logits, teacher_logits)
+    check_matrices(student_logits=student_logits, teacher_logits=teacher_logits)
     check_temperature("temperature", temperature)
-    with outside_autocast(student_BC):
-        log_p_BC = torch.log_softmax(tempered(teacher_BC, temperature), 1)
-        log_q_BC = torch.log_softmax(tempered(student_BC, temperature), 1)
-        divergence = F.kl_div(log_q_BC, log_p_BC, reduction="sum", log_target=True)
-        return mean_over_rows(temperature**2 * divergence, len(student_BC))
+    dtype = common_float(student_logits=student_logits, teacher_logits=teacher_logits)
+    divergence = _KL.apply(student_logits, teacher_logits.detach(), dtype, temperature)
+    return mean_over_rows(temperature**2 * divergence, len(student_logits))
+
+
+class _KL(torch.autograd.Function):
+    """``sum_b KL(p || q)``; its gradient, ``(q - p) / T``, is computed from the logits block by block of rows."""
+
+    @staticmethod
+    def forward(ctx: Any, student_BC: Tensor, teacher_BC: Tensor, dtype: torch.dtype, temperature: float) -> Tensor:
+        divergences = []
+        for rows in row_blocks(student_BC):
+            log_p_bC = torch.log_softmax(tempered(teacher_BC[rows].to(dtype), temperature), 1)
+            log_q_bC = torch.log_softmax(tempered(student_BC[rows].to(dtype), temperature), 1)
+            p_bC = log_p_bC.exp()
+            divergences.append(log_p_bC.sub_(log_q_bC).mul_(p_bC).sum(1))
+        ctx.save_for_backward(student_BC, teacher_BC)
+        ctx.dtype, ctx.temperature = dtype, temperature
+        return torch.cat(divergences).sum()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative("kd_loss")
+        student_BC, teacher_BC = ctx.saved_tensors
+        grad_BC = torch.empty_like(student_BC)
+        for rows in row_blocks(student_BC):
+            p_bC = torch.softmax(tempered(teacher_BC[rows].to(ctx.dtype), ctx.temperature), 1)
+            q_bC = torch.softmax(tempered(student_BC[rows].to(ctx.dtype), ctx.temperature), 1)
+            torch.mul(q_bC.sub_(p_bC), grad / ctx.temperature, out=grad_BC[rows])
+        return grad_BC, None, None, None

@@ -1,0 +1,286 @@
+"""What the implementations of the fused losses share: their inputs, checked, and the choice among them.
+
+Shape suffixes: B rows of a batch, C classes, D and E feature widths of student and teacher.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from clipdistill.losses._common import check_labels, check_temperature, common_float
+from clipdistill.losses.fused_prior import TopKPrior
+
+Implementation = Literal["auto", "tiled", "triton", "plain"]
+
+FUSED_FROM = {"cpu": 2**23, "cuda": 2**24}
+"""Elements B * C of a matrix of logits from which ``auto`` leaves the plain path, by type of device; others as cuda.
+
+CPU: measured. CUDA: a guess, at which a matrix in float32 is 64 MB; nothing was measured yet.
+"""
+
+
+def fused_wins(rows: int, classes: int, device: torch.device) -> bool:
+    """Whether ``auto`` leaves the plain path for (rows, classes) logits on the device."""
+    return rows * classes >= FUSED_FROM.get(device.type, FUSED_FROM["cuda"])
+
+
+class Features(NamedTuple):
+    """The embeddings of both models and the scales of their logits (0-d)."""
+
+    student_image_BD: Tensor
+    student_text_CD: Tensor
+    student_scale: Tensor
+    teacher_image_BE: Tensor
+    teacher_text_CE: Tensor
+    teacher_scale: Tensor
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What is computed of the features.
+
+    Attributes:
+        kind: ``gkl``: soft cross-entropy and wMSE; ``kl``: KL times T^2; ``soft_ce``. The latter two have a wMSE of 0.
+        dtype: of the arithmetic, float32 or float64.
+        temperature: T.
+        weight_temperature: T2.
+        gamma: exponent of the weights of wMSE.
+        prior: the class prior, or None: weights from the teacher's own logits.
+        labels_B: rows of the prior.
+        sample_weight_B: v.
+        weighted: whether v may be other than 1.
+    """
+
+    kind: Literal["gkl", "kl", "soft_ce"]
+    dtype: torch.dtype
+    temperature: float
+    weight_temperature: float
+    gamma: float
+    prior: Tensor | TopKPrior | None
+    labels_B: Tensor | None
+    sample_weight_B: Tensor
+    weighted: bool
+
+    @property
+    def soft_factor(self) -> float:
+        """What the rows of the soft part are multiplied by."""
+        return self.temperature**2 if self.kind == "kl" else 1.0
+
+    def known_mass(self, classes: int) -> float | None:
+        """``W_b`` where it is the same for every row and every teacher."""
+        if self.gamma == 0:
+            return classes
+        return 1 if self.gamma == 1 and self.prior is None else None
+
+
+Weights = tuple[Tensor | float, ...]
+"""Weights of the soft part and of wMSE in the sum to differentiate; tensors are 0-d."""
+
+Needs = tuple[bool, ...]
+"""Whether image, text and scale of the student need a gradient."""
+
+
+class Gradients(NamedTuple):
+    """Towards the student's embeddings and scale, in the arithmetic's type; None where nobody asks."""
+
+    image_BD: Tensor | None
+    text_CD: Tensor | None
+    scale: Tensor | None
+
+
+class Sums(NamedTuple):
+    """What a forward pass computes.
+
+    Attributes:
+        soft: sum of the soft part over the rows, 0-d.
+        wmse: numerator of wMSE, 0-d.
+        denominator: denominator of wMSE, 0-d.
+        gradients: of the weighted sum of soft and wmse, where weights were given.
+        state: what the backward pass wants to find again.
+    """
+
+    soft: Tensor
+    wmse: Tensor
+    denominator: Tensor
+    gradients: Gradients | None = None
+    state: Any = None
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Checked arguments.
+
+    Attributes:
+        features: of both models.
+        problem: what to compute of them.
+        no_bias: 0 with the biases' gradients, which are 0, or nan where a bias is not finite; None without biases.
+        implementation: the one chosen.
+    """
+
+    features: Features
+    problem: Problem
+    no_bias: Tensor | None
+    implementation: Literal["tiled", "triton", "plain"]
+
+    @property
+    def gradient_comes_first(self) -> bool:
+        """Whether the gradient is computed in the forward pass, with the logits at hand."""
+        wanted = torch.is_grad_enabled() and any(feature.requires_grad for feature in self.features[:3])
+        return wanted and self.implementation == "tiled"
+
+
+Side = tuple[Tensor, Tensor, Tensor | float, Tensor | float | None]
+"""Image and text embeddings, scale and bias of a model."""
+
+
+def read_inputs(
+    kind: Literal["gkl", "kl", "soft_ce"],
+    student: Side,
+    teacher: Side,
+    *,
+    temperature: float,
+    weight_temperature: float = 1.0,
+    gamma: float = 1.0,
+    class_prior: Tensor | TopKPrior | None = None,
+    labels: Tensor | None = None,
+    sample_weights: Tensor | None = None,
+    implementation: Implementation = "auto",
+    wait_for_device: bool = False,
+) -> Inputs:
+    """Check the arguments of a fused loss; ValueError for a wrong one."""
+    check_temperature("temperature", temperature)
+    check_temperature("weight_temperature", weight_temperature)
+    if not 0 <= gamma <= 1:
+        raise ValueError(f"gamma must be in [0, 1], got {gamma}")
+    _check_embeddings(student[:2], teacher[:2])
+    image, classes = student[0], len(student[1])
+    dtype = common_float(
+        student_image=image, student_text=student[1], teacher_image=teacher[0], teacher_text=teacher[1]
+    )
+    if (class_prior is None) != (labels is None):
+        missing = "class_prior" if class_prior is None else "labels"
+        raise ValueError(f"class_prior and labels must be given together or not at all, got {missing}=None")
+    if class_prior is not None:
+        _check_prior(class_prior, classes, image.device)
+    if labels is not None:
+        labels = check_labels(labels, image.new_empty(()).expand(len(image), classes), wait_for_device=wait_for_device)
+    problem = Problem(
+        kind,
+        dtype,
+        temperature,
+        weight_temperature,
+        gamma,
+        class_prior,
+        labels,
+        _checked_sample_weights(sample_weights, image, dtype),
+        sample_weights is not None,
+    )
+    features = Features(
+        image,
+        student[1],
+        _scalar("student_scale", student[2], image.device, dtype),
+        teacher[0].detach(),
+        teacher[1].detach(),
+        _scalar("teacher_scale", teacher[2], image.device, dtype).detach(),
+    )
+    no_bias = None
+    if student[3] is not None or teacher[3] is not None:
+        student_bias, teacher_bias = (0.0 if side[3] is None else side[3] for side in (student, teacher))
+        no_bias = 0 * _scalar("student_bias", student_bias, image.device, dtype)
+        no_bias = no_bias + 0 * _scalar("teacher_bias", teacher_bias, image.device, dtype).detach()
+    return Inputs(features, problem, no_bias, _choose(implementation, features, problem))
+
+
+def _check_embeddings(student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor]) -> None:
+    named = dict(
+        zip(("student_image", "student_text", "teacher_image", "teacher_text"), (*student, *teacher), strict=True)
+    )
+    for name, embedding in named.items():
+        if embedding.ndim != 2:
+            raise ValueError(f"{name} must be 2-D, got shape {tuple(embedding.shape)}")
+        if embedding.device != student[0].device:
+            raise ValueError(f"{name} must be on student_image's device {student[0].device}, got {embedding.device}")
+    for name, (image, text) in (("student", student), ("teacher", teacher)):
+        if text.shape[1] != image.shape[1]:
+            raise ValueError(f"{name}_text must have {name}_image's width {image.shape[1]}, got {text.shape[1]}")
+    if len(student[1]) == 0:
+        raise ValueError(f"student_text must have at least one row, got shape {tuple(student[1].shape)}")
+    for kind, of_student, of_teacher in zip(("image", "text"), student, teacher, strict=True):
+        if len(of_teacher) != len(of_student):
+            raise ValueError(
+                f"teacher_{kind} must have as many rows as student_{kind}, {len(of_student)}, got {len(of_teacher)}"
+            )
+
+
+def _check_prior(prior: Tensor | TopKPrior, classes: int, device: torch.device) -> None:
+    if tuple(prior.shape) != (classes, classes):
+        raise ValueError(f"class_prior must have shape {(classes, classes)}, got {tuple(prior.shape)}")
+    if prior.device != device:
+        raise ValueError(f"class_prior must be on the embeddings' device {device}, got {prior.device}")
+    if not isinstance(prior, TopKPrior):
+        common_float(class_prior=prior)
+
+
+def _checked_sample_weights(weights: Tensor | None, image: Tensor, dtype: torch.dtype) -> Tensor:
+    if weights is None:
+        return torch.ones(len(image), dtype=dtype, device=image.device)
+    common_float(sample_weights=weights)
+    if tuple(weights.shape) != (len(image),):
+        raise ValueError(f"sample_weights must have shape ({len(image)},), one per row, got {tuple(weights.shape)}")
+    if weights.device.type == "cpu" and (weights < 0).any():
+        raise ValueError(f"sample_weights must be at or above 0, got {weights.min().item()}")
+    return weights.detach().to(image.device, dtype, non_blocking=True)
+
+
+def _scalar(name: str, value: Tensor | float, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """0-d on the device; a tensor keeps its type and its gradient."""
+    if not isinstance(value, Tensor):
+        return torch.full((), value, dtype=dtype, device=device)
+    common_float(**{name: value})
+    if value.numel() != 1:
+        raise ValueError(f"{name} must be a number or a tensor of one element, got shape {tuple(value.shape)}")
+    return value.reshape(()).to(device)
+
+
+def _choose(
+    implementation: Implementation, features: Features, problem: Problem
+) -> Literal["tiled", "triton", "plain"]:
+    image, text = features.student_image_BD, features.student_text_CD
+    match implementation:
+        case "auto":
+            if not fused_wins(len(image), len(text), image.device):
+                return "plain"
+            on_gpu = image.device.type == "cuda" and _triton_obstacle(image.device, problem) is None
+            return "triton" if on_gpu else "tiled"
+        case "triton":
+            if obstacle := _triton_obstacle(image.device, problem):
+                raise ValueError(f"implementation 'triton' needs {obstacle}")
+            return "triton"
+        case "tiled" | "plain":
+            return implementation
+    raise ValueError(f"implementation must be one of {', '.join(get_args(Implementation))}, got {implementation!r}")
+
+
+def _triton_obstacle(device: torch.device, problem: Problem) -> str | None:
+    """What the kernels lack, if anything. Triton's interpreter (TRITON_INTERPRET=1) runs them on a CPU."""
+    if not _triton_is_installed():
+        return "the package triton"
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"embeddings on CUDA, got {device}"
+    if problem.dtype == torch.float64:
+        return "embeddings of at most 32 bits, got torch.float64"
+    if isinstance(problem.prior, TopKPrior):
+        return "a dense class_prior, got a TopKPrior"
+    return None
+
+
+@functools.cache
+def _triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
