@@ -1,0 +1,99 @@
+"""Calibration: does a confidence of 80 % mean right in 80 % of the cases?
+
+Guo et al. 2017, "On Calibration of Modern Neural Networks", arXiv 1706.04599: expected calibration error over 15
+equally wide bins (eq. 3), and temperature scaling (section 4.2). Images that cannot be read have no confidence, and are
+left out.
+
+Shapes: N samples, C classes, K bins.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from scipy.optimize import minimize_scalar
+from torch import Tensor
+
+BINS = 15
+_WIDEST = 1000.0
+"""Temperatures are sought from 1 / 1000 to 1000."""
+
+
+@dataclass(frozen=True)
+class Bin:
+    """A bin of the reliability diagram; its means are None where it is empty."""
+
+    samples: int
+    confidence: float | None
+    accuracy: float | None
+
+
+def reliability(logits_NC: Tensor, labels_N: Tensor, *, bins: int = BINS) -> list[Bin]:
+    """The reliability diagram: samples by the confidence of their first guess, in bins of equal width from 0 to 1.
+
+    Args:
+        logits_NC: rows of NaN are left out.
+        labels_N: the true classes.
+        bins: K; a confidence on a border belongs to the lower bin, as in the paper.
+    """
+    known_N = ~logits_NC[:, 0].isnan()
+    confidence_N, first_N = _first_guess(logits_NC[known_N])
+    right_N = (first_N == labels_N[known_N]).double()
+    bin_N = (confidence_N * bins).ceil().long().clamp(1, bins) - 1
+    result = []
+    for number in range(bins):
+        inside_N = bin_N == number
+        count = int(inside_N.sum())
+        means = (float(values_N[inside_N].mean()) if count else None for values_N in (confidence_N, right_N))
+        result.append(Bin(count, *means))
+    return result
+
+
+def expected_calibration_error(logits_NC: Tensor, labels_N: Tensor, *, bins: int = BINS) -> float:
+    """Mean over samples of the gap between confidence and accuracy of their bin, from 0 to 1."""
+    diagram = reliability(logits_NC, labels_N, bins=bins)
+    filled = [each for each in diagram if each.confidence is not None and each.accuracy is not None]
+    gaps = sum(each.samples * abs(each.confidence - each.accuracy) for each in filled)  # type: ignore[operator]
+    return gaps / sum(each.samples for each in filled)
+
+
+def fit_temperature(logits_NC: Tensor, labels_N: Tensor) -> float:
+    """The temperature T > 0 that minimises the cross-entropy of softmax(logits / T): a convex problem in 1 / T."""
+
+    def cross_entropy(log_temperature: float) -> float:
+        return float(F.cross_entropy(logits_NC / math.exp(log_temperature), labels_N))
+
+    widest = math.log(_WIDEST)
+    return math.exp(minimize_scalar(cross_entropy, bounds=(-widest, widest), method="bounded").x)
+
+
+def calibration_metrics(logits_NC: Tensor, labels_N: Tensor) -> dict[str, float | int | None]:
+    """The calibration that one number can reach, no sample's temperature being fitted on itself.
+
+    One temperature is fitted on the samples at even positions and used on the others, and the other way round.
+
+    Returns:
+        ``temperature``: the geometric mean of both; ``ece_tempered``: the calibration error over all samples then.
+        Both None under 2 samples.
+    """
+    known_N = ~logits_NC[:, 0].isnan()
+    logits_NC, labels_N = logits_NC[known_N], labels_N[known_N]
+    if len(labels_N) < 2:
+        return {"temperature": None, "ece_tempered": None}
+    tempered_NC = torch.empty_like(logits_NC)
+    logs = []
+    for half in (0, 1):
+        temperature = fit_temperature(logits_NC[1 - half :: 2], labels_N[1 - half :: 2])
+        tempered_NC[half::2] = logits_NC[half::2] / temperature
+        logs.append(math.log(temperature))
+    return {
+        "temperature": math.exp(sum(logs) / 2),
+        "ece_tempered": expected_calibration_error(tempered_NC, labels_N),
+    }
+
+
+def _first_guess(logits_NC: Tensor) -> tuple[Tensor, Tensor]:
+    """Probability (N,), float64, and class (N,) of the first guess."""
+    highest_N, first_N = logits_NC.max(dim=1)
+    return (highest_N - logits_NC.logsumexp(dim=1)).double().exp(), first_N

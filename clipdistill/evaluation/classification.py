@@ -1,0 +1,96 @@
+"""How right predictions are, under CLIP_benchmark's names.
+
+An image that cannot be read counts as a wrong answer: it stays in every denominator.
+
+Shapes: N samples, C classes.
+"""
+
+import torch
+from torch import Tensor
+
+from clipdistill.evaluation.agreement import agreement_metrics
+from clipdistill.evaluation.calibration import calibration_metrics, expected_calibration_error
+from clipdistill.evaluation.predictions import Predictions
+
+Metrics = dict[str, float | int | None]
+
+
+def classification_metrics(
+    predictions: Predictions, teacher: Predictions | None = None, *, temperature: bool = False
+) -> Metrics:
+    """Metrics of one set.
+
+    Args:
+        predictions: of the model, on a single- or multi-label set.
+        teacher: of its teacher, on the same set.
+        temperature: whether ``temperature`` and ``ece_tempered`` are wanted, which takes a fit.
+
+    Returns:
+        Of a single-label set ``acc1``, ``acc5`` (None under 5 classes), ``mean_per_class_recall`` over the classes
+        present, and ``ece`` (see `clipdistill.evaluation.calibration`); of a multi-label set
+        ``mean_average_precision``; always ``unreadable``: the number of images that cannot be read. With a teacher its
+        main metric under the prefix ``teacher_``, ``share_of_teacher``: the model's main metric over the teacher's
+        (None where that is 0), and what `clipdistill.evaluation.agreement.agreement_metrics` gives.
+    """
+    metrics: Metrics
+    if predictions.truth_NC is not None:
+        main = "mean_average_precision"
+        metrics = {main: float(average_precision(predictions).mean())}
+    else:
+        main = "acc1"
+        hits_N, recall_C = top1_hits(predictions), recall_per_class(predictions)
+        metrics = {
+            main: float(hits_N.double().mean()),
+            "acc5": top5_accuracy(predictions),
+            "mean_per_class_recall": float(recall_C[recall_C.isfinite()].mean()),
+            "ece": expected_calibration_error(predictions.logits_NC, predictions.labels_N),
+        }
+        if temperature:
+            metrics |= calibration_metrics(predictions.logits_NC, predictions.labels_N)
+    metrics["unreadable"] = len(predictions.unreadable)
+    if teacher is not None:
+        theirs = classification_metrics(teacher)[main]
+        metrics |= share_of_teacher(main, metrics[main], theirs) | agreement_metrics(predictions, teacher)
+    return metrics
+
+
+def top1_hits(predictions: Predictions) -> Tensor:
+    """Whether the first guess is right (N,); False where the image cannot be read."""
+    first_N = predictions.logits_NC.argmax(dim=1)
+    return (first_N == predictions.labels_N) & predictions.readable_N
+
+
+def top5_accuracy(predictions: Predictions) -> float | None:
+    """Share of samples whose class is among the first five guesses; None under 5 classes."""
+    if predictions.logits_NC.shape[1] < 5:
+        return None
+    top = predictions.logits_NC.topk(5, dim=1).indices
+    hits_N = (top == predictions.labels_N[:, None]).any(dim=1) & predictions.readable_N
+    return float(hits_N.double().mean())
+
+
+def recall_per_class(predictions: Predictions) -> Tensor:
+    """Top-1 accuracy over each class's own samples (C,), float64; NaN for a class without any."""
+    classes = predictions.logits_NC.shape[1]
+    hits_N = top1_hits(predictions).double()
+    seen_C = torch.zeros(classes, dtype=torch.float64).index_add_(0, predictions.labels_N, torch.ones_like(hits_N))
+    return torch.zeros(classes, dtype=torch.float64).index_add_(0, predictions.labels_N, hits_N) / seen_C
+
+
+def average_precision(predictions: Predictions) -> Tensor:
+    """Average precision of each class of a multi-label set (C,), float64.
+
+    As in CLIP_benchmark: over the samples by falling logit, the mean of the precision at those that show the class; 0
+    for a class that no sample shows. What an unreadable image shows counts as never found.
+    """
+    assert predictions.truth_NC is not None
+    logits_NC = predictions.logits_NC[predictions.readable_N]
+    truth_NC = predictions.truth_NC[predictions.readable_N]
+    found_NC = truth_NC.gather(0, logits_NC.argsort(dim=0, descending=True)).double()
+    precision_NC = found_NC.cumsum(0) / torch.arange(1, len(found_NC) + 1, dtype=torch.float64)[:, None]
+    return (precision_NC * found_NC).sum(0) / predictions.truth_NC.sum(0).clamp(min=1)
+
+
+def share_of_teacher(main: str, ours: float | int | None, theirs: float | int | None) -> Metrics:
+    """The teacher's main metric, and the student's as a share of it (None where that is 0)."""
+    return {f"teacher_{main}": theirs, "share_of_teacher": ours / theirs if ours is not None and theirs else None}

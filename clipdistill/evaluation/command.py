@@ -1,0 +1,169 @@
+"""``clipdistill evaluate``: any number of models on any number of test sets, by any number of processes."""
+
+import argparse
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+from clipdistill.errors import InputError
+
+TASKS = ("auto", "zeroshot_classification", "zeroshot_retrieval", "linear_probe", "robustness")
+_LONGEST_WAIT = timedelta(days=1)
+"""For another process: the first one may fit a linear probe meanwhile."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what ``run`` reads."""
+    models = parser.add_argument_group("models")
+    models.add_argument(
+        "--model",
+        required=True,
+        nargs="+",
+        metavar="MODEL",
+        help="runs' folders, exports, transformers CLIP folders, hf-hub:OWNER/NAME, local-dir:FOLDER, open_clip names "
+        "(NAME or NAME,TAG), model configs (.json)",
+    )
+    models.add_argument("--pretrained", default="", metavar="TAG", help="tag or weights file of open_clip names")
+    checkpoint = models.add_mutually_exclusive_group()
+    checkpoint.add_argument("--step", type=int, metavar="N", help="of runs, the checkpoint of step N")
+    checkpoint.add_argument(
+        "--best",
+        nargs="?",
+        const="evaluation/mean",
+        metavar="METRIC",
+        help="of runs, the checkpoint with the highest METRIC in metrics.jsonl (default: %(const)s)",
+    )
+    models.add_argument("--teacher", metavar="MODEL", help="a model to compare the others with")
+    models.add_argument("--teacher-pretrained", default="", metavar="TAG", help="tag or weights file of the teacher")
+    models.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="default: %(default)s")
+
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--data",
+        required=True,
+        nargs="+",
+        metavar="SET",
+        help="folders or URLs (http, s3, hf) in CLIP_benchmark's layout, folders of class folders, folders that the "
+        "library datasets loads, hf-hub:OWNER/NAME",
+    )
+    data.add_argument("--split", default="test", help="default: %(default)s")
+    data.add_argument("--prompts", metavar="SET", help="a prompt set (name or folder) in place of the data sets' own")
+    data.add_argument(
+        "--allow-duplicate-classes",
+        action="store_true",
+        help="accept a class list that names a class twice (published ImageNet lists do)",
+    )
+    data.add_argument("--subset", metavar="NAME", help="configuration of a Hugging Face data set")
+    for column in ("image", "label", "caption"):
+        data.add_argument(
+            f"--{column}-column", metavar="NAME", help="of a Hugging Face data set (default: found by type or name)"
+        )
+    data.add_argument(
+        "--cache",
+        type=Path,
+        default=Path("~/.cache/clipdistill"),
+        metavar="DIR",
+        help="for copies of remote shards, and indexes (default: %(default)s)",
+    )
+
+    task = parser.add_argument_group("task")
+    task.add_argument(
+        "--task",
+        choices=TASKS,
+        default="auto",
+        help="auto: zero-shot, as each set asks for; linear_probe: fitted on --train-split; robustness: the first set, "
+        "and the others as shifts of it (default: %(default)s)",
+    )
+    task.add_argument("--train-split", default="train", metavar="SPLIT", help="default: %(default)s")
+    task.add_argument(
+        "--baseline",
+        type=Path,
+        nargs="+",
+        metavar="RESULTS",
+        help="files or folders with results of --task robustness: the models from whose line effective robustness is "
+        "measured",
+    )
+
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FILE.json|DIR",
+        help="file for CLIP_benchmark's record of one model on one set; or folder for any number of results, which the "
+        "same command completes when it was interrupted (default: printed)",
+    )
+    parser.add_argument("--batch-size", type=_positive, default=256, help="images at once (default: %(default)s)")
+    parser.add_argument("--workers", type=_positive, default=4, help="decoding threads (default: %(default)s)")
+    parser.add_argument("--device", help="such as cuda or cpu (default: cuda where there is one)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Evaluate what the arguments of `add_arguments` ask for, by all processes of `torchrun` or `accelerate launch`."""
+    _check(args)
+    with _processes(args.device) as device:
+        from clipdistill.evaluation.session import evaluate_all
+
+        evaluate_all(args, device)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse what does not go together, before anything is loaded."""
+    for name in ("model", "data"):
+        given = getattr(args, name)
+        twice = next((each for number, each in enumerate(given) if each in given[:number]), None)
+        if twice is not None:
+            raise InputError(f"--{name}: {twice} twice; allowed: each once")
+    results = len(args.model) * (1 if args.task == "robustness" else len(args.data))
+    output = args.output
+    if output is not None and output.suffix == ".json":
+        if output.is_dir():
+            raise InputError(f"--output {output}: a folder; allowed: a file, or a folder without .json in its name")
+        if not output.parent.is_dir():
+            raise InputError(f"--output {output}: no folder {output.parent}; allowed: a file in an existing folder")
+        if results > 1:
+            raise InputError(f"--output {output}: one file for {results} results; allowed: a folder")
+    elif output is not None and output.exists() and not output.is_dir():
+        raise InputError(f"--output {output}: a file; allowed: a folder, or a file with a name in .json")
+    if args.task == "robustness" and len(args.data) < 2:
+        raise InputError("--task robustness: --data has 1 set; allowed: a base set and one or more shifts of it")
+    if args.baseline and args.task != "robustness":
+        raise InputError(f"--baseline: with --task {args.task}; allowed: with --task robustness")
+
+
+@contextmanager
+def _processes(device: str | None) -> Iterator[str]:
+    """The processes of a launcher, connected; yields the device of this one."""
+    import torch
+
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield _available(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return
+    from accelerate import PartialState
+
+    from clipdistill.distributed import forget_host_group, open_host_group
+
+    state = PartialState(cpu=device == "cpu", timeout=_LONGEST_WAIT)
+    open_host_group(_LONGEST_WAIT.total_seconds())
+    try:
+        yield _available(str(state.device) if device in (None, "cuda") else str(device))
+    finally:
+        forget_host_group()
+        state.destroy_process_group()
+
+
+def _available(device: str) -> str:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {device}: not available here; allowed: cpu, or what torch finds") from error
+    return device
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not allowed; allowed: 1 or more")
+    return number

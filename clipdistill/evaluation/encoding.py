@@ -1,0 +1,227 @@
+"""A set's images (and captions) through a tower: the part that takes the time, shared out over the ranks.
+
+Shapes: B images of a batch, N samples, M captions, C classes, D features.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from torch import Tensor
+
+from clipdistill.distributed import rank, world_size
+from clipdistill.errors import InputError
+from clipdistill.evaluation.ranks import on_all_ranks
+from clipdistill.evaluation.samples import EncodedSample, EvaluationSet, Kind, UnreadableImageError
+from clipdistill.prompts import PromptSet
+from clipdistill.similarity import prompt_bank
+from clipdistill.towers import Tower
+
+log = logging.getLogger(__name__)
+
+_BATCHES_AHEAD = 2
+"""Decoded, or being decoded, while the tower computes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """What a tower makes of a set; on the CPU, and the same on every rank.
+
+    Attributes:
+        kind: of the set.
+        image_ND: unit-norm image features, float32; zeros where the image cannot be read.
+        readable_N: whether it can.
+        unreadable: one line for each that cannot, which names it.
+        text_MD: unit-norm features of the captions, float32; no rows in sets of other kinds.
+        owner_M: the sample of each caption.
+        keys: of the samples.
+        labels_N: their classes; -1 in sets of other kinds.
+        classes: of the samples of a multi-label set.
+    """
+
+    kind: Kind
+    image_ND: Tensor
+    readable_N: Tensor
+    unreadable: tuple[str, ...]
+    text_MD: Tensor
+    owner_M: Tensor
+    keys: tuple[str, ...]
+    labels_N: Tensor
+    classes: tuple[tuple[int, ...], ...]
+
+
+@torch.no_grad()
+def encode_set(
+    tower: Tower,
+    data: EvaluationSet,
+    *,
+    batch_size: int = 256,
+    workers: int = 0,
+    device: torch.device | str = "cpu",
+    alone: bool = False,
+    progress: Callable[[int], None] | None = None,
+) -> Features:
+    """Run a tower over a set, with open_clip's own evaluation transform; with several ranks, all call this together.
+
+    Ranks take whole batches, and each sample is in the batch in which it would be on one rank: the features do not
+    depend on the number of ranks.
+
+    Args:
+        tower: teacher or student; its mode is restored afterwards.
+        data: the set.
+        batch_size: images at once.
+        workers: threads that decode and resize; 0 means one.
+        device: where the tower is.
+        alone: whether this rank takes the whole set, without the others.
+        progress: called with the number of samples that this rank has done.
+
+    Raises:
+        InputError: on every rank: no sample, a bad one, no readable image, or features that are not finite.
+    """
+    if not len(data):
+        raise InputError(f"data {data.name}: no sample; allowed: one or more")
+    count = -(-len(data) // batch_size)
+    number, ranks = (0, 1) if alone else (rank(), world_size())
+    first, last = number * count // ranks, (number + 1) * count // ranks
+    share = range(first * batch_size, min(last * batch_size, len(data)))
+
+    def encode() -> list[_Batch]:
+        return list(_encode(tower, data, share, batch_size, workers, torch.device(device), progress))
+
+    was_training = tower.training
+    tower.eval()
+    try:
+        shares = [encode()] if alone else on_all_ranks(encode)
+    finally:
+        tower.train(was_training)
+    features = _joined(data.kind, [batch for batches in shares for batch in batches])
+    if not features.readable_N.any():
+        raise InputError(f"data {data.name}: no image of {len(data)} can be read; first {features.unreadable[0]}")
+    if features.unreadable and number == 0:
+        log.warning(
+            "data %s: %d of its %d images cannot be read, and count as wrong; first %s",
+            data.name,
+            len(features.unreadable),
+            len(data),
+            features.unreadable[0],
+        )
+    _check_finite(tower, f"images of {data.name}", features.image_ND, features.keys)
+    _check_finite(tower, f"captions of {data.name}", features.text_MD, [features.keys[n] for n in features.owner_M])
+    return features
+
+
+def encode_classes(
+    tower: Tower, prompts: PromptSet, *, cache: Path | None = None, device: torch.device | str = "cpu"
+) -> Tensor:
+    """Class features (C, D), unit norm, on ``device``; see `clipdistill.similarity.prompt_bank`.
+
+    Raises:
+        InputError: features that are not finite.
+    """
+    bank_CD = prompt_bank(tower, prompts, cache=cache, device=device)
+    _check_finite(tower, f"class prompts {prompts.name}", bank_CD, prompts.classnames)
+    return bank_CD
+
+
+@dataclass
+class _Batch:
+    """Features of one batch, and its samples without their images."""
+
+    samples: list[EncodedSample]
+    faults: list[str | None]
+    image_BD: Tensor
+    text_MD: Tensor
+
+
+def _encode(
+    tower: Tower,
+    data: EvaluationSet,
+    positions: range,
+    batch_size: int,
+    workers: int,
+    device: torch.device,
+    progress: Callable[[int], None] | None,
+) -> Iterator[_Batch]:
+    transform = image_transform_v2(PreprocessCfg(**open_clip.get_model_preprocess_cfg(tower.clip)), is_train=False)
+
+    def decode(sample: EncodedSample) -> Tensor | str:
+        try:
+            return transform(sample.image())
+        except UnreadableImageError as error:
+            return str(error)
+
+    done = 0
+    with ThreadPoolExecutor(max_workers=max(1, workers)) as pool:
+        for samples, decoded in _ahead(data.samples(positions), batch_size, lambda sample: pool.submit(decode, sample)):
+            pixels = [image for image in decoded if isinstance(image, Tensor)]
+            image_BD = torch.zeros(len(samples), tower.embed_dim)
+            if pixels:
+                readable_B = torch.tensor([isinstance(image, Tensor) for image in decoded])
+                image_BD[readable_B] = _encode_pixels(tower, torch.stack(pixels).to(device)).cpu()
+            captions = [caption for sample in samples for caption in sample.captions]
+            text_MD = torch.zeros(0, tower.embed_dim)
+            if captions:
+                text_MD = tower.encode_tokens(tower.tokenize(captions).to(device)).cpu()
+            faults = [image if isinstance(image, str) else None for image in decoded]
+            yield _Batch([replace(sample, data=b"") for sample in samples], faults, image_BD, text_MD)
+            done += len(samples)
+            if progress is not None:
+                progress(done)
+
+
+def _ahead(
+    samples: Iterator[EncodedSample], size: int, submit: Callable[[EncodedSample], "Future[Tensor | str]"]
+) -> Iterator[tuple[list[EncodedSample], list[Tensor | str]]]:
+    """Batches of samples with their decoded images; the next ones are decoded meanwhile."""
+    waiting: deque[tuple[list[EncodedSample], list[Future[Tensor | str]]]] = deque()
+    while True:
+        while len(waiting) <= _BATCHES_AHEAD and (batch := list(islice(samples, size))):
+            waiting.append((batch, [submit(sample) for sample in batch]))
+        if not waiting:
+            return
+        batch, futures = waiting.popleft()
+        yield batch, [future.result() for future in futures]
+
+
+def _encode_pixels(tower: Tower, pixels_BCHW: Tensor) -> Tensor:
+    """Unit-norm features (B, D), float32, of images that open_clip's transform has prepared."""
+    if tower.channels_last:
+        pixels_BCHW = pixels_BCHW.contiguous(memory_format=torch.channels_last)
+    with torch.autocast(pixels_BCHW.device.type, dtype=torch.bfloat16, enabled=tower.precision == "bf16"):
+        image_BD = tower.clip.encode_image(pixels_BCHW)
+    return F.normalize(image_BD.float(), dim=-1)
+
+
+def _joined(kind: Kind, batches: Sequence[_Batch]) -> Features:
+    samples = [sample for batch in batches for sample in batch.samples]
+    faults = [fault for batch in batches for fault in batch.faults]
+    captions = torch.tensor([len(sample.captions) for sample in samples])
+    return Features(
+        kind=kind,
+        image_ND=torch.cat([batch.image_BD for batch in batches]),
+        readable_N=torch.tensor([fault is None for fault in faults]),
+        unreadable=tuple(fault for fault in faults if fault is not None),
+        text_MD=torch.cat([batch.text_MD for batch in batches]),
+        owner_M=torch.arange(len(samples)).repeat_interleave(captions),
+        keys=tuple(sample.key for sample in samples),
+        labels_N=torch.tensor([sample.label for sample in samples]),
+        classes=tuple(sample.classes for sample in samples),
+    )
+
+
+def _check_finite(tower: Tower, what: str, features_ND: Tensor, names: Sequence[str]) -> None:
+    bad_N = ~features_ND.isfinite().all(dim=1)
+    if bad_N.any():
+        first = names[int(bad_N.nonzero()[0])]
+        raise InputError(
+            f"model {tower.name}: the features of {int(bad_N.sum())} of {len(features_ND)} {what} are not finite "
+            f"(first: {first!r}); allowed: a model whose features are numbers"
+        )

@@ -1,0 +1,250 @@
+"""One call of ``clipdistill evaluate``: every model on every set, each result kept at once, all shown at the end."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from clipdistill import __version__
+from clipdistill.data.urls import shown
+from clipdistill.distributed import rank, world_size
+from clipdistill.errors import InputError
+from clipdistill.evaluation.classification import Metrics
+from clipdistill.evaluation.evaluate import Details, Examinee, probe, robustness, zero_shot
+from clipdistill.evaluation.hub_sets import Columns
+from clipdistill.evaluation.models import best_step, fingerprint, load_for_evaluation
+from clipdistill.evaluation.ranks import from_first_rank
+from clipdistill.evaluation.records import TASKS, Record, benchmark_record
+from clipdistill.evaluation.results import FORMAT, Place, Results, file_name, read_records, table_of
+from clipdistill.evaluation.robustness import BaselineLine, fit_lines
+from clipdistill.evaluation.samples import EvaluationSet, digest
+from clipdistill.evaluation.sets import open_set
+from clipdistill.files import write_json
+from clipdistill.towers import Tower
+
+_GAINS_SHOWN = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is asked of every model.
+
+    Attributes:
+        task: CLIP_benchmark's name, or ``robustness``.
+        location: the set as the user gave it.
+        data: the set.
+        others: the training split of a linear probe; the shifts for robustness.
+    """
+
+    task: str
+    location: str
+    data: EvaluationSet
+    others: tuple[EvaluationSet, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A model that is evaluated, and what its results are filed under."""
+
+    tower: Tower
+    model: str
+    pretrained: str
+    fingerprint: str
+
+
+def evaluate_all(args: argparse.Namespace, device: str) -> None:
+    """Run the command; with several processes, all call this together."""
+    jobs = _jobs(args)
+    identities = {job: [data.identity() for data in (job.data, *job.others)] for job in jobs}
+    lines = _lines(args, jobs)
+    folder = None if args.output is None or args.output.suffix == ".json" else Results(args.output)
+    teacher = _load(args, args.teacher, args.teacher_pretrained, device) if args.teacher else None
+    with _progress() as report:
+        ask = partial(
+            Examinee,
+            batch_size=args.batch_size,
+            workers=args.workers,
+            device=device,
+            cache=args.cache.expanduser(),
+            progress=report,
+        )
+        taught = None if teacher is None else ask(teacher.tower, remembers=len(args.model) > 1)
+        results: list[tuple[Record, Details]] = []
+        for name in args.model:
+            candidate = _load(args, name, args.pretrained, device, chosen=True)
+            student = ask(candidate.tower)
+            for job in jobs:
+                place = Place(
+                    model=file_name(f"{candidate.model} {candidate.pretrained}"),
+                    data=file_name(shown(job.location)),
+                    task=job.task,
+                )
+                key = _key(job.task, identities[job], candidate, teacher, lines)
+                kept = None if folder is None else from_first_rank(partial(folder.find, place, key))
+                if kept is not None:
+                    results.append((kept, {}))
+                    continue
+                metrics, details = _measure(job, student, taught, lines)
+                record = benchmark_record(
+                    job.data, metrics, model=candidate.model, pretrained=candidate.pretrained, task=job.task
+                )
+                results.append((record, details))
+                if folder is not None and rank() == 0:
+                    folder.save(place, key, record, details | {"settings": _settings(args, job, device)})
+                    folder.write_all()
+    if rank() == 0:
+        _show(args, results)
+
+
+def _jobs(args: argparse.Namespace) -> list[Job]:
+    """What the arguments ask of every model; all sets are opened before anything is computed."""
+    columns = Columns(image=args.image_column, label=args.label_column, caption=args.caption_column, subset=args.subset)
+    opened = partial(
+        open_set,
+        prompts=args.prompts,
+        allow_duplicates=args.allow_duplicate_classes,
+        columns=columns,
+        cache=args.cache.expanduser(),
+    )
+    sets = [opened(location, split=args.split) for location in args.data]
+    if args.task == "robustness":
+        if len({data.name for data in sets}) < len(sets):
+            raise InputError(
+                f"--data: two sets named {sets[0].name}; allowed: a base set and shifts, of different names"
+            )
+        return [Job(task=args.task, location=args.data[0], data=sets[0], others=tuple(sets[1:]))]
+    jobs = []
+    for location, data in zip(args.data, sets, strict=True):
+        if args.task == "linear_probe":
+            train = opened(location, split=args.train_split)
+            jobs.append(Job(task=args.task, location=location, data=data, others=(train,)))
+        elif args.task in ("auto", TASKS[data.kind]):
+            jobs.append(Job(task=TASKS[data.kind], location=location, data=data))
+        else:
+            raise InputError(f"--task {args.task}: {location} is a {data.kind} set; allowed: {TASKS[data.kind]}")
+    return jobs
+
+
+def _lines(args: argparse.Namespace, jobs: Sequence[Job]) -> dict[str, BaselineLine]:
+    if not args.baseline:
+        return {}
+    return fit_lines(read_records(args.baseline), jobs[0].data.name, [data.name for data in jobs[0].others])
+
+
+def _load(args: argparse.Namespace, name: str, pretrained: str, device: str, *, chosen: bool = False) -> Candidate:
+    """Load a model; ``chosen`` ones are a run's checkpoint where one was asked for."""
+    if "," in name and not Path(name).exists():
+        name, pretrained = name.split(",", 1)
+    if Path(name).is_dir():
+        pretrained = ""
+    step = None
+    if chosen and (args.step is not None or args.best is not None):
+        step = args.step if args.best is None else best_step(Path(name), args.best)
+        pretrained = f"step_{step:08d}"
+    tower = load_for_evaluation(name, pretrained, step=step, precision=args.precision, device=device)
+    return Candidate(
+        tower=tower, model=name, pretrained=pretrained, fingerprint=from_first_rank(partial(fingerprint, tower))
+    )
+
+
+def _key(
+    task: str,
+    identities: Sequence[str],
+    candidate: Candidate,
+    teacher: Candidate | None,
+    lines: Mapping[str, BaselineLine],
+) -> str:
+    """Digest of everything that a result comes from."""
+    fitted = {name: asdict(line) for name, line in lines.items()}
+    return digest([FORMAT, task, identities, candidate.fingerprint, teacher and teacher.fingerprint, fitted])
+
+
+def _measure(
+    job: Job, student: Examinee, teacher: Examinee | None, lines: Mapping[str, BaselineLine]
+) -> tuple[Metrics, Details]:
+    if job.task == "linear_probe":
+        return probe(student, job.data, job.others[0], teacher)
+    if job.task == "robustness":
+        return robustness(student, (job.data, *job.others), teacher, lines=lines)
+    return zero_shot(student, job.data, teacher)
+
+
+def _settings(args: argparse.Namespace, job: Job, device: str) -> dict[str, Any]:
+    """How a result was made, for its reader."""
+    return {
+        "data": shown(job.location),
+        "split": args.split,
+        "prompts": args.prompts,
+        "templates": job.data.prompts.num_templates,
+        "teacher": args.teacher,
+        "precision": args.precision,
+        "batch_size": args.batch_size,
+        "device": device,
+        "processes": world_size(),
+        "clipdistill": __version__,
+        "torch": torch.__version__,
+        "open_clip": open_clip.__version__,
+    }
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None] | None]:
+    """A bar of the set under way, on a terminal."""
+    console = Console(stderr=True)
+    if rank() > 0 or not console.is_terminal:
+        yield None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        bar = progress.add_task("", total=None)
+
+        def report(name: str, done: int, share: int) -> None:
+            progress.update(bar, description=name, completed=done, total=share)
+
+        yield report
+
+
+def _show(args: argparse.Namespace, results: Sequence[tuple[Record, Details]]) -> None:
+    records = [record for record, _ in results]
+    if args.output is None:
+        print(json.dumps(records[0] if len(records) == 1 else records, indent=2, allow_nan=False))
+    elif args.output.suffix == ".json":
+        write_json(args.output, records[0])
+        values = ", ".join(f"{k} {v:.4f}" for k, v in records[0]["metrics"].items() if isinstance(v, float))
+        print(f"{args.output}: {values}")
+    else:
+        heading, *rows = table_of(records)
+        table = Table(*map(escape, heading))
+        for column in table.columns[2:]:
+            column.justify = "right"
+        for row in rows:
+            table.add_row(*map(escape, row))
+        Console().print(table)
+        old = sum(not details for _, details in results)
+        print(f"{args.output}: {len(results) - old} new results, {old} that were there")
+    if len(results) == 1:
+        _show_gains(results[0][1])
+
+
+def _show_gains(details: Details) -> None:
+    """The classes in which a student gains and loses most against its teacher."""
+    classes = [each for each in details.get("classes", ()) if "gain" in each]
+    for what, chosen in (
+        ("gains", [each for each in classes if each["gain"] > 0][:_GAINS_SHOWN]),
+        ("losses", [each for each in reversed(classes) if each["gain"] < 0][:_GAINS_SHOWN]),
+    ):
+        if chosen:
+            listed = ", ".join(f"{each['name']} {each['gain']:+.0%}" for each in chosen)
+            print(f"largest {what} against the teacher: {listed}", file=sys.stderr)

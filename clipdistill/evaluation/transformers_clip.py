@@ -1,0 +1,160 @@
+"""A CLIP model of transformers as the open_clip model that computes the same."""
+
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.factory import set_model_preprocess_cfg
+from open_clip.transform import PreprocessCfg
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from clipdistill.data.urls import one_line
+from clipdistill.errors import InputError
+from clipdistill.towers import Teacher
+
+_WEIGHTS = "model.safetensors"
+_ACTIVATIONS: dict[str, dict[str, str]] = {
+    "quick_gelu": {},
+    "gelu": {},
+    "gelu_pytorch_tanh": {"approximate": "tanh"},
+}
+_INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}
+_BLOCK = {
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn.out_proj": "attn.out_proj",
+}
+_TOWERS = {
+    "text_model": {
+        "encoder.layers": "transformer.resblocks",
+        "embeddings.token_embedding.weight": "token_embedding.weight",
+        "embeddings.position_embedding.weight": "positional_embedding",
+        "final_layer_norm": "ln_final",
+    },
+    "vision_model": {
+        "encoder.layers": "visual.transformer.resblocks",
+        "embeddings.class_embedding": "visual.class_embedding",
+        "embeddings.position_embedding.weight": "visual.positional_embedding",
+        "embeddings.patch_embedding": "visual.conv1",
+        "pre_layrnorm": "visual.ln_pre",
+        "post_layernorm": "visual.ln_post",
+    },
+}
+_PROJECTIONS = {"visual_projection.weight": "visual.proj", "text_projection.weight": "text_projection"}
+
+
+def load_transformers_clip(folder: Path, *, precision: str = "fp32", device: torch.device | str = "cpu") -> Teacher:
+    """Load a folder that ``CLIPModel.save_pretrained`` and its processor wrote.
+
+    Raises:
+        InputError: another kind of model, one that open_clip cannot express, missing or damaged weights.
+    """
+    from transformers import CLIPConfig
+
+    try:
+        config: Any = CLIPConfig.from_pretrained(folder)
+        state = load_file(folder / _WEIGHTS)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise InputError(f"model {folder}: cannot be loaded: {one_line(error)[:300]}") from error
+    model_config = _model_config(folder, config)
+    clip = open_clip.CLIP(**model_config, output_dict=True)
+    mapped = _map_state(state, layers={"text_model": config.text_config, "vision_model": config.vision_config})
+    try:
+        clip.load_state_dict(mapped)
+    except RuntimeError as error:
+        detail = " ".join(str(error).split())[:300]
+        raise InputError(f"model {folder}: weights do not match the architecture: {detail}") from error
+    set_model_preprocess_cfg(clip, _preprocess_config(folder, config.vision_config.image_size))
+    tokenizer = open_clip.tokenizer.HFTokenizer(str(folder), context_length=config.text_config.max_position_embeddings)
+    model_config["text_cfg"]["hf_tokenizer_name"] = str(folder.resolve())
+    return Teacher(str(folder), clip, model_config, tokenizer, precision=precision).to(device)
+
+
+def _model_config(folder: Path, config: Any) -> dict[str, Any]:
+    """open_clip's config of the same architecture."""
+    text, vision = config.text_config, config.vision_config
+    allowed = "; allowed: a CLIP model as OpenAI's"
+    if config.model_type != "clip":
+        raise InputError(f"model {folder}: model_type {config.model_type!r}{allowed}")
+    activations = {text.hidden_act, vision.hidden_act}
+    if not activations <= _ACTIVATIONS.keys() or ("quick_gelu" in activations and len(activations) > 1):
+        raise InputError(f"model {folder}: activations {text.hidden_act} and {vision.hidden_act}{allowed}")
+    legacy = text.eos_token_id == 2  # transformers then takes the largest token id for the end of the text
+    return {
+        "embed_dim": config.projection_dim,
+        "quick_gelu": "quick_gelu" in activations,
+        "vision_cfg": {
+            "image_size": vision.image_size,
+            "patch_size": vision.patch_size,
+            "head_width": vision.hidden_size // vision.num_attention_heads,
+            **_shape(vision),
+        },
+        "text_cfg": {
+            "context_length": text.max_position_embeddings,
+            "vocab_size": text.vocab_size,
+            "heads": text.num_attention_heads,
+            **({"pool_type": "argmax"} if legacy else {"pool_type": "eos", "eos_id": text.eos_token_id}),
+            **_shape(text),
+        },
+    }
+
+
+def _shape(tower: Any) -> dict[str, Any]:
+    return {
+        "layers": tower.num_hidden_layers,
+        "width": tower.hidden_size,
+        "mlp_ratio": tower.intermediate_size / tower.hidden_size,
+        "norm_kwargs": {"eps": tower.layer_norm_eps},
+        "act_kwargs": _ACTIVATIONS[tower.hidden_act] or None,
+    }
+
+
+def _map_state(state: dict[str, Tensor], *, layers: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors under open_clip's names; those that have none there keep theirs, and will be refused."""
+    mapped: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        tower, _, rest = name.partition(".")
+        if rest == "embeddings.position_ids" or (".self_attn." in name and "out_proj" not in name):
+            continue
+        if name in _PROJECTIONS:
+            mapped[_PROJECTIONS[name]] = tensor.T.contiguous()
+            continue
+        for theirs, ours in (_TOWERS.get(tower, {}) | (_BLOCK if ".layers." in name else {})).items():
+            rest = rest.replace(theirs, ours)
+        mapped[rest if tower in _TOWERS else name] = tensor
+    for tower, config in layers.items():
+        for number in range(config.num_hidden_layers):
+            block = f"{_TOWERS[tower]['encoder.layers']}.{number}.attn.in_proj"
+            for part in ("weight", "bias"):
+                names = [f"{tower}.encoder.layers.{number}.self_attn.{each}_proj.{part}" for each in "qkv"]
+                if all(name in state for name in names):
+                    mapped[f"{block}_{part}"] = torch.cat([state[name] for name in names])
+    return mapped
+
+
+def _preprocess_config(folder: Path, image_size: int) -> dict[str, Any]:
+    """open_clip's config of the image processor beside the model; CLIP's own where there is none."""
+    from transformers import CLIPImageProcessor
+
+    config = PreprocessCfg(size=image_size)
+    if (folder / "preprocessor_config.json").is_file() or (folder / "processor_config.json").is_file():
+        processor = CLIPImageProcessor.from_pretrained(folder)
+        shortest, crop = processor.size["shortest_edge"], processor.crop_size["height"]
+        interpolation = _INTERPOLATIONS.get(int(processor.resample))
+        if not shortest == crop == image_size or interpolation is None:
+            raise InputError(
+                f"model {folder}: images resized to {shortest} ({processor.resample}) and cropped to {crop}; allowed: "
+                f"{image_size}, the size of its input, and bicubic or bilinear resizing"
+            )
+        config = PreprocessCfg(
+            size=image_size,
+            mean=tuple(processor.image_mean),
+            std=tuple(processor.image_std),
+            interpolation=interpolation,
+        )
+    return vars(config)
