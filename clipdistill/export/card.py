@@ -1,0 +1,489 @@
+"""The model card: ``README.md`` and ``.eval_results/*.yaml``, filled from the run and from what was measured."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import open_clip
+import yaml  # type: ignore[import-untyped]
+from huggingface_hub import (
+    EvalResult,
+    EvalResultEntry,
+    ModelCard,
+    ModelCardData,
+    eval_result_entries_to_yaml,
+    try_to_load_from_cache,
+)
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from clipdistill import __version__
+from clipdistill.errors import InputError
+from clipdistill.export.build import Exported
+from clipdistill.files import write_text
+from clipdistill.prompts import PromptSet, load_prompts
+from clipdistill.records import read_records
+from clipdistill.towers import Tower
+
+CARD_FILE = "README.md"
+RESULTS_FOLDER = ".eval_results"
+UNKNOWN = "unknown"
+
+_PRIMARY = ("acc1", "mean_average_precision", "image_retrieval_recall@5", "lp_acc1")
+"""The metric of a data set that stands for it on the Hub: the first of these that it has."""
+
+_SHOWN_TEMPLATES = 3
+_DEFAULTS = {"alpha": 1.0, "beta": 1.0, "gamma": 1.0, "temperature": 1.0, "weight_temperature": 1.0}
+_SETTINGS = (*_DEFAULTS, "class_prior", "kind", "warmup_epochs")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paper:
+    """A publication that a card cites."""
+
+    key: str
+    title: str
+    author: str
+    year: int
+    arxiv: str
+
+
+_PAPERS = {
+    "gkl": (
+        Paper(
+            key="cui2025gkl",
+            title="Generalized Kullback-Leibler Divergence Loss",
+            author="Cui, Jiequan and Zhu, Beier and Xu, Qingshan and Tian, Zhuotao and Qi, Xiaojuan and Yu, Bei and "
+            "Zhang, Hanwang and Hong, Richang",
+            year=2025,
+            arxiv="2503.08038",
+        ),
+        Paper(
+            key="cui2024dkl",
+            title="Decoupled Kullback-Leibler Divergence Loss",
+            author="Cui, Jiequan and Tian, Zhuotao and Zhong, Zhisheng and Qi, Xiaojuan and Yu, Bei and Zhang, Hanwang",
+            year=2023,
+            arxiv="2305.13948",
+        ),
+    ),
+    "kl": (
+        Paper(
+            key="hinton2015distilling",
+            title="Distilling the Knowledge in a Neural Network",
+            author="Hinton, Geoffrey and Vinyals, Oriol and Dean, Jeff",
+            year=2015,
+            arxiv="1503.02531",
+        ),
+    ),
+    "dkd": (
+        Paper(
+            key="zhao2022dkd",
+            title="Decoupled Knowledge Distillation",
+            author="Zhao, Borui and Cui, Quan and Song, Renjie and Qiu, Yiyu and Liang, Jiajun",
+            year=2022,
+            arxiv="2203.08679",
+        ),
+    ),
+    "dist": (
+        Paper(
+            key="huang2022dist",
+            title="Knowledge Distillation from A Stronger Teacher",
+            author="Huang, Tao and You, Shan and Wang, Fei and Qian, Chen and Xu, Chang",
+            year=2022,
+            arxiv="2205.10536",
+        ),
+    ),
+    "feature": (
+        Paper(
+            key="yang2023clipkd",
+            title="CLIP-KD: An Empirical Study of CLIP Model Distillation",
+            author="Yang, Chuanguang and An, Zhulin and Huang, Libo and Bi, Junyu and Yu, Xinqiang and Yang, Han and "
+            "Diao, Boyu and Xu, Yongjun",
+            year=2023,
+            arxiv="2307.12732",
+        ),
+    ),
+    "clip": (
+        Paper(
+            key="radford2021clip",
+            title="Learning Transferable Visual Models From Natural Language Supervision",
+            author="Radford, Alec and Kim, Jong Wook and Hallacy, Chris and Ramesh, Aditya and Goh, Gabriel and "
+            "Agarwal, Sandhini and Sastry, Girish and Askell, Amanda and Mishkin, Pamela and Clark, Jack and "
+            "Krueger, Gretchen and Sutskever, Ilya",
+            year=2021,
+            arxiv="2103.00020",
+        ),
+    ),
+}
+"""What the terms of an objective come from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What is known of how a model was trained; everything may be missing.
+
+    Attributes:
+        name: of the run's folder, or of the model where there is no run.
+        config: the resolved config.
+        summary: ``summary.json``.
+        records: of ``metrics.jsonl``.
+    """
+
+    name: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    summary: Mapping[str, Any] = field(default_factory=dict)
+    records: Sequence[Mapping[str, Any]] = ()
+
+    @property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """CLIP_benchmark's records of the final model; of an older run, what its log has last."""
+        if "evaluations" in self.summary:
+            return list(self.summary["evaluations"])
+        logged = (record for record in reversed(self.records) if any(key.startswith("evaluation/") for key in record))
+        last: Mapping[str, Any] = next(logged, {})
+        sets: dict[str, dict[str, Any]] = {}
+        for key, value in last.items():
+            match = re.fullmatch(r"evaluation/(.+)/([^/]+)", key)
+            if match:
+                sets.setdefault(match[1], {})[match[2]] = value
+        task = "zeroshot_classification"
+        return [{"dataset": name, "task": task, "metrics": metrics} for name, metrics in sets.items()]
+
+    @property
+    def losses(self) -> Mapping[str, Any]:
+        """The last record of the training log."""
+        return next((record for record in reversed(self.records) if "loss" in record), {})
+
+
+def read_run(checkpoint: str) -> Run:
+    """What lies beside a checkpoint: in the folder itself, or in the run's whose ``student/`` it is."""
+    folder = Path(checkpoint)
+    candidates = [folder, *([folder.parent] if folder.name == "student" else [])]
+    found = next((path for path in candidates if (path / "config.yaml").is_file()), None)
+    name = folder.resolve().name if folder.is_dir() else checkpoint.rstrip("/").rsplit("/", 1)[-1]
+    if found is None:
+        return Run(name=name)
+    try:
+        config = yaml.safe_load((found / "config.yaml").read_text(encoding="utf-8"))
+        summary_file = found / "summary.json"
+        summary = json.loads(summary_file.read_text(encoding="utf-8")) if summary_file.is_file() else {}
+    except (ValueError, yaml.YAMLError) as error:
+        detail = " ".join(str(error).split())
+        raise InputError(f"checkpoint {checkpoint}: config.yaml or summary.json is damaged: {detail}") from error
+    return Run(
+        name=found.resolve().name,
+        config=config if isinstance(config, dict) else {},
+        summary=summary,
+        records=read_records(found / "metrics.jsonl"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statement:
+    """What only the user knows.
+
+    Attributes:
+        license: of the exported weights, as the Hub writes it.
+        datasets: Hub ids of the training data.
+        benchmarks: name of an evaluation set -> Hub id of its benchmark, or ``OWNER/NAME:TASK_ID``.
+    """
+
+    license: str = UNKNOWN
+    datasets: Sequence[str] = ()
+    benchmarks: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for repo_id in (*self.datasets, *(benchmark.partition(":")[0] for benchmark in self.benchmarks.values())):
+            check_repo_id("data set", repo_id)
+
+
+def check_repo_id(what: str, repo_id: str) -> None:
+    """Raise ``InputError`` unless a name is a whole repo id of the Hub."""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise InputError(f"{what} {repo_id!r}: {' '.join(str(error).split())}; allowed: OWNER/NAME") from error
+    if repo_id.count("/") != 1:
+        raise InputError(f"{what} {repo_id!r}: no owner; allowed: OWNER/NAME")
+
+
+def write_card(
+    folder: Path,
+    tower: Tower,
+    exported: Exported,
+    run: Run,
+    *,
+    statement: Statement | None = None,
+    prompts: PromptSet | None = None,
+    half: bool = False,
+    repo_id: str | None = None,
+) -> None:
+    """Write ``README.md`` and ``.eval_results/*.yaml`` into an export.
+
+    Args:
+        folder: holds the export.
+        tower: the model.
+        exported: what was written and measured.
+        run: how it was trained.
+        statement: what only the user knows.
+        prompts: classes and templates of the classifier, and of the examples.
+        half: whether the weights are in float16.
+        repo_id: where it will be on the Hub; None: the examples load from the folder itself.
+    """
+    statement = statement or Statement()
+    name = repo_id.partition("/")[2] if repo_id else run.name
+    teachers = [_teacher(teacher) for teacher in run.config.get("teachers") or []]
+    sets = [_evaluated(record, run.config) for record in run.evaluations]
+    entries = {item["dataset"]: _entries(item, statement) for item in sets}
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["json"] = lambda value: json.dumps(value, ensure_ascii=False)
+    environment.filters["time"] = _time
+    body = environment.get_template("card.md").render(
+        name=name,
+        version=__version__,
+        model=_model(tower),
+        half=half,
+        teachers=teachers,
+        statement=statement,
+        data=_data(run.config),
+        prompts=prompts,
+        objective=[_term(term) for term in run.config.get("objective") or [] if term.get("weight", 1.0) > 0],
+        settings=_settings(run),
+        losses={k: v for k, v in run.losses.items() if k.startswith("loss") and isinstance(v, int | float)},
+        sets=sets,
+        exported=exported,
+        examples=_examples(tower, prompts, repo_id),
+        papers=_papers(run.config),
+        unknown=UNKNOWN,
+    )
+    metadata = _metadata(name, statement, teachers, sets, exported)
+    write_text(folder / CARD_FILE, str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}")))
+    for dataset, entry in entries.items():
+        if entry:
+            path = folder / RESULTS_FOLDER / f"{re.sub(r'[^A-Za-z0-9._-]', '_', dataset)}.yaml"
+            path.parent.mkdir(exist_ok=True)
+            write_text(path, yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False))
+
+
+def _time(milliseconds: Mapping[str, float], *parts: str) -> str:
+    return next((f"{milliseconds[part]:.2f}" for part in parts if part in milliseconds), "")
+
+
+def _metadata(
+    name: str,
+    statement: Statement,
+    teachers: Sequence[Mapping[str, Any]],
+    sets: Sequence[Mapping[str, Any]],
+    exported: Exported,
+) -> ModelCardData:
+    results = [
+        EvalResult(
+            task_type="zero-shot-image-classification",
+            task_name=item["task"],
+            dataset_type=statement.benchmarks.get(item["dataset"], item["dataset"]).partition(":")[0],
+            dataset_name=item["dataset"],
+            metric_type="accuracy" if metric.startswith("acc") else metric,
+            metric_name=metric,
+            metric_value=round(value, 6),
+        )
+        for item in sets
+        for metric, value in item["metrics"].items()
+    ]
+    bases = dict.fromkeys(teacher["hub_id"] for teacher in teachers if teacher["hub_id"])
+    return ModelCardData(
+        library_name="open_clip",
+        pipeline_tag="zero-shot-image-classification",
+        license=statement.license,
+        base_model=list(bases) or None,
+        datasets=list(statement.datasets) or None,
+        tags=[
+            "clip",
+            "clipdistill",
+            *(["knowledge-distillation"] if teachers else []),
+            *(["onnx"] if "onnx" in exported.formats else []),
+        ],
+        model_name=name,
+        eval_results=results or None,
+    )
+
+
+def _entries(item: Mapping[str, Any], statement: Statement) -> EvalResultEntry | None:
+    """A set's result as the benchmark's leaderboard reads it, where the user has named the benchmark."""
+    benchmark = statement.benchmarks.get(item["dataset"])
+    metric = next((metric for metric in _PRIMARY if metric in item["metrics"]), None)
+    if benchmark is None or metric is None:
+        return None
+    dataset_id, _, task_id = benchmark.partition(":")
+    value = round(item["metrics"][metric], 6)
+    notes = f"{item['task']}, {metric}" + (f", {item['prompts']}" if item["prompts"] else "")
+    return EvalResultEntry(dataset_id=dataset_id, task_id=task_id or "default", value=value, notes=notes)
+
+
+def _teacher(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A teacher's public name, its repo on the Hub, and its licence where either can be known."""
+    model, pretrained = config["model"], config.get("pretrained") or ""
+    schema, _, rest = model.partition(":")
+    hub_id, card = None, None
+    if schema == "hf-hub":
+        hub_id = rest
+    elif schema == "local-dir":
+        card = Path(rest) / CARD_FILE
+        model = f"local-dir:{Path(rest).name}"
+    elif pretrained:
+        known = open_clip.get_pretrained_cfg(model, pretrained) or {}
+        hub_id = "/".join(known.get("hf_hub", "").split("/")[:2]) or None
+    if hub_id:
+        cached = try_to_load_from_cache(hub_id, CARD_FILE)
+        card = Path(cached) if isinstance(cached, str) else None
+    pretrained = Path(pretrained).name if "/" in pretrained else pretrained
+    return {
+        "model": model,
+        "pretrained": pretrained,
+        "hub_id": hub_id,
+        "license": _license_of(card),
+        "weight": config.get("weight", 1.0),
+    }
+
+
+def _license_of(card: Path | None) -> str:
+    if card is None or not card.is_file():
+        return UNKNOWN
+    return ModelCard.load(card, ignore_metadata_errors=True).data.license or UNKNOWN
+
+
+def _model(tower: Tower) -> dict[str, Any]:
+    vision, text = tower.model_config["vision_cfg"], tower.model_config["text_cfg"]
+    image_parameters = sum(parameter.numel() for parameter in tower.clip.visual.parameters())
+    all_parameters = sum(parameter.numel() for parameter in tower.clip.parameters())
+    if "timm_model_name" in vision:
+        image = f"timm's {vision['timm_model_name']}"
+    elif isinstance(vision["layers"], list | tuple):
+        image = f"a ResNet of width {vision['width']}"
+    else:
+        image = f"a vision transformer of {vision['layers']} layers, width {vision['width']}"
+        image += f", patches of {vision['patch_size']} pixels"
+    words = text.get("hf_model_name") or f"a transformer of {text.get('layers', 12)} layers, width {text.get('width')}"
+    return {
+        "image": image,
+        "image_size": tower.image_size,
+        "image_parameters": image_parameters / 1e6,
+        "text": words,
+        "context_length": tower.tokenizer.context_length,
+        "text_parameters": (all_parameters - image_parameters) / 1e6,
+        "embed_dim": tower.embed_dim,
+        "logit_scale": tower.clip.logit_scale.exp().item(),
+    }
+
+
+def _data(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    data = config.get("data")
+    if not data:
+        return None
+    return {
+        "shards": [_public(str(url)) for url in data.get("shards") or []],
+        "prompts": _public(config.get("prompts") or ""),
+        "labels": config.get("labels", "none"),
+        "image_size": data.get("image_size"),
+    }
+
+
+def _public(path: str) -> str:
+    """A path or URL as others may see it: no home folder, no user, no signature."""
+    if "://" in path:
+        parts = urlsplit(path)
+        return f"{parts.scheme}://{parts.hostname or ''}{parts.path}"
+    return "/".join(Path(path).parts[-2:])
+
+
+def _term(term: Mapping[str, Any]) -> dict[str, Any]:
+    settings = {key: term[key] for key in _SETTINGS if key in term and term[key] != _DEFAULTS.get(key, term[key])}
+    if term.get("class_prior"):
+        settings["class_prior"] = True
+    if term["loss"] == "feature":
+        settings["kind"] = term.get("kind", "cosine")
+    if term.get("warmup_epochs"):
+        settings["warmup_epochs"] = term["warmup_epochs"]
+    return {
+        "loss": term["loss"],
+        "over": term.get("over", ""),
+        "weight": term.get("weight", 1.0),
+        "settings": ", ".join(f"{key} {value}" for key, value in settings.items()),
+    }
+
+
+def _settings(run: Run) -> dict[str, Any]:
+    """Rows of the table of settings, of a run that has a config."""
+    if not run.config:
+        return {}
+    config = run.config
+    optimizer, training, student = (config.get(key) or {} for key in ("optimizer", "train", "student"))
+    start = "pretrained weights" if student.get("pretrained") else "random weights"
+    if str(student.get("model", "")).startswith(("hf-hub:", "local-dir:")):
+        start = "its own weights"
+    rate = f"{optimizer.get('lr')}, {optimizer.get('warmup_steps', 0)} steps of warm-up, then a cosine"
+    speeds = [r["samples_per_second"] for r in run.records if "samples_per_second" in r]
+    rows = {
+        "student": f"{_public(str(student.get('model', UNKNOWN)))}, from {start}, text tower: {student.get('text')}",
+        "steps": run.summary.get("steps") or run.losses.get("step") or UNKNOWN,
+        "batch": f"{(config.get('data') or {}).get('batch_size')} a process x {training.get('accumulate', 1)}",
+        "AdamW": f"rate {rate}; weight decay {optimizer.get('weight_decay')}, betas {optimizer.get('betas')}",
+        "precision": training.get("precision"),
+        "moving average": training.get("ema") or "off",
+        "seed": config.get("seed"),
+    }
+    if speeds:
+        rows["samples a second"] = f"{sorted(speeds)[len(speeds) // 2]:.0f} (median of the log)"
+    skipped = run.summary.get("skipped")
+    if skipped:
+        rows["bad samples"] = ", ".join(f"{count} {reason}" for reason, count in skipped.items())
+    return rows
+
+
+def _evaluated(record: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """A data set's metrics, and the prompts behind them where its folder is still there."""
+    metrics = {k: v for k, v in record["metrics"].items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    folders = (config.get("evaluation") or {}).get("folders") or []
+    folder = next((path for path in folders if Path(path).name == record["dataset"] and Path(path).is_dir()), None)
+    prompts = ""
+    if folder is not None:
+        try:
+            prompts = _prompts_in_words(load_prompts(Path(folder), allow_duplicates=True))
+        except InputError:
+            prompts = ""
+    task = str(record.get("task", "zeroshot_classification")).replace("zeroshot", "zero-shot").replace("_", " ")
+    return {"dataset": record["dataset"], "task": task, "metrics": metrics, "prompts": prompts}
+
+
+def _prompts_in_words(prompts: PromptSet) -> str:
+    shown = ", ".join(f'"{template}"' for template in prompts.templates[:_SHOWN_TEMPLATES])
+    more = prompts.num_templates - _SHOWN_TEMPLATES
+    return f"{prompts.num_classes} classes, {shown}" + (f" and {more} more templates" if more > 0 else "")
+
+
+def _examples(tower: Tower, prompts: PromptSet | None, repo_id: str | None) -> dict[str, Any]:
+    labels = list(prompts.classnames[:3]) if prompts else ["a cat", "a dog", "a car"]
+    template = prompts.templates[0] if prompts else "a photo of {c}"
+    preprocessing = open_clip.get_model_preprocess_cfg(tower.clip)
+    return {
+        "repo_id": repo_id,
+        "labels": labels,
+        "template": template,
+        "bilinear": preprocessing["interpolation"] == "bilinear",
+        "resize_mode": preprocessing["resize_mode"],
+    }
+
+
+def _papers(config: Mapping[str, Any]) -> list[Paper]:
+    losses = [term["loss"] for term in config.get("objective") or [] if term.get("weight", 1.0) > 0]
+    return [paper for loss in dict.fromkeys(losses) for paper in _PAPERS.get(loss, ())]

@@ -1,0 +1,173 @@
+"""``clipdistill export``: its arguments, and what it does in which order."""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from clipdistill.prompts import PromptSet
+
+_FORMATS = "open_clip, transformers, onnx"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of ``clipdistill export``."""
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="RUN",
+        help="a finished run's folder, an export, hf-hub:OWNER/NAME, local-dir:FOLDER, or an open_clip name",
+    )
+    parser.add_argument("--pretrained", default="", help="tag or weights file, with an open_clip name")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="new folder")
+    parser.add_argument(
+        "--formats",
+        nargs="+",
+        default=[],
+        metavar="FORMAT",
+        help=f"of {_FORMATS}; each must be possible (default: all that are, and why not the others)",
+    )
+    parser.add_argument(
+        "--prompts",
+        metavar="SET",
+        help="prompt set (name or folder) that becomes classifier.onnx, and among whose classes top-1 is compared "
+        "(default: the run's)",
+    )
+    parser.add_argument(
+        "--allow-duplicate-classes",
+        action="store_true",
+        help="accept a class list that names a class twice (published ImageNet lists do)",
+    )
+    parser.add_argument("--half", action="store_true", help="float16 weights in every file: half the size")
+    parser.add_argument("--int8", action="store_true", help="dynamically quantised ONNX files besides")
+    checks = parser.add_argument_group("the check against the model")
+    checks.add_argument(
+        "--data",
+        metavar="FOLDER",
+        help="use images of this data set in CLIP_benchmark's layout (default: synthetic ones)",
+    )
+    checks.add_argument("--split", default="test", help="of the data set (default: %(default)s)")
+    checks.add_argument("--images", type=_positive, default=64, help="how many (default: %(default)s)")
+    checks.add_argument(
+        "--parity-bound",
+        type=float,
+        metavar="X",
+        help="largest difference of unit-norm features; beyond it the export fails (default: 1e-4, with --half 1e-2)",
+    )
+    checks.add_argument(
+        "--cache",
+        type=Path,
+        default=Path("~/.cache/clipdistill"),
+        metavar="DIR",
+        help="folder for the class features (default: %(default)s)",
+    )
+    card = parser.add_argument_group("the model card")
+    card.add_argument(
+        "--license", default="unknown", help="of the weights, as the Hub writes it (default: %(default)s)"
+    )
+    card.add_argument("--datasets", nargs="+", default=[], metavar="OWNER/NAME", help="Hub ids of the training data")
+    card.add_argument(
+        "--benchmark",
+        action="append",
+        default=[],
+        metavar="SET=OWNER/NAME[:TASK]",
+        help="the Hub's benchmark that an evaluation set of the run is: its result goes to .eval_results/ (repeatable)",
+    )
+    hub = parser.add_argument_group("the Hugging Face Hub (token: HF_TOKEN, or `hf auth login`)")
+    hub.add_argument("--push-to-hub", metavar="OWNER/NAME", help="push the export, in one commit")
+    hub.add_argument("--private", action="store_true", help="to a private repo")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Check, write, compare, describe, push.
+
+    Raises:
+        InputError: whatever is wrong with the arguments, the checkpoint or the token; nothing is written.
+        RunError: a file differs from the model (nothing is left behind), a full disk, or a push that failed.
+    """
+    import transformers
+
+    from clipdistill.errors import InputError
+    from clipdistill.evaluation import load_for_evaluation
+    from clipdistill.export.build import write_formats
+    from clipdistill.export.card import Statement, check_repo_id, read_run, write_card
+    from clipdistill.export.hub import check_token, push
+    from clipdistill.files import new_folder, writing
+
+    if args.output.exists():
+        raise InputError(f"--output {args.output}: exists; allowed: a new folder")
+    if args.private and not args.push_to_hub:
+        raise InputError("--private: without --push-to-hub; allowed: with it")
+    statement = Statement(license=args.license, datasets=args.datasets, benchmarks=_benchmarks(args.benchmark))
+    if args.push_to_hub:
+        check_repo_id("--push-to-hub", args.push_to_hub)
+        check_token(args.push_to_hub)
+
+    transformers.utils.logging.disable_progress_bar()
+    facts = read_run(args.checkpoint)
+    prompts = _prompts(args.prompts, facts.config.get("prompts"), allow_duplicates=args.allow_duplicate_classes)
+    tower = load_for_evaluation(args.checkpoint, args.pretrained)
+    with writing(f"export {args.output}", args.output), new_folder(args.output) as folder:
+        exported = write_formats(
+            tower,
+            folder,
+            formats=[name for argument in args.formats for name in argument.split(",")],
+            prompts=prompts,
+            data=args.data,
+            split=args.split,
+            images=args.images,
+            half=args.half,
+            int8=args.int8,
+            bound=args.parity_bound,
+            cache=args.cache.expanduser(),
+        )
+        write_card(
+            folder,
+            tower,
+            exported,
+            facts,
+            statement=statement,
+            prompts=prompts,
+            half=args.half,
+            repo_id=args.push_to_hub,
+        )
+    for line in exported.lines():
+        print(line)
+    print(f"{args.output}: {', '.join(exported.formats)}; the card: {args.output / 'README.md'}")
+    if args.push_to_hub:
+        print(f"pushed: {push(args.output, args.push_to_hub, private=args.private)}")
+
+
+def _prompts(chosen: str | None, of_run: str | None, *, allow_duplicates: bool) -> "PromptSet | None":
+    """The prompt set that was asked for; else the run's, if it is still where it was."""
+    from clipdistill.errors import InputError
+    from clipdistill.prompts import load_prompts
+
+    if chosen:
+        return load_prompts(chosen, allow_duplicates=allow_duplicates)
+    if not of_run:
+        return None
+    try:
+        return load_prompts(of_run, allow_duplicates=allow_duplicates)
+    except InputError as error:
+        print(f"without the run's prompt set: {error}")
+        return None
+
+
+def _benchmarks(arguments: list[str]) -> dict[str, str]:
+    from clipdistill.errors import InputError
+
+    benchmarks = {}
+    for argument in arguments:
+        name, equals, benchmark = argument.partition("=")
+        if not (name and equals and benchmark):
+            raise InputError(f"--benchmark {argument}: not SET=OWNER/NAME; allowed: such as icons=OWNER/icons:default")
+        benchmarks[name] = benchmark
+    return benchmarks
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not allowed; allowed: 1 or more")
+    return number

@@ -1,0 +1,114 @@
+"""The push: one commit to a model repo of the Hugging Face Hub, made again until it is there, never half of it.
+
+Weights go to the Hub's large file storage first, and are seen by nobody until the commit that names them. An attempt
+that was cut off begins anew: what has arrived already is not sent again, and a commit that had gone through is found.
+
+The token comes from the environment (``HF_TOKEN``) or from the file that ``hf auth login`` writes.
+"""
+
+import logging
+from json import JSONDecodeError
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi, get_token
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+from clipdistill.data.retries import Retries, may_pass, status_of
+from clipdistill.errors import InputError, RunError
+
+log = logging.getLogger(__name__)
+
+RETRIES = Retries(attempts=6, first_wait=1.0, seconds=600.0)
+"""Of the push as a whole; the Hub's client repeats single uploads besides."""
+
+_OWN_SUFFIXES = (".onnx", ".safetensors")
+_ALLOWED = "a token that may write, in HF_TOKEN or from `hf auth login`"
+
+
+class PushError(RunError):
+    """The Hub could not be reached, or would not take the model."""
+
+
+def check_token(repo_id: str) -> None:
+    """Find out before any work is done that there is no token, or one that the Hub does not know.
+
+    Raises:
+        InputError: in one line.
+    """
+    if not get_token():
+        raise InputError(f"--push-to-hub {repo_id}: no token; allowed: {_ALLOWED}")
+    try:
+        HfApi().whoami()
+    except OfflineModeIsEnabled as error:
+        raise InputError(f"--push-to-hub {repo_id}: HF_HUB_OFFLINE is set; allowed: without it") from error
+    except Exception as error:
+        if status_of(error) == 401:
+            raise InputError(
+                f"--push-to-hub {repo_id}: the Hub does not know the token; allowed: {_ALLOWED}"
+            ) from error
+        log.info("the token could not be checked: %s", type(error).__name__)
+
+
+def push(folder: Path, repo_id: str, *, private: bool = False, retries: Retries = RETRIES) -> str:
+    """Push an export in one commit; the repo is created where there is none.
+
+    Weights and ONNX files of an earlier export that this one does not have are removed by the same commit.
+
+    Args:
+        folder: the export.
+        repo_id: OWNER/NAME.
+        private: create the repo as a private one; one that exists must be private.
+        retries: how often and how long.
+
+    Returns:
+        The commit's address.
+
+    Raises:
+        InputError: the token is missing, unknown or may not write there; or the repo is not private.
+        PushError: whatever else the Hub answered last.
+    """
+    try:
+        return retries.run(
+            lambda: _commit(folder, repo_id, private=private),
+            lambda error, what: log.warning("push to %s: %s: %s", repo_id, _in_words(error), what),
+        )
+    except InputError:
+        raise
+    except Exception as error:
+        if str(error).startswith("Invalid metadata"):
+            raise InputError(f"--push-to-hub {repo_id}: the Hub refuses the card: {_in_words(error)}") from error
+        status = status_of(error)
+        if status in (401, 403):
+            refused = "does not know the token" if status == 401 else "does not let this token write there"
+            raise InputError(f"--push-to-hub {repo_id}: the Hub {refused}; allowed: {_ALLOWED}") from error
+        attempts = f" after {retries.attempts} attempts" if may_pass(error) else ""
+        raise PushError(
+            f"--push-to-hub {repo_id}: not pushed{attempts}: {_in_words(error)}; the export in {folder} is whole, "
+            f"`hf upload {repo_id} {folder}` sends it"
+        ) from error
+
+
+def _commit(folder: Path, repo_id: str, *, private: bool) -> str:
+    """One attempt, with operations of its own: they learn from the Hub what is there already."""
+    api = HfApi()
+    api.create_repo(repo_id, private=private or None, exist_ok=True)
+    if private and not api.model_info(repo_id).private:
+        raise InputError(f"--private: {repo_id} exists and is public; allowed: a new repo, or a private one")
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    stale = [name for name in api.list_repo_files(repo_id) if name not in files and Path(name).suffix in _OWN_SUFFIXES]
+    operations: list[CommitOperationAdd | CommitOperationCopy | CommitOperationDelete] = [
+        *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=path) for name, path in files.items()),
+        *(CommitOperationDelete(path_in_repo=name) for name in stale),
+    ]
+    try:
+        return api.create_commit(repo_id, operations, commit_message="Export with clipdistill").commit_url
+    except JSONDecodeError:  # of a proxy's page where the client looks for the Hub's opinion of the card
+        raise ConnectionError("an answer that is not the Hub's") from None
+
+
+def _in_words(error: BaseException) -> str:
+    """What went wrong in one line: the server's own words where it had any."""
+    if isinstance(error, HfHubHTTPError):
+        status = f"HTTP {error.response.status_code}"
+        return f"{status}: {' '.join(error.server_message.split())}" if error.server_message else status
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -1,0 +1,64 @@
+"""The tokenizer's files: ``tokenizer.json`` gives the model's own ids to whatever reads Hugging Face tokenizers."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from open_clip import SimpleTokenizer
+from tokenizers import Tokenizer
+from transformers import CLIPTokenizer
+
+from clipdistill.towers import Tower
+
+TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
+
+_SPECIAL = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+"""open_clip's names of the special tokens, and those that transformers' CLIP tokenizer knows."""
+
+
+def write_tokenizer(tower: Tower, folder: Path, texts: Sequence[str]) -> str | None:
+    """Write the tokenizer into a folder, padding and truncation to the context length included.
+
+    Args:
+        tower: whose tokenizer.
+        folder: receives ``tokenizer.json`` and ``tokenizer_config.json``.
+        texts: on which the file must give the tower's ids.
+
+    Returns:
+        None; or why other libraries than open_clip cannot tokenize for this model from the files, in words.
+    """
+    tokenizer = tower.tokenizer
+    context: int = tokenizer.context_length
+    if isinstance(tokenizer, SimpleTokenizer):
+        if tokenizer.reduction_fn is not None:
+            return "tokenizer: drops tokens at random (reduction_mask)"
+        vocabulary = {_SPECIAL.get(token, token): number for token, number in tokenizer.encoder.items()}
+        merges = list(tokenizer.bpe_ranks)
+        CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=context).save_pretrained(str(folder))
+        padding, pad_id = "!", 0
+    elif hasattr(tokenizer, "save_pretrained"):
+        tokenizer.save_pretrained(str(folder))
+        padding, pad_id = tokenizer.tokenizer.pad_token, tokenizer.tokenizer.pad_token_id
+    else:
+        return f"tokenizer: a {type(tokenizer).__name__}, which has no files"
+    path = folder / TOKENIZER_FILE
+    if not path.is_file():
+        return f"tokenizer: a {type(tokenizer).__name__} without {TOKENIZER_FILE}"
+    written = Tokenizer.from_file(str(path))
+    written.enable_truncation(max_length=context)
+    written.enable_padding(length=context, pad_id=pad_id, pad_token=padding)
+    written.save(str(path))
+    ids = [encoding.ids for encoding in written.encode_batch(list(texts))]
+    expected = tokenizer(list(texts)).tolist()
+    differing = next((text for text, ours, theirs in zip(texts, ids, expected, strict=True) if ours != theirs), None)
+    if differing is not None:
+        return f"tokenizer: other ids than open_clip's for {differing[:40]!r}"
+    _set_context_length(folder / TOKENIZER_CONFIG_FILE, context)
+    return None
+
+
+def _set_context_length(path: Path, context: int) -> None:
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings["model_max_length"] = context
+    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
