@@ -1,0 +1,38 @@
+"""``clipdistill report``: its arguments."""
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what ``run`` reads."""
+    parser.add_argument("folder", type=Path, metavar="RUN", help="a run's folder")
+    parser.add_argument("--output", type=Path, metavar="FILE.html", help="default: RUN/report.html")
+    parser.add_argument(
+        "--data", nargs="+", default=(), metavar="SET", help="test sets (default: those of the run's config)"
+    )
+    parser.add_argument("--no-teacher", action="store_true", help="do not evaluate the teacher")
+    parser.add_argument(
+        "--examples", type=int, default=24, help="test images shown for each set (default: %(default)s)"
+    )
+    parser.add_argument("--batch-size", type=int, default=256, help="images at once (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=4, help="decoding threads (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="such as cuda (default: %(default)s)")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Write the report that the arguments of `add_arguments` ask for."""
+    from clipdistill.report.page import write_report
+
+    path = write_report(
+        args.folder,
+        output=args.output,
+        data=args.data,
+        with_teacher=not args.no_teacher,
+        examples=args.examples,
+        batch_size=args.batch_size,
+        workers=args.workers,
+        device=args.device,
+        progress=lambda what: print(f"report: {what}", flush=True),
+    )
+    print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")

@@ -1,0 +1,381 @@
+"""A run as one HTML file that opens anywhere: curves, accuracy against the teacher, what is confused with what.
+
+Shapes: N samples of a set, C classes.
+"""
+
+import base64
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+
+from clipdistill import __version__
+from clipdistill.errors import InputError
+from clipdistill.evaluation import EvaluationSet, Predictions, classification_metrics, load_for_evaluation, open_set
+from clipdistill.evaluation.agreement import class_gains
+from clipdistill.evaluation.calibration import expected_calibration_error, reliability
+from clipdistill.evaluation.classification import Metrics, recall_per_class
+from clipdistill.evaluation.evaluate import Examinee, zero_shot
+from clipdistill.evaluation.records import MEAN
+from clipdistill.files import write_text
+from clipdistill.metrics import METRICS_FILE, read_metrics
+
+_CLASSES_SHOWN = 24
+_THUMBNAIL = 112
+_COLOURS = {"student": "#2a6fdb", "teacher": "#e08a1e"}
+_KINDS = (
+    ("only the student is right", lambda student, teacher: student & ~teacher),
+    ("only the teacher is right", lambda student, teacher: ~student & teacher),
+    ("both are wrong", lambda student, teacher: ~student & ~teacher),
+    ("both are right", lambda student, teacher: student & teacher),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """A test set and what both models say of it; the teacher may be missing.
+
+    Attributes:
+        data: the set.
+        metrics: of each model by its role, ``student`` or ``teacher``.
+        predictions: likewise; empty for a set that has not one class a sample.
+    """
+
+    data: EvaluationSet
+    metrics: Mapping[str, Metrics]
+    predictions: Mapping[str, Predictions]
+
+
+def write_report(
+    run: Path,
+    *,
+    output: Path | None = None,
+    data: Sequence[str] = (),
+    with_teacher: bool = True,
+    examples: int = 24,
+    batch_size: int = 256,
+    workers: int = 0,
+    device: torch.device | str = "cpu",
+    progress: Callable[[str], None] = lambda _: None,
+) -> Path:
+    """Write a run's report: one file, scripts and pictures inside, no network needed to read it.
+
+    Args:
+        run: folder of a run, finished or under way; without a student it has curves only.
+        output: the file; ``RUN/report.html`` where it is not given.
+        data: test sets, as ``open_set`` takes them; those of the run's config where none is given.
+        with_teacher: whether the run's first teacher is evaluated, too.
+        examples: test images that are shown for each set.
+        batch_size: images at once.
+        workers: threads that decode images; 0 means one.
+        device: where the models run.
+        progress: called with what is done next.
+
+    Returns:
+        The file.
+
+    Raises:
+        InputError: the folder holds no run, or a test set is broken; or plotly is not installed.
+    """
+    try:
+        import jinja2
+        from plotly.offline import get_plotlyjs
+    except ImportError as error:
+        raise InputError(
+            f"report: {error.name} is not installed; allowed: pip install 'clipdistill[report]'"
+        ) from error
+    records = read_metrics(run / METRICS_FILE)
+    if not records or not (run / "config.yaml").is_file():
+        raise InputError(f"run {run}: no config.yaml and {METRICS_FILE} with a record; allowed: the folder of a run")
+    config = OmegaConf.load(run / "config.yaml")
+    settings = config.evaluation
+    sets = [
+        open_set(folder, split=settings.split, allow_duplicates=settings.allow_duplicate_classes)
+        for folder in data or settings.folders
+    ]
+    steps = [record for record in records if "loss" in record]
+    evaluations = [record for record in records if MEAN in record]
+
+    compared: list[Compared] = []
+    if sets and (run / "student").is_dir():
+        named = {"student": (str(run), "")}
+        if with_teacher and config.teachers:
+            named["teacher"] = (config.teachers[0].model, config.teachers[0].pretrained)
+        models: dict[str, Examinee] = {}
+        for role, (model, pretrained) in named.items():
+            progress(f"load the {role}")
+            tower = load_for_evaluation(model, pretrained, device=device)
+            models[role] = Examinee(tower, batch_size=batch_size, workers=workers, device=device)
+        for one in sets:
+            progress(f"evaluate {one.name}")
+            compared.append(_compare(one, models))
+    progress("draw")
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("clipdistill.report", ""), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    html = environment.get_template("page.html").render(
+        name=run.resolve().name,
+        version=__version__,
+        summary=_summary(config, steps),
+        curves=_curves(steps, evaluations) if steps else [],
+        sets=[_set_section(one, examples) for one in compared],
+        why_no_sets="" if compared else _why_no_sets(sets, run),
+        config=OmegaConf.to_yaml(config),
+        plotly=get_plotlyjs(),
+    )
+    path = output or run / "report.html"
+    write_text(path, html)
+    return path
+
+
+def _compare(data: EvaluationSet, models: Mapping[str, Examinee]) -> Compared:
+    if data.kind != "classification":
+        metrics = {role: zero_shot(model, data, temperature=False)[0] for role, model in models.items()}
+        return Compared(data=data, metrics=metrics, predictions={})
+    predictions = {role: model.predictions(data) for role, model in models.items()}
+    metrics = {"student": classification_metrics(predictions["student"], predictions.get("teacher"))}
+    if "teacher" in predictions:
+        metrics["teacher"] = classification_metrics(predictions["teacher"])
+    return Compared(data=data, metrics=metrics, predictions=predictions)
+
+
+def _why_no_sets(sets: Sequence[EvaluationSet], run: Path) -> str:
+    if not sets:
+        return "The run's config names no test set; give one with --data."
+    return f"The run has not ended: {run.name} holds no student yet."
+
+
+# The head: what the run is.
+
+
+def _summary(config: Any, steps: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    teachers = [f"{t.model} {t.pretrained}".strip() for t in config.teachers]
+    terms = [f"{t.weight:g} x {t.loss} over {t.over}" for t in config.objective if t.weight > 0]
+    rows = [
+        ("teacher", ", ".join(teachers) or "none"),
+        ("student", f"{config.student.model} (text: {config.student.text})"),
+        ("prompts", config.prompts or "none"),
+        ("objective", " + ".join(terms)),
+    ]
+    if steps:
+        last = steps[-1]
+        rows += [
+            ("steps", f"{last['step']:,}"),
+            ("last loss", f"{last['loss']:.4g}"),
+            ("samples/s, median", f"{np.median([record['samples_per_second'] for record in steps]):,.0f}"),
+            ("waiting for data, median", f"{np.median([record['data_wait_share'] for record in steps]):.1%}"),
+        ]
+        skipped = {name.partition("/")[2]: int(n) for name, n in last.items() if name.startswith("skipped/")}
+        rows.append(("bad samples", ", ".join(f"{n:,} {reason}" for reason, n in skipped.items()) or "none"))
+    return rows
+
+
+# Training.
+
+
+def _curves(steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    def lines(prefix: str) -> dict[str, str]:
+        names = dict.fromkeys(name for record in steps for name in record if name.startswith(prefix))
+        return {name: name.removeprefix(prefix) for name in names}
+
+    curves = [
+        _lines("Loss", steps, {"loss": "weighted total", **lines("loss/")}, log=True),
+        _lines("Share of the gradient at the image features", steps, lines("gradient_share/"), stack=True),
+        _lines("Gradient norm", steps, {"grad_norm": "before clipping"}, log=True),
+        _lines("Learning rate", steps, {"lr": "learning rate"}),
+        _lines("Logit scale", steps, {"logit_scale": "student"}),
+        _lines("Throughput, samples/s", steps, {"samples_per_second": "all ranks"}),
+        _lines("Share of the time spent waiting for data", steps, {"data_wait_share": "mean over ranks"}, percent=True),
+    ]
+    sets = dict.fromkeys(name for record in evaluations for name in record if name.endswith("/acc1"))
+    if evaluations:
+        names = {name: name.removeprefix("evaluation/").removesuffix("/acc1") for name in sets}
+        curves.append(_lines("Zero-shot top-1", evaluations, names, percent=True, markers=True))
+    return [curve for curve in curves if curve["plot"]]
+
+
+def _lines(
+    title: str,
+    records: Sequence[Mapping[str, Any]],
+    names: Mapping[str, str],
+    *,
+    log: bool = False,
+    stack: bool = False,
+    percent: bool = False,
+    markers: bool = False,
+) -> dict[str, str]:
+    from plotly import graph_objects as go
+
+    figure = go.Figure()
+    for name, label in names.items():
+        points = [(record["step"], record[name]) for record in records if record.get(name) is not None]
+        if points:
+            x, y = zip(*points, strict=True)
+            figure.add_scatter(
+                x=x, y=y, name=label, mode="lines+markers" if markers else "lines", stackgroup="all" if stack else None
+            )
+    if not figure.data:
+        return {"title": title, "plot": ""}
+    positive = all(value > 0 for trace in figure.data for value in trace.y)
+    figure.update_yaxes(type="log" if log and positive else "linear", tickformat=".0%" if percent or stack else None)
+    figure.update_xaxes(title="step")
+    return {"title": title, "plot": _div(figure)}
+
+
+# A test set.
+
+
+def _set_section(one: Compared, examples: int) -> dict[str, Any]:
+    names = list(dict.fromkeys(name for values in one.metrics.values() for name in values))
+    shown = {role: {name: values.get(name) for name in names} for role, values in one.metrics.items()}
+    plots = []
+    if one.predictions:
+        plots = [_reliability(one), _confusion(one)]
+    if "teacher" in one.predictions:
+        plots.insert(0, _gains(one))
+    return {
+        "name": one.data.name,
+        "samples": len(one.data),
+        "classes": one.data.prompts.num_classes,
+        "names": names,
+        "metrics": shown,
+        "kept": one.metrics["student"].get("share_of_teacher"),
+        "plots": plots,
+        "examples": _examples(one, examples) if one.predictions else [],
+    }
+
+
+def _gains(one: Compared) -> dict[str, str]:
+    """The classes whose recall gains and loses most against the teacher's."""
+    from plotly import graph_objects as go
+
+    student, teacher = one.predictions["student"], one.predictions["teacher"]
+    gains = class_gains(
+        recall_per_class(student), recall_per_class(teacher), student.labels_N, one.data.prompts.classnames
+    )[::-1]
+    half = _CLASSES_SHOWN // 2
+    chosen = gains if len(gains) <= _CLASSES_SHOWN else gains[:half] + gains[-half:]
+    figure = go.Figure(
+        go.Bar(
+            x=[each.gain for each in chosen],
+            y=[each.name for each in chosen],
+            orientation="h",
+            marker_color=[_COLOURS["student" if each.gain >= 0 else "teacher"] for each in chosen],
+        )
+    )
+    figure.update_xaxes(tickformat="+.0%", title="recall of the student - recall of the teacher")
+    figure.update_layout(height=120 + 20 * len(chosen))
+    return {"title": "Classes that gain and lose most against the teacher", "plot": _div(figure)}
+
+
+def _reliability(one: Compared) -> dict[str, str]:
+    from plotly import graph_objects as go
+
+    figure = go.Figure()
+    figure.add_scatter(x=[0, 1], y=[0, 1], mode="lines", name="calibrated", line={"dash": "dot", "color": "gray"})
+    for role, said in one.predictions.items():
+        error = expected_calibration_error(said.logits_NC, said.labels_N)
+        used = [each for each in reliability(said.logits_NC, said.labels_N) if each.samples]
+        figure.add_scatter(
+            x=[each.confidence for each in used],
+            y=[each.accuracy for each in used],
+            text=[f"{each.samples:,} samples" for each in used],
+            mode="lines+markers",
+            name=f"{role}: ECE {error:.1%}",
+            line={"color": _COLOURS[role]},
+        )
+    figure.update_xaxes(title="mean confidence of the bin", tickformat=".0%", range=[0, 1])
+    figure.update_yaxes(title="accuracy", tickformat=".0%", range=[0, 1])
+    return {"title": "Reliability", "plot": _div(figure)}
+
+
+def _confusion(one: Compared) -> dict[str, str]:
+    """Where the student's errors go, among the classes that have the most of them."""
+    from plotly import graph_objects as go
+
+    student = one.predictions["student"]
+    labels_N = student.labels_N[student.readable_N]
+    guess_N = student.logits_NC[student.readable_N].argmax(1)
+    classes = one.data.prompts.num_classes
+    matrix_CC = torch.bincount(labels_N * classes + guess_N, minlength=classes**2).view(classes, classes)
+    errors_CC = matrix_CC - torch.diag(matrix_CC.diag())
+    worst = (errors_CC.sum(0) + errors_CC.sum(1)).argsort(descending=True, stable=True)[:_CLASSES_SHOWN]
+    names = [one.data.prompts.classnames[c] for c in worst.tolist()]
+    figure = go.Figure(
+        go.Heatmap(
+            z=matrix_CC[worst][:, worst].tolist(),
+            x=names,
+            y=names,
+            colorscale="Blues",
+            hovertemplate="%{y} taken for %{x}: %{z}<extra></extra>",
+        )
+    )
+    figure.update_yaxes(autorange="reversed", title="is")
+    figure.update_xaxes(title="was taken for", tickangle=-60)
+    figure.update_layout(height=680)
+    title = "Confusion" if len(names) == classes else f"Confusion among the {len(names)} classes with most errors"
+    return {"title": title, "plot": _div(figure)}
+
+
+def _examples(one: Compared, wanted: int) -> list[dict[str, Any]]:
+    """Test images, spread over the ways in which the two models differ, with the top guesses of both."""
+    student = one.predictions["student"]
+    right = {role: said.logits_NC.argmax(1) == said.labels_N for role, said in one.predictions.items()}
+    compared = "teacher" in right
+    groups: dict[int, str] = {}
+    for number, (kind, chosen) in enumerate(_KINDS):
+        among_N = chosen(right["student"], right.get("teacher", right["student"])) & student.readable_N
+        candidates = among_N.nonzero().flatten()
+        room = (wanted - len(groups)) // (len(_KINDS) - number)
+        at = torch.linspace(0, len(candidates) - 1, min(room, len(candidates))).long()
+        groups |= dict.fromkeys(candidates[at].tolist(), kind if compared else "")
+    shown = [
+        {
+            "kind": kind,
+            "picture": _thumbnail(sample.image()),
+            "key": sample.key,
+            "is": one.data.prompts.classnames[sample.label],
+            "guesses": {role: _guesses(one, said, number) for role, said in one.predictions.items()},
+        }
+        for number, kind in groups.items()
+        for sample in one.data.samples(range(number, number + 1))
+    ]
+    order = [kind for kind, _ in _KINDS]
+    return sorted(shown, key=lambda example: order.index(str(example["kind"])) if compared else 0)
+
+
+def _guesses(one: Compared, said: Predictions, number: int) -> list[tuple[str, float, bool]]:
+    top = said.logits_NC[number].softmax(0).topk(min(3, said.logits_NC.shape[1]))
+    label = int(said.labels_N[number])
+    return [
+        (one.data.prompts.classnames[c], p, c == label)
+        for c, p in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    ]
+
+
+def _thumbnail(image: Image.Image) -> str:
+    """The image as a data URL."""
+    image = image.convert("RGB")
+    image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def _div(figure: Any) -> str:
+    figure.update_layout(
+        template="plotly_white",
+        margin={"l": 60, "r": 20, "t": 30, "b": 50},
+        legend={"orientation": "h", "y": -0.22},
+        modebar={"bgcolor": "rgba(0,0,0,0)"},
+        paper_bgcolor="rgba(0,0,0,0)",
+        showlegend=len(figure.data) > 1,
+    )
+    html = figure.to_html(include_plotlyjs=False, full_html=False, config={"displaylogo": False, "responsive": True})
+    return str(html)

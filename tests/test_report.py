@@ -1,0 +1,128 @@
+"""``clipdistill report``: one HTML file of a run; its numbers are those of metrics.jsonl and of ``evaluate``."""
+
+import json
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from clipdistill.cli import main
+from clipdistill.config import load_config
+from clipdistill.metrics import read_metrics
+from clipdistill.trainer import train
+from tests.conftest import CLASSES, colour_samples, write_tar
+
+
+class Page(HTMLParser):
+    """What a browser would be told to load, the text, and the sources of pictures."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.loaded: list[str] = []
+        self.pictures: list[str] = []
+        self.text: list[str] = []
+        self.scripts: list[str] = []
+        self._tags: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        if tag == "img":
+            self.pictures.append(values["src"] or "")
+        elif values.get("src") or tag == "link":
+            self.loaded.append(values.get("src") or values.get("href") or "")
+        if tag in ("script", "style"):
+            self._tags.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if self._tags and self._tags[-1] == tag:
+            self._tags.pop()
+
+    def handle_data(self, data: str) -> None:
+        (self.scripts if self._tags else self.text).append(data)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where `trained` puts its run; one for all tests."""
+    return tmp_path_factory.mktemp("report") / "run"
+
+
+@pytest.fixture
+def trained(run: Path, colours: Path, write_config: Callable[..., Path]) -> Path:
+    if not run.exists():
+        train(load_config(write_config(), [f"output={run}", "train.log_every=1"]))
+    return run
+
+
+def plots(page: Page) -> list[dict[str, object]]:
+    """The arguments of every call of Plotly.newPlot: traces."""
+    found = []
+    for script in page.scripts:
+        for match in re.finditer(r"Plotly\.newPlot\(\s*\"[^\"]+\",\s*", script):
+            found += json.JSONDecoder().raw_decode(script, match.end())[0]
+    return found
+
+
+def test_a_finished_run(trained: Path, colours: Path, tmp_path: Path) -> None:
+    file = tmp_path / "report.html"
+    assert main(["report", str(trained), "--output", str(file), "--examples", "8"]) == 0
+    page = Page(file.read_text(encoding="utf-8"))
+    assert page.loaded == []
+    text = " ".join(page.text)
+    data, result = str(colours / "set"), tmp_path / "result.json"
+    assert main(["evaluate", "--model", str(trained), "--data", data, "--output", str(result)]) == 0
+    accuracy = json.loads(result.read_text())["metrics"]["acc1"]
+    assert f"{accuracy:.4f}" in text
+    assert f"21 samples, {len(CLASSES)} classes" in text
+    assert 4 <= len(page.pictures) <= 8
+    assert all(picture.startswith("data:image/png;base64,") for picture in page.pictures)
+    losses = [record["loss"] for record in read_metrics(trained / "metrics.jsonl") if "loss" in record]
+    (total,) = [trace for trace in plots(page) if trace.get("name") == "weighted total"]
+    assert total["y"] == pytest.approx(losses)
+
+
+def test_a_run_that_has_not_ended_has_curves_only(trained: Path, tmp_path: Path) -> None:
+    unfinished = tmp_path / "unfinished"
+    unfinished.mkdir()
+    for name in ("config.yaml", "metrics.jsonl"):
+        (unfinished / name).write_bytes((trained / name).read_bytes())
+    assert main(["report", str(unfinished)]) == 0
+    page = Page((unfinished / "report.html").read_text(encoding="utf-8"))
+    assert "holds no student yet" in " ".join(page.text)
+    assert page.pictures == []
+    assert any(trace.get("name") == "weighted total" for trace in plots(page))
+
+
+def test_an_unreadable_image_is_counted_and_not_shown(trained: Path, colours: Path, tmp_path: Path) -> None:
+    data = tmp_path / "broken"
+    samples = colour_samples(6, first=500)
+    samples[2]["png"] = b"no picture"
+    write_tar(data / "test" / "0.tar", samples)
+    (data / "test" / "nshards.txt").write_text("1")
+    for name in ("classnames.txt", "zeroshot_classification_templates.txt"):
+        (data / name).write_text((colours / "set" / name).read_text())
+    file = tmp_path / "report.html"
+    assert main(["report", str(trained), "--data", str(data), "--output", str(file), "--no-teacher"]) == 0
+    page = Page(file.read_text(encoding="utf-8"))
+    assert len(page.pictures) == 5
+    assert "unreadable" in " ".join(page.text)
+
+
+def test_names_from_data_cannot_act_as_html(trained: Path, colours: Path, tmp_path: Path) -> None:
+    data = tmp_path / "set"
+    write_tar(data / "test" / "0.tar", colour_samples(6, first=500))
+    (data / "test" / "nshards.txt").write_text("1")
+    (data / "classnames.txt").write_text("\n".join(f"<script>alert({n})</script>" for n in range(len(CLASSES))))
+    (data / "zeroshot_classification_templates.txt").write_text("a {c}\n")
+    file = tmp_path / "report.html"
+    assert main(["report", str(trained), "--data", str(data), "--output", str(file)]) == 0
+    assert "<script>alert(" not in file.read_text(encoding="utf-8")
+
+
+def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"clipdistill: run {tmp_path}: no config.yaml")
