@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import set_seed
 
+from clipdistill.cache.build import CacheSettings
 from clipdistill.config import Config
 from clipdistill.data import (
     Augmentation,
@@ -17,6 +18,7 @@ from clipdistill.data import (
     expand_urls,
     index_shards,
 )
+from clipdistill.data.embeddings import EmbeddingReader
 from clipdistill.distributed import gather_objects, rank, world_size
 from clipdistill.errors import InputError
 from clipdistill.evaluation import EvaluationSet, open_set
@@ -101,31 +103,67 @@ def open_student(config: Config, teachers: Sequence[Teacher]) -> Student:
     return student
 
 
+def index_all(config: Config) -> list[ShardIndex]:
+    """The index of all shards; the ranks make it together."""
+    urls = expand_urls(config.data.shards)
+    cache = Path(config.data.cache).expanduser()
+    parts = gather_objects(index_shards(urls[rank() :: world_size()], cache_dir=cache))
+    return [parts[number % len(parts)][number // len(parts)] for number in range(len(urls))]
+
+
+def cache_settings(config: Config, student: Student, teachers: Sequence[Teacher]) -> CacheSettings:
+    """What the files of the teacher cache depend on, beside shards and teachers."""
+    over_captions = [term for term in config.objective if term.over == "captions" and term.weight > 0]
+    compared = any(term.loss != "clip" for term in over_captions)
+    return CacheSettings(
+        views=config.data.views,
+        seed=config.data.view_seed,
+        image_size=_image_size(config, student, teachers),
+        augmentation=_augmentation(config),
+        max_pixels=config.data.max_pixels,
+        caption_key=config.data.caption_key,
+        label_key=config.data.label_key,
+        captions=compared or (config.student.text == "teacher" and bool(over_captions)),
+        precision=config.teacher_cache.precision,
+    )
+
+
 def open_stream(
-    config: Config, *, image_size: int, num_classes: int | None, cache: Path, pin_memory: bool
+    config: Config,
+    student: Student,
+    teachers: Sequence[Teacher],
+    *,
+    num_classes: int | None,
+    pin_memory: bool,
 ) -> StreamLoader:
-    """This rank's part of the training stream; the ranks index the shards together."""
+    """This rank's part of the training stream, with the teachers' embeddings where they are stored.
+
+    Raises:
+        InputError: the shards are too few, or the teacher cache does not serve them.
+    """
     data = config.data
-    urls = expand_urls(data.shards)
     index: Sequence[ShardIndex]
     if data.samples_per_epoch is None:
-        mine = index_shards(urls[rank() :: world_size()], cache_dir=cache)
-        parts = gather_objects(mine)
-        index = [parts[number % len(parts)][number // len(parts)] for number in range(len(urls))]
+        index = index_all(config)
     else:
-        index = LazyIndex(urls, cache_dir=cache)
-    augmentation = Augmentation(
-        **{name: tuple(v) if isinstance(v, list) else v for name, v in asdict(data.augmentation).items()}  # type: ignore[arg-type]
-    )
+        index = LazyIndex(expand_urls(data.shards), cache_dir=Path(data.cache).expanduser())
+    embeddings = None
+    if config.teacher_cache.folder:
+        key = cache_settings(config, student, teachers).key(teachers)
+        embeddings = EmbeddingReader(Path(config.teacher_cache.folder), index, key, caption_key=data.caption_key)
+        if data.samples_per_epoch is None:
+            embeddings.check()
     needs_captions = any(term.over == "captions" and term.weight > 0 for term in config.objective)
     stream = ImageTextStream(
         index,
         batch_size=data.batch_size,
-        image_size=image_size,
-        augmentation=augmentation,
+        image_size=_image_size(config, student, teachers),
+        augmentation=_augmentation(config),
         seed=config.seed,
         shuffle=data.shuffle,
         views=data.views,
+        view_seed=data.view_seed,
+        embeddings=embeddings,
         samples_per_epoch=data.samples_per_epoch,
         rank=rank(),
         world_size=world_size(),
@@ -138,6 +176,15 @@ def open_stream(
         max_pixels=data.max_pixels,
     )
     return StreamLoader(stream, pin_memory=pin_memory)
+
+
+def _image_size(config: Config, student: Student, teachers: Sequence[Teacher]) -> int:
+    return config.data.image_size or max(tower.image_size for tower in (student, *teachers))
+
+
+def _augmentation(config: Config) -> Augmentation:
+    settings = asdict(config.data.augmentation)
+    return Augmentation(**{name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()})  # type: ignore[arg-type]
 
 
 def make_terms(config: Config, steps_per_epoch: float) -> list[Term]:

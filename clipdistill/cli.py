@@ -1,4 +1,4 @@
-"""The command line: ``clipdistill {quickstart,train,evaluate,export,report,shards}``.
+"""The command line: ``clipdistill {quickstart,shards,cache,train,evaluate,export,report}``.
 
 Exit code 0: done. 2: the user's input is wrong (one line says what). 1: a fault (one line, where it is a known one).
 75: stopped by SIGTERM or SIGINT, and saved; the same command with ``--resume auto`` goes on. `accelerate launch` and
@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from clipdistill import __version__
+from clipdistill.cache.command import add_arguments as cache_arguments
+from clipdistill.cache.command import run as run_cache
 from clipdistill.errors import AlreadyToldError, InputError, Interrupted, RunError
 from clipdistill.evaluation.command import add_arguments as evaluation_arguments
 from clipdistill.evaluation.command import run as run_evaluation
@@ -94,6 +96,16 @@ def _parser() -> argparse.ArgumentParser:
         "overrides", nargs="*", metavar="KEY=VALUE", help="such as optimizer.lr=1e-3 objective.0.gamma=0.5"
     )
     train.set_defaults(run=_train)
+
+    cache = commands.add_parser(
+        "cache",
+        help="compute once what the teachers say of the training images",
+        description="Compute the teachers' embeddings of every stored view of every sample, and pack them in a file a "
+        "shard; training with the same config then runs no teacher. A build that was stopped goes on with what is "
+        "missing. Under `accelerate launch` or `torchrun` use scripts/cache.py, same arguments.",
+    )
+    cache_arguments(cache)
+    cache.set_defaults(run=run_cache)
 
     evaluate = commands.add_parser(
         "evaluate",

@@ -163,6 +163,8 @@ class DataConfig:
     """Decoding processes for each training process; 0 decodes in the training process itself."""
     views: int = 0
     """Fixed augmentations of each sample, of which an epoch shows one; 0: a new one each epoch."""
+    view_seed: int = 0
+    """Draws the fixed augmentations; apart from ``seed``, so that runs of several seeds share a teacher cache."""
     shuffle: int = 1000
     """Window of the sample shuffle, in samples (the order of shards is shuffled each epoch, too); 0: off."""
     caption_key: str = "txt"
@@ -445,6 +447,8 @@ class Config:
         if self.teacher_cache.folder:
             _check(bool(self.teachers), "teachers", self.teachers, "at least one, as teacher_cache.folder needs it")
             _check(self.data.views >= 1, "data.views", self.data.views, ">= 1, as teacher_cache.folder needs it")
+            sharded = any(teacher.shard for teacher in self.teachers)
+            _check(not sharded, "teachers.shard", sharded, "false, as teacher_cache.folder needs no teacher in memory")
         if self.student.text == "teacher":
             _check(
                 len(self.teachers) == 1,

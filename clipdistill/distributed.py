@@ -5,12 +5,18 @@ Plain values and votes have a group of their own, over the hosts' network, so th
 Shapes: N ranks, B rows a rank, D features.
 """
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
 from torch import Tensor
+
+from clipdistill.errors import InputError
 
 
 def world_size() -> int:
@@ -55,6 +61,37 @@ def forget_host_group() -> None:
     """The groups are gone, or no longer of use."""
     global _hosts
     _hosts = None
+
+
+@contextmanager
+def launched(device: str | None, timeout: timedelta) -> Iterator[str]:
+    """The processes of a launcher, connected, where a command runs without a trainer; yields this one's device.
+
+    Args:
+        device: as the user gave it; None: a GPU where there is one.
+        timeout: how long one may wait for another.
+
+    Raises:
+        InputError: no such device.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield _available(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return
+    state = PartialState(cpu=device == "cpu" or not torch.accelerator.is_available(), timeout=timeout)
+    open_host_group(timeout.total_seconds())
+    try:
+        yield _available(str(state.device) if device in (None, "cuda") else device)
+    finally:
+        forget_host_group()
+        state.destroy_process_group()
+
+
+def _available(device: str) -> str:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device {device}: not available here; allowed: cpu, or what torch finds") from error
+    return device
 
 
 def gather_objects(value: Any) -> list[Any]:

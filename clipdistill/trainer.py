@@ -44,6 +44,7 @@ from clipdistill.checkpoint import (
 )
 from clipdistill.config import Config, save_config, to_dict
 from clipdistill.data import Batch
+from clipdistill.data.embeddings import EmbeddingReader, Embeddings
 from clipdistill.distributed import Vote, forget_host_group, gather_objects, open_host_group
 from clipdistill.errors import InputError, Interrupted, RunError
 from clipdistill.evaluation import evaluate_sets, mean_main_metric
@@ -75,6 +76,9 @@ log = logging.getLogger(__name__)
 
 _OF_SAMPLES = ("image", "captions")
 """Those of the student's outputs that have a row a sample; the others are the same for every micro-batch."""
+
+_ROWS_OBSERVED = 4096
+"""Stored views whose predictions are added to the class priors at once."""
 
 _SAMPLES_BEFORE_JUDGING = 1000
 """Before so many samples, the share of bad ones says nothing."""
@@ -191,17 +195,18 @@ class Run:
         self.evaluation_sets = open_evaluation_sets(config, cache=self.cache)
         self.teachers = open_teachers(config)
         student = open_student(config, self.teachers)
+        self.loader = open_stream(
+            config,
+            student,
+            self.teachers,
+            num_classes=self.prompts.num_classes if self.prompts else None,
+            pin_memory=self.device.type == "cuda",
+        )
+        self.embeddings = self.loader.embeddings
         for teacher, settings in zip(self.teachers, config.teachers, strict=True):
             if settings.shard and self.accelerator.num_processes > 1:
                 teacher.shard(self.device)
             teacher.to(self.device)
-        self.loader = open_stream(
-            config,
-            image_size=config.data.image_size or max(t.image_size for t in (student, *self.teachers)),
-            num_classes=self.prompts.num_classes if self.prompts else None,
-            cache=self.cache,
-            pin_memory=self.device.type == "cuda",
-        )
         self.step = self.epoch = 0
         state = None if checkpoint is None else load_checkpoint(checkpoint)
         self.steps_per_epoch = self.loader.steps_per_epoch / config.train.accumulate
@@ -227,12 +232,17 @@ class Run:
         set_seed(config.seed, device_specific=True)
 
         self.teacher_banks = self._teacher_banks()
+        if self.embeddings is not None:
+            for teacher in self.teachers:
+                teacher.to("cpu")
         self.student_bank_CD, self.prompt_tokens_CTL = self._student_prompts()
         self.window = Window(self.device)
         self.vote = Vote()
         self.evaluations: list[dict[str, Any]] | None = None
         if state is not None:
             self._restore(state)
+        elif self.embeddings is not None and self.objective.priors:
+            self._observe_all(self.embeddings)
         main = self.accelerator.is_main_process
         with self.peers.first_alone():
             if main:
@@ -269,7 +279,8 @@ class Run:
                 lr = self._set_learning_rate()
                 if micro_batches[0].epoch != self.epoch:
                     self.epoch = micro_batches[0].epoch
-                    self.objective.end_epoch()
+                    if self.embeddings is None:
+                        self.objective.end_epoch()
                 last_of_window = (self.step + 1) % config.log_every == 0 or self.step + 1 == self.total_steps
                 losses, shares, grad_norm = self._optimize(micro_batches, measure_shares=last_of_window)
                 self.step += 1
@@ -345,8 +356,9 @@ class Run:
         """One optimizer step over K micro-batches: unweighted losses (this rank's share), shares, gradient norm."""
         batches = [batch.to(self.device) for batch in batches]
         targets = [self._targets(batch) for batch in batches]
-        for target in targets:
-            self.objective.observe(target)
+        if self.embeddings is None:
+            for target in targets:
+                self.objective.observe(target)
         rows = sum(len(batch) for batch in batches)
         if len(batches) == 1 or self.objective.separable:
             denominators = self.objective.denominators(targets, rows)
@@ -450,24 +462,38 @@ class Run:
         total = sum(norms.values())
         return {name: norm / total if total > 0 else 0.0 for name, norm in norms.items()}
 
+    def _observe_all(self, embeddings: EmbeddingReader) -> None:
+        """The class priors over all stored views, in one pass over this rank's shards."""
+        for shard in range(self.accelerator.process_index, self.loader.shards, self.accelerator.num_processes):
+            images, labels = embeddings.everything(shard)
+            for start in range(0, len(labels), _ROWS_OBSERVED):
+                rows = slice(start, start + _ROWS_OBSERVED)
+                teachers = [self._said(number, image[rows].to(self.device)) for number, image in enumerate(images)]
+                labels_B = labels[rows].to(self.device)
+                if self.config.labels == "teacher":
+                    labels_B = teachers[0].prompt_logits.argmax(dim=1)
+                self.objective.observe(Targets(teachers=teachers, labels_B=labels_B))
+        self.objective.end_epoch()
+
+    def _said(self, number: int, image_BD: Tensor, captions_BD: Tensor | None = None) -> Features:
+        """Embeddings of a teacher with what belongs to them."""
+        teacher = self.teachers[number]
+        return Features(
+            image_BD=image_BD,
+            scale=teacher.logit_scale,
+            prompts_CD=self.teacher_banks[number],
+            captions_BD=captions_BD,
+            bias=teacher.bias,
+        )
+
     def _targets(self, batch: Batch) -> Targets:
         """What the teachers say of a micro-batch, and its labels."""
-        teachers = []
+        teachers: list[Features] = []
         lends_captions = self.student.text_mode == "teacher" and self.objective.needs_captions
         if self.objective.needs_teachers or self.config.labels == "teacher" or lends_captions:
-            for teacher, bank_CD in zip(self.teachers, self.teacher_banks, strict=True):
-                captions_BD = None
-                if self.objective.needs_teacher_captions or lends_captions:
-                    captions_BD = teacher.encode_tokens(teacher.tokenize(batch.captions).to(self.device))
-                teachers.append(
-                    Features(
-                        image_BD=teacher.encode_image(batch.image_BCHW),
-                        scale=teacher.logit_scale,
-                        prompts_CD=bank_CD,
-                        captions_BD=captions_BD,
-                        bias=teacher.bias,
-                    )
-                )
+            wants_captions = self.objective.needs_teacher_captions or lends_captions
+            said = batch.teachers or [_ask(teacher, batch, captions=wants_captions) for teacher in self.teachers]
+            teachers = [self._said(number, each.image_BD, each.captions_BD) for number, each in enumerate(said)]
         labels_B = None
         if self.config.labels == "dataset":
             labels_B = batch.labels_B
@@ -717,6 +743,14 @@ class Run:
         if self.student.text_mode == "freeze":
             return self._bank(self.student, self.prompts), None
         return None, class_prompt_tokens(self.student, self.prompts)
+
+
+def _ask(teacher: Teacher, batch: Batch, *, captions: bool) -> Embeddings:
+    """Run a teacher on a micro-batch."""
+    captions_BD = None
+    if captions:
+        captions_BD = teacher.encode_tokens(teacher.tokenize(batch.captions).to(batch.image_BCHW.device))
+    return Embeddings(image_BD=teacher.encode_image(batch.image_BCHW), captions_BD=captions_BD)
 
 
 def _concatenate(targets: Sequence[Targets]) -> Targets:

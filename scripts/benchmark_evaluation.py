@@ -101,6 +101,7 @@ def main() -> None:
             split="test",
             classnames=names,
             templates=prompts.templates[: args.templates],
+            samples_per_shard=-(-args.images // max(1, args.workers)),  # CLIP_benchmark's workers need a shard each
         )
         for _ in range(args.rounds):
             metrics = {}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from clipdistill.cache import CacheBuilder, CacheSettings
+from clipdistill.cache.build import CacheBuilder, CacheSettings
 from clipdistill.data import Augmentation, ImageTextStream, LazyIndex, StreamLoader, expand_urls, index_shards
 from clipdistill.data.embeddings import EmbeddingReader, embedding_file, find_fault, pack, unpack
 from clipdistill.errors import InputError

@@ -206,6 +206,21 @@ class EmbeddingReader:
             for teacher in range(len(self._key["teachers"]))
         ]
 
+    def everything(self, shard: int) -> tuple[list[Tensor], Tensor]:
+        """All views of a shard's usable samples: each teacher's image embeddings (M, D), float32, and the labels (M,).
+
+        Raises:
+            InputError: The file is damaged.
+        """
+        tensors = self._open(shard)
+        usable_N = tensors["valid"].bool()
+        images = []
+        for teacher in range(len(self._key["teachers"])):
+            scale = tensors.get(f"image.{teacher}.scale")
+            image_NKD = unpack(tensors[f"image.{teacher}"][usable_N], None if scale is None else scale[usable_N])
+            images.append(image_NKD.flatten(0, 1))
+        return images, tensors["label"][usable_N].repeat_interleave(self._key["views"])
+
     def _path(self, shard: int) -> Path:
         return embedding_file(self._folder, self._index[shard])
 

@@ -39,6 +39,18 @@ class Given(NamedTuple):
     """and the worker's number of that draw's first sample."""
 
 
+class Views(NamedTuple):
+    """Fixed augmentations of each sample."""
+
+    number: int
+    """0: none, each time a new one."""
+    seed: int
+    """Draws them."""
+
+
+NO_VIEWS = Views(0, 0)
+
+
 def read_share(
     plan: Plan,
     index: Sequence[ShardIndex],
@@ -48,7 +60,7 @@ def read_share(
     rank: int,
     worker: int,
     position: int,
-    views: int = 0,
+    views: Views = NO_VIEWS,
 ) -> Iterator[Given]:
     """A worker's share of an epoch from a position of its order on, over and over.
 
@@ -60,7 +72,7 @@ def read_share(
         rank: The worker's rank.
         worker: The worker.
         position: Samples that were given out so far.
-        views: Fixed views a sample; 0: a new augmentation each epoch.
+        views: The samples' fixed views.
     """
     share = plan.share(epoch, rank, worker)
     position %= len(share)
@@ -72,9 +84,9 @@ def read_share(
                 here = next(unread)
                 held[here] = reader.read(int(share.shard_N[here]), int(share.sample_N[here]))
             shard, sample, number = (int(of_N[wanted]) for of_N in (share.shard_N, share.sample_N, share.number_N))
-            if views:
-                view = plan.view(epoch, number, views)
-                rng = view_pixels(plan.seed, index[shard].digest, sample, view)
+            if views.number:
+                view = plan.view(epoch, number, views.number)
+                rng = view_pixels(views.seed, index[shard].digest, sample, view)
                 yield Given(held.pop(wanted), rng, shard, sample, view)
             else:
                 yield Given(held.pop(wanted), plan.pixels(epoch, number), shard, sample)
@@ -99,7 +111,7 @@ def read_draws(
     draw: int,
     first: int,
     position: int,
-    views: int = 0,
+    views: Views = NO_VIEWS,
 ) -> Iterator[Given]:
     """A worker's samples from a position of its order on, without end.
 
@@ -114,7 +126,7 @@ def read_draws(
         draw: Where to begin: all before this draw was given out before `position`.
         first: Number of the draw's first sample among all of the worker.
         position: Samples that were given out so far.
-        views: Fixed views a sample; 0: a new augmentation each time.
+        views: The samples' fixed views.
 
     Raises:
         InputError: While iterating: draw after draw is empty.
@@ -133,9 +145,9 @@ def read_draws(
     for turn, raw, oldest, oldest_first in islice(order, position - first, None):
         assert raw is not None
         view, rng = 0, plan.pixels(rank, worker, turn.number)
-        if views and raw.fault is None:
-            view = plan.view(rank, worker, turn.number, views)
-            rng = view_pixels(plan.seed, index[turn.shard].digest, turn.sample, view)
+        if views.number and raw.fault is None:
+            view = plan.view(rank, worker, turn.number, views.number)
+            rng = view_pixels(views.seed, index[turn.shard].digest, turn.sample, view)
         yield Given(raw, rng, turn.shard, turn.sample, view, oldest, oldest_first)
 
 

@@ -23,7 +23,7 @@ from clipdistill.data.embeddings import EmbeddingReader, EmbeddingRows, Embeddin
 from clipdistill.data.image import Augmentation
 from clipdistill.data.index import LazyIndex, ShardIndex
 from clipdistill.data.plan import Layout, Past, Plan, ResampledPlan
-from clipdistill.data.reading import Given, read_draws, read_share
+from clipdistill.data.reading import Given, Views, read_draws, read_share
 from clipdistill.data.sample import BadSampleError, Decoder, SampleReader
 from clipdistill.data.urls import shown
 from clipdistill.errors import InputError
@@ -114,6 +114,7 @@ class ImageTextStream(IterableDataset[Batch]):
         seed: With the epoch, of everything random.
         shuffle: Window of the sample shuffle; 0: off (the order of shards changes each epoch all the same).
         views: Fixed augmentations of each sample, of which an epoch shows one; 0: a new one each epoch.
+        view_seed: Draws the fixed augmentations; None: the seed does.
         embeddings: Where teachers' embeddings of the views are stored; None: batches carry none.
         samples_per_epoch: None: an epoch is every sample once. A number: shards are drawn at random, each time
             from all, and so many samples are called an epoch.
@@ -148,6 +149,7 @@ class ImageTextStream(IterableDataset[Batch]):
         seed: int = 0,
         shuffle: int = 1000,
         views: int = 0,
+        view_seed: int | None = None,
         embeddings: EmbeddingReader | None = None,
         samples_per_epoch: int | None = None,
         rank: int = 0,
@@ -166,7 +168,7 @@ class ImageTextStream(IterableDataset[Batch]):
         if isinstance(index, LazyIndex) != (samples_per_epoch is not None):
             raise ValueError("samples_per_epoch must be given with a LazyIndex, and only with one")
         self.index = index
-        self.views = views
+        self.views = Views(views, seed if view_seed is None else view_seed)
         self.embeddings = embeddings
         self.rank = rank
         self.num_workers = num_workers
@@ -331,6 +333,16 @@ class StreamLoader:
         self._skipped: Counter[str] = Counter()
         self._logged: set[tuple[str, str]] = set()
         self._live: weakref.ref[Generator[Batch, None, None]] | None = None
+
+    @property
+    def embeddings(self) -> EmbeddingReader | None:
+        """Where the teachers' embeddings are, if they are stored."""
+        return self._stream.embeddings
+
+    @property
+    def shards(self) -> int:
+        """Number of shards in the index."""
+        return len(self._stream.index)
 
     @property
     def steps_per_epoch(self) -> int:

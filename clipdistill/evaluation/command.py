@@ -1,9 +1,6 @@
 """``clipdistill evaluate``: any number of models on any number of test sets, by any number of processes."""
 
 import argparse
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -101,7 +98,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Evaluate what the arguments of `add_arguments` ask for, by all processes of `torchrun` or `accelerate launch`."""
     _check(args)
-    with _processes(args.device) as device:
+    from clipdistill.distributed import launched
+
+    with launched(args.device, _LONGEST_WAIT) as device:
         from clipdistill.evaluation.session import evaluate_all
 
         evaluate_all(args, device)
@@ -129,37 +128,6 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError("--task robustness: --data has 1 set; allowed: a base set and one or more shifts of it")
     if args.baseline and args.task != "robustness":
         raise InputError(f"--baseline: with --task {args.task}; allowed: with --task robustness")
-
-
-@contextmanager
-def _processes(device: str | None) -> Iterator[str]:
-    """The processes of a launcher, connected; yields the device of this one."""
-    import torch
-
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield _available(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        return
-    from accelerate import PartialState
-
-    from clipdistill.distributed import forget_host_group, open_host_group
-
-    state = PartialState(cpu=device == "cpu", timeout=_LONGEST_WAIT)
-    open_host_group(_LONGEST_WAIT.total_seconds())
-    try:
-        yield _available(str(state.device) if device in (None, "cuda") else str(device))
-    finally:
-        forget_host_group()
-        state.destroy_process_group()
-
-
-def _available(device: str) -> str:
-    import torch
-
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {device}: not available here; allowed: cpu, or what torch finds") from error
-    return device
 
 
 def _positive(text: str) -> int:

@@ -1,4 +1,4 @@
-"""The teacher cache: what the teachers say of every stored view of every sample, computed once.
+"""Building the files of the teacher cache.
 
 Each shard gets a file of its own (data/embeddings.py), written when it is complete: a build that was stopped goes on
 with the shards that have none, and the files of several machines can be copied together.
@@ -154,17 +154,19 @@ class CacheBuilder:
         self.device = torch.device(device)
         self.key = settings.key(teachers)
 
-    def missing(self) -> list[int]:
-        """Numbers of the shards that have no whole file with this key; a file that is stale or damaged is named."""
-        numbers = []
-        for number, shard in enumerate(self.index):
+    def missing(self, numbers: Sequence[int] | None = None) -> list[int]:
+        """Those of the numbered shards (None: of all) that have no whole file with this key; what is stale or damaged
+        is named in the log."""
+        missing = []
+        for number in range(len(self.index)) if numbers is None else numbers:
+            shard = self.index[number]
             path = embedding_file(self.folder, shard)
             fault = find_fault(path, self.key, samples=len(shard), thorough=True)
             if fault:
-                numbers.append(number)
+                missing.append(number)
                 if path.exists():
                     log.warning("%s is %s: it will be replaced", path, fault)
-        return numbers
+        return missing
 
     def estimate(self, numbers: Sequence[int]) -> CacheEstimate:
         """Disk and time for shards, from one chunk of the first that has samples."""
