@@ -1,4 +1,4 @@
-"""The command line: ``clipdistill {quickstart,shards,cache,train,evaluate,export,report}``.
+"""The command line: ``clipdistill {quickstart,shards,estimate,cache,train,evaluate,export,report}``.
 
 Exit code 0: done. 2: the user's input is wrong (one line says what). 1: a fault (one line, where it is a known one).
 75: stopped by SIGTERM or SIGINT, and saved; the same command with ``--resume auto`` goes on. `accelerate launch` and
@@ -12,11 +12,14 @@ import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from clipdistill import __version__
 from clipdistill.cache.command import add_arguments as cache_arguments
 from clipdistill.cache.command import run as run_cache
 from clipdistill.errors import AlreadyToldError, InputError, Interrupted, RunError
+from clipdistill.estimate import add_arguments as estimate_arguments
+from clipdistill.estimate import run as run_estimate
 from clipdistill.evaluation.command import add_arguments as evaluation_arguments
 from clipdistill.evaluation.command import run as run_evaluation
 from clipdistill.export.command import add_arguments as export_arguments
@@ -26,6 +29,9 @@ from clipdistill.report.command import add_arguments as report_arguments
 from clipdistill.report.command import run as run_report
 from clipdistill.shards import add_arguments as shard_arguments
 from clipdistill.shards import run as run_shards
+
+if TYPE_CHECKING:
+    from clipdistill.config import Config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -93,9 +99,26 @@ def _parser() -> argparse.ArgumentParser:
         help="auto: go on from the newest valid checkpoint in the config's output, or start; or a checkpoint's folder",
     )
     train.add_argument(
+        "--profile",
+        nargs="?",
+        const=20,
+        type=int,
+        metavar="STEPS",
+        help="take a few steps (default: %(const)s), print where their time goes, and leave nothing behind",
+    )
+    train.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="such as optimizer.lr=1e-3 objective.0.gamma=0.5"
     )
     train.set_defaults(run=_train)
+
+    estimate = commands.add_parser(
+        "estimate",
+        help="memory, samples/s, hours and disk of a run, from a few of its steps",
+        description="Take a few steps of a run and leave nothing behind; say where their time goes, how long the run "
+        "will take, and the largest batch that fits.",
+    )
+    estimate_arguments(estimate)
+    estimate.set_defaults(run=run_estimate)
 
     cache = commands.add_parser(
         "cache",
@@ -157,6 +180,9 @@ def _train(args: argparse.Namespace) -> None:
         from clipdistill.evaluation import main_metric
 
         config = load_config(args.config, args.overrides)
+        if args.profile is not None:
+            _profile(config, args.profile)
+            return
         from clipdistill.trainer import train
 
         result = train(config, resume=args.resume, interruption=interruption)
@@ -166,6 +192,18 @@ def _train(args: argparse.Namespace) -> None:
     for record in result.evaluations:
         name, value = main_metric(record)
         print(f"{record['dataset']}: zero-shot {name} {value:.2%}")
+
+
+def _profile(config: "Config", steps: int) -> None:
+    from rich.console import Console
+
+    from clipdistill.profiling import profile_steps
+
+    if steps < 1:
+        raise InputError(f"--profile: {steps}; allowed: 1 or more")
+    profile = profile_steps(config, steps)
+    if int(os.environ.get("RANK", "0")) == 0:
+        profile.print(Console())
 
 
 if __name__ == "__main__":

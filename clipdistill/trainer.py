@@ -57,6 +57,7 @@ from clipdistill.moving_average import MovingAverage
 from clipdistill.objective import Features, Objective, Targets, TermLoss
 from clipdistill.optimization import Schedule
 from clipdistill.peers import Peers
+from clipdistill.profiling import NoStopwatch
 from clipdistill.prompts import PromptSet
 from clipdistill.run_folder import (
     SUMMARY_FILE,
@@ -237,6 +238,7 @@ class Run:
                 teacher.to("cpu")
         self.student_bank_CD, self.prompt_tokens_CTL = self._student_prompts()
         self.window = Window(self.device)
+        self.stopwatch = NoStopwatch()
         self.vote = Vote()
         self.evaluations: list[dict[str, Any]] | None = None
         if state is not None:
@@ -272,17 +274,19 @@ class Run:
         self.model.train()
         with self.interruption.deferred():
             while self.step < self.total_steps:
-                started = time.perf_counter()
-                micro_batches = [next(batches) for _ in range(config.accumulate)]
-                waited = time.perf_counter() - started
-
-                lr = self._set_learning_rate()
-                if micro_batches[0].epoch != self.epoch:
-                    self.epoch = micro_batches[0].epoch
-                    if self.embeddings is None:
-                        self.objective.end_epoch()
                 last_of_window = (self.step + 1) % config.log_every == 0 or self.step + 1 == self.total_steps
-                losses, shares, grad_norm = self._optimize(micro_batches, measure_shares=last_of_window)
+                with self.stopwatch.step():
+                    started = time.perf_counter()
+                    with self.stopwatch.section("data wait"):
+                        micro_batches = [next(batches) for _ in range(config.accumulate)]
+                    waited = time.perf_counter() - started
+
+                    lr = self._set_learning_rate()
+                    if micro_batches[0].epoch != self.epoch:
+                        self.epoch = micro_batches[0].epoch
+                        if self.embeddings is None:
+                            self.objective.end_epoch()
+                    losses, shares, grad_norm = self._optimize(micro_batches, measure_shares=last_of_window)
                 self.step += 1
                 self.evaluations = None
                 samples = sum(len(batch) for batch in micro_batches)
@@ -355,26 +359,30 @@ class Run:
     ) -> tuple[dict[str, Tensor], dict[str, float], Tensor]:
         """One optimizer step over K micro-batches: unweighted losses (this rank's share), shares, gradient norm."""
         batches = [batch.to(self.device) for batch in batches]
-        targets = [self._targets(batch) for batch in batches]
-        if self.embeddings is None:
-            for target in targets:
-                self.objective.observe(target)
+        with self.stopwatch.section("teacher"):
+            targets = [self._targets(batch) for batch in batches]
+            if self.embeddings is None:
+                for target in targets:
+                    self.objective.observe(target)
         rows = sum(len(batch) for batch in batches)
         if len(batches) == 1 or self.objective.separable:
-            denominators = self.objective.denominators(targets, rows)
+            with self.stopwatch.section("loss"):
+                denominators = self.objective.denominators(targets, rows)
             losses, shares = self._backward_apart(batches, targets, denominators, measure_shares)
         else:
             whole = _concatenate(targets)
-            denominators = self.objective.denominators([whole], rows)
+            with self.stopwatch.section("loss"):
+                denominators = self.objective.denominators([whole], rows)
             losses, shares = self._backward_together(batches, whole, denominators, measure_shares)
-        grad_norm = self.accelerator.clip_grad_norm_(
-            self.model.parameters(), self.config.optimizer.clip_norm or math.inf
-        )
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.student.cap_logit_scale()
-        if self.ema is not None:
-            self.ema.update(self.student, self.step)
+        with self.stopwatch.section("optimizer"):
+            grad_norm = self.accelerator.clip_grad_norm_(
+                self.model.parameters(), self.config.optimizer.clip_norm or math.inf
+            )
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            self.student.cap_logit_scale()
+            if self.ema is not None:
+                self.ema.update(self.student, self.step)
         return losses, shares, grad_norm
 
     def _backward_apart(
@@ -390,12 +398,15 @@ class Run:
         for number, (batch, target) in enumerate(zip(batches, targets, strict=True)):
             last = number == len(batches) - 1
             with _synchronised(self.accelerator, self.model, last):
-                student = self._features(self.model(batch.image_BCHW, **self._texts(batch)), target)
-                losses = self.objective.losses(student, target, denominators)
-                if measure_shares and last:
-                    shares = self._gradient_shares(losses, student.image_BD)
-                total = self.objective.total(losses, self.step)
-                self.accelerator.backward(total * self.accelerator.num_processes)
+                with self.stopwatch.section("student forward"):
+                    student = self._features(self.model(batch.image_BCHW, **self._texts(batch)), target)
+                with self.stopwatch.section("loss"):
+                    losses = self.objective.losses(student, target, denominators)
+                    if measure_shares and last:
+                        shares = self._gradient_shares(losses, student.image_BD)
+                    total = self.objective.total(losses, self.step)
+                with self.stopwatch.section("backward"):
+                    self.accelerator.backward(total * self.accelerator.num_processes)
             _accumulate(sums, losses, total)
         return sums, shares
 
@@ -414,7 +425,7 @@ class Run:
         """
         buffers = {name: buffer.clone() for name, buffer in self.student.named_buffers()}
         states, outputs = [], []
-        with torch.no_grad():
+        with torch.no_grad(), self.stopwatch.section("student forward"):
             for number, batch in enumerate(batches):
                 states.append(random_state(self.device))
                 texts = self._texts(batch, prompts=number == len(batches) - 1)
@@ -426,10 +437,11 @@ class Run:
             for key in outputs[-1]
         }
         student = self._features(leaves, target)
-        losses = self.objective.losses(student, target, denominators)
-        shares = self._gradient_shares(losses, student.image_BD) if measure_shares else {}
-        total = self.objective.total(losses, self.step)
-        (total * self.accelerator.num_processes).backward()
+        with self.stopwatch.section("loss"):
+            losses = self.objective.losses(student, target, denominators)
+            shares = self._gradient_shares(losses, student.image_BD) if measure_shares else {}
+            total = self.objective.total(losses, self.step)
+            (total * self.accelerator.num_processes).backward()
 
         with torch.no_grad():
             for name, buffer in self.student.named_buffers():
@@ -439,14 +451,16 @@ class Run:
             last = number == len(batches) - 1
             set_random_state(states[number], self.device)
             with _synchronised(self.accelerator, self.model, last):
-                out = self.model(batch.image_BCHW, **self._texts(batch, prompts=last))
+                with self.stopwatch.section("student forward"):
+                    out = self.model(batch.image_BCHW, **self._texts(batch, prompts=last))
                 rows = slice(starts[number], starts[number + 1])
                 carried = [
                     (value * leaf.grad[rows] if key in _OF_SAMPLES else value * leaf.grad).sum()
                     for key, value in out.items()
                     if (leaf := leaves[key]).grad is not None and (last or key in _OF_SAMPLES)
                 ]
-                self.accelerator.backward(torch.stack(carried).sum())
+                with self.stopwatch.section("backward"):
+                    self.accelerator.backward(torch.stack(carried).sum())
         sums: dict[str, Tensor] = {}
         _accumulate(sums, losses, total)
         return sums, shares

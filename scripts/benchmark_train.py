@@ -120,9 +120,8 @@ def peer(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     weights = folder / "teacher.pt"
     torch.save(open_clip.create_model(args.teacher).state_dict(), weights)
     count = len(list((shards / "train").glob("*.tar")))
-    shared = {"output": folder / "ours", "labels": "none"}
     config = {
-        **{name: str(value) for name, value in shared.items()},
+        "output": str(folder / "ours"),
         "teachers": [{"model": args.teacher, "pretrained": str(weights), "precision": args.precision}],
         "student": {"model": args.student},
         "data": {

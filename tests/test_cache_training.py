@@ -149,6 +149,7 @@ def test_killed_and_resumed_run_from_the_cache_is_bit_identical(
     assert_identical(tmp_path / "killed", runs.whole(*layout, ranks=ranks))
 
 
+@pytest.mark.slow
 def test_processes_and_machines_share_the_work(
     write_config: Callable[..., Path], cached: Callable[..., list[str]], tmp_path: Path
 ) -> None:
@@ -190,6 +191,7 @@ def test_a_dry_run_says_what_it_would_take_and_writes_nothing(
     assert "to build: 3 shards, 50 samples of" in said
 
 
+@pytest.mark.slow
 def test_shards_from_a_server_find_the_same_cache(
     write_config: Callable[..., Path], cached: Callable[..., list[str]], colours: Path, tmp_path: Path
 ) -> None:

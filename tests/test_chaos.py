@@ -16,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from clipdistill.checkpoint import find_checkpoint
 from scripts.compare_runs import compare_runs
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -43,7 +45,6 @@ def test_killed_and_resumed_run_equals_the_undisturbed_one(campaign: tuple[Path,
     assert figures["violations"] == []
 
 
-@pytest.mark.slow
 def test_two_processes_with_workers_killed_and_resumed(tmp_path: Path) -> None:
     figures = chaos(tmp_path / "runs", "--kills", "8", "--seed", "1", "--processes", "2", "--steps", "18")
     assert figures["kills"] == figures["resumes"] == 8

@@ -20,7 +20,7 @@ from clipdistill.config import load_config
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 ACCELERATE = ROOT / "configs" / "accelerate"
-COMMANDS = ("quickstart", "cache", "train", "evaluate", "export", "report", "shards")
+COMMANDS = ("quickstart", "estimate", "cache", "train", "evaluate", "export", "report", "shards")
 
 
 def run(*command: str | Path, **options: object) -> subprocess.CompletedProcess[str]:
