@@ -1,5 +1,6 @@
 """What a config asks for, made: models, stream, terms, optimizer. The trainer alone calls this."""
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -184,6 +185,10 @@ def _image_size(config: Config, student: Student, teachers: Sequence[Teacher]) -
 
 def _augmentation(config: Config) -> Augmentation:
     settings = asdict(config.data.augmentation)
+    if settings["fast_jpeg"] and importlib.util.find_spec("simplejpeg") is None:
+        raise InputError(
+            "data.augmentation.fast_jpeg: simplejpeg is missing; allowed: false, or pip install 'clipdistill[fast]'"
+        )
     return Augmentation(**{name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()})  # type: ignore[arg-type]
 
 

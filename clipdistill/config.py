@@ -132,6 +132,9 @@ class AugmentationConfig:
     """Probability that lines are thickened or thinned (for line drawings)."""
     outline: float = 0.0
     """Probability that filled shapes become outlines (for line drawings)."""
+    fast_jpeg: bool = False
+    """Decode JPEGs with simplejpeg (``pip install 'clipdistill[fast]'``); the pixels differ a little from Pillow's,
+    which evaluation always uses."""
 
     def __post_init__(self) -> None:
         for name in ("crop_scale", "crop_ratio", "zoom"):

@@ -231,6 +231,34 @@ def test_a_large_jpeg_shrunk_by_its_decoder_gives_the_same_view():
     assert np.abs(shrunk.astype(int) - exact).mean() < 3
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_the_fast_decoder_gives_nearly_the_same_view(mode, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(photo(1200, 800).convert(mode), "JPEG", quality=90, exif=exif)
+    for size in (32, 512):
+        exact = view(data, size, augmentation=Augmentation(crop_scale=(0.5, 1.0)))
+        fast = view(data, size, augmentation=Augmentation(crop_scale=(0.5, 1.0), fast_jpeg=True))
+        assert np.abs(fast.astype(int) - exact.astype(int)).mean() < 2
+
+
+def test_the_fast_decoder_leaves_other_formats_and_evaluation_alone():
+    png, jpeg = encode(photo()), encode(photo(), "JPEG")
+    for data, exact, fast in (
+        (png, Augmentation(), Augmentation(fast_jpeg=True)),
+        (encode(photo().convert("CMYK"), "JPEG"), Augmentation(), Augmentation(fast_jpeg=True)),
+        (jpeg, None, None),
+    ):
+        assert np.array_equal(view(data, augmentation=exact), view(data, augmentation=fast))
+
+
+def test_the_fast_decoder_refuses_what_is_cut_short():
+    data = encode(photo(300, 200), "JPEG")
+    with pytest.raises(ValueError, match=r".+"):
+        view(data[: len(data) // 2], augmentation=Augmentation(fast_jpeg=True))
+
+
 def exotic():
     rgb = photo(40, 40)
     transparent = rgb.convert("RGBA")
