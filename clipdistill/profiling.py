@@ -174,7 +174,7 @@ def profile_steps(config: "Config", steps: int) -> StepProfile:
             trace=False,
             trackers=[],
         )
-        whole, trial = config, replace(config, output=str(output), train=train)
+        trial = replace(config, output=str(output), train=train)
         trial.evaluation = replace(config.evaluation, folders=[])
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
         run = Run(trial)
@@ -183,7 +183,7 @@ def profile_steps(config: "Config", steps: int) -> StepProfile:
             run.fit()
             measured = stopwatch.steps[WARM_UP:]
             names = [name for name in SECTIONS if any(name in times for times in measured)]
-            total = whole.train.steps or round((whole.train.epochs or 0) * run.steps_per_epoch)
+            batches = run.loader.batches_before(config.train.epochs or 0)
             return StepProfile(
                 seconds=_median([times[""] for times in measured]),
                 sections={name: _median([times.get(name, 0.0) for times in measured]) for name in names},
@@ -193,7 +193,7 @@ def profile_steps(config: "Config", steps: int) -> StepProfile:
                 peak_flops=matmul_rate(run.device, dtype),
                 peak_bytes=_peak_bytes(run.device),
                 checkpoint_bytes=sum(file.stat().st_size for file in output.glob("checkpoints/*/*")),
-                total_steps=total,
+                total_steps=config.train.steps or round(batches / config.train.accumulate),
                 processes=run.accelerator.num_processes,
                 device=torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else run.device.type,
             )

@@ -46,9 +46,13 @@ LEFT_OUT = 3
 
 PEER = """
 import sys
+from open_clip_train import data
 from open_clip_train.main import main
+group = data.group_by_keys_nothrow
+data.group_by_keys_nothrow = lambda files, **settings: group((file for file in files if file), **settings)
 main(sys.argv[1:])
 """
+"""open_clip's trainer. Its reader does not know the empty mark that webdataset 1.0 puts behind each shard."""
 
 
 def clipdistill(*arguments: object) -> float:

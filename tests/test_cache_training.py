@@ -135,7 +135,8 @@ def test_the_class_prior_is_there_before_the_first_step(
     torch.testing.assert_close(prior_CC, expected_CC / count_C[:, None], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_and_resumed_run_from_the_cache_is_bit_identical(
     colours: Path, tiny_model: Path, teacher_folder: Path, tmp_path: Path, ranks: int
 ) -> None:

@@ -201,6 +201,7 @@ def in_a_process(program: str, *arguments: object, cwd: Path, **environment: str
     )
 
 
+@pytest.mark.slow
 def test_export_push_and_load_from_the_hub(teacher_folder: Path, tmp_path: Path) -> None:
     """The whole way in processes of their own: the card's first example loads what was pushed."""
     with serve() as hub:

@@ -223,6 +223,7 @@ def test_matches_the_authors_code(implementation, case, dtype, tolerance):
     assert_near(grads(loss, [student]), [expected], tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="runs the others so")
 @pytest.mark.skipif(DEVICE == "cuda", reason="the kernels run on the GPU")
 def test_the_kernels_in_tritons_interpreter():

@@ -33,7 +33,8 @@ def start(runs: Runs, name: str, *overrides: str) -> Job:
     return runs.start(name, "data.workers=1", "data.batch_size=2", *overrides, ranks=4)
 
 
-@pytest.mark.parametrize("victim", [2, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [2, 0])
 def test_killed_rank_is_named_and_the_run_goes_on(runs: Runs, victim: int) -> None:
     """Rank 0 is the one that the others are connected with: each of them then speaks for itself."""
     name = f"killed-{victim}"

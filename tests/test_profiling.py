@@ -64,12 +64,13 @@ def test_profile_leaves_nothing_behind(
     assert set(Path(tempfile.gettempdir()).glob("clipdistill-*")) == before
 
 
+@pytest.mark.slow
 def test_estimate_finds_hours_disk_and_a_batch(write_config: Callable[..., Path], tmp_path: Path) -> None:
     figures = tmp_path / "estimate.json"
     config = write_config(train={"epochs": 100, "keep": 2, "trackers": []})
     assert main(["estimate", "--config", str(config), "--largest", "16", "--json", str(figures)]) == 0
     found = json.loads(figures.read_text())
-    assert found["total_steps"] == 100 * 50 // 8 or found["total_steps"] == 100 * 6
+    assert found["total_steps"] == 100 * (50 // 8)
     assert found["hours"] == pytest.approx(found["total_steps"] * found["seconds"] / 3600)
     assert found["disk_bytes"] == 3 * found["checkpoint_bytes"]
     assert [each["batch_size"] for each in found["sweep"]] == [8, 16]

@@ -79,7 +79,13 @@ def test_help_of_every_command(command: str) -> None:
     assert all(name in done.stdout for name in (COMMANDS if not command else ()))
 
 
-@pytest.mark.parametrize("script", sorted((ROOT / "scripts").glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param(path, id=path.stem, marks=[] if path.stem in COMMANDS else pytest.mark.slow)
+        for path in sorted((ROOT / "scripts").glob("*.py"))
+    ],
+)
 def test_help_of_every_script(script: Path, tmp_path: Path) -> None:
     done = run(sys.executable, script, "--help", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
