@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from clipdistill import __version__
+from clipdistill.config import Config, load_config, to_dict
 from clipdistill.errors import InputError
 from clipdistill.evaluation import EvaluationSet, Predictions, classification_metrics, load_for_evaluation, open_set
 from clipdistill.evaluation.agreement import class_gains
@@ -93,7 +94,7 @@ def write_report(
     records = read_metrics(run / METRICS_FILE)
     if not records or not (run / "config.yaml").is_file():
         raise InputError(f"run {run}: no config.yaml and {METRICS_FILE} with a record; allowed: the folder of a run")
-    config = OmegaConf.load(run / "config.yaml")
+    config = load_config(run / "config.yaml")
     settings = config.evaluation
     sets = [
         open_set(folder, split=settings.split, allow_duplicates=settings.allow_duplicate_classes)
@@ -126,7 +127,7 @@ def write_report(
         curves=_curves(steps, evaluations) if steps else [],
         sets=[_set_section(one, examples) for one in compared],
         why_no_sets="" if compared else _why_no_sets(sets, run),
-        config=OmegaConf.to_yaml(config),
+        config=OmegaConf.to_yaml(to_dict(config)),
         plotly=get_plotlyjs(),
     )
     path = output or run / "report.html"
@@ -154,7 +155,7 @@ def _why_no_sets(sets: Sequence[EvaluationSet], run: Path) -> str:
 # The head: what the run is.
 
 
-def _summary(config: Any, steps: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+def _summary(config: Config, steps: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     teachers = [f"{t.model} {t.pretrained}".strip() for t in config.teachers]
     terms = [f"{t.weight:g} x {t.loss} over {t.over}" for t in config.objective if t.weight > 0]
     rows = [
