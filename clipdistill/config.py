@@ -333,6 +333,8 @@ class TrainConfig:
     accumulate: int = 1
     """Micro-batches an optimizer step; the result equals one batch of that many times the size, save where the model
     itself looks at its micro-batch (batch norm) or at chance (dropout)."""
+    teacher_micro_batches: int = 1
+    """Micro-batches that the teachers, which keep nothing for a backward pass, see at once, where memory allows."""
     precision: str = "fp32"
     """fp32, or bf16 (autocast of the student; losses and weights stay float32)."""
     loss_implementation: str = "auto"
@@ -368,7 +370,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _check(self.epochs is None or 0 < self.epochs < math.inf, "train.epochs", self.epochs, "> 0")
         _check(self.steps is None or self.steps >= 1, "train.steps", self.steps, ">= 1")
-        for name in ("accumulate", "log_every", "save_every", "keep"):
+        for name in ("accumulate", "teacher_micro_batches", "log_every", "save_every", "keep"):
             _check(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), ">= 1")
         _check(self.keep_best >= 0, "train.keep_best", self.keep_best, ">= 0")
         _check(1 <= self.rank_timeout < math.inf, "train.rank_timeout", self.rank_timeout, ">= 1")
@@ -548,6 +550,7 @@ _FREE_ON_RESUME = (
     "data.max_bad_share",
     "data.batch_size",
     "train.accumulate",
+    "train.teacher_micro_batches",
     "student.grad_checkpointing",
     "student.compile",
     *(f"train.{name}" for name in ("log_every", "evaluate_every", "save_every", "keep", "keep_best")),

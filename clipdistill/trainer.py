@@ -360,7 +360,7 @@ class Run:
         """One optimizer step over K micro-batches: unweighted losses (this rank's share), shares, gradient norm."""
         batches = [batch.to(self.device) for batch in batches]
         with self.stopwatch.section("teacher"):
-            targets = [self._targets(batch) for batch in batches]
+            targets = [self._targets(batch, said) for batch, said in zip(batches, self._ask(batches), strict=True)]
             if self.embeddings is None:
                 for target in targets:
                     self.objective.observe(target)
@@ -500,14 +500,28 @@ class Run:
             bias=teacher.bias,
         )
 
-    def _targets(self, batch: Batch) -> Targets:
-        """What the teachers say of a micro-batch, and its labels."""
-        teachers: list[Features] = []
+    def _ask(self, batches: Sequence[Batch]) -> list[list[Embeddings]]:
+        """What each teacher says of each micro-batch: as it is stored, or by running it, on several at once."""
         lends_captions = self.student.text_mode == "teacher" and self.objective.needs_captions
-        if self.objective.needs_teachers or self.config.labels == "teacher" or lends_captions:
-            wants_captions = self.objective.needs_teacher_captions or lends_captions
-            said = batch.teachers or [_ask(teacher, batch, captions=wants_captions) for teacher in self.teachers]
-            teachers = [self._said(number, each.image_BD, each.captions_BD) for number, each in enumerate(said)]
+        if not (self.objective.needs_teachers or self.config.labels == "teacher" or lends_captions):
+            return [[] for _ in batches]
+        if self.embeddings is not None:
+            return [batch.teachers for batch in batches]
+        wants_captions = self.objective.needs_teacher_captions or lends_captions
+        said: list[list[Embeddings]] = []
+        at_once = self.config.train.teacher_micro_batches
+        for start in range(0, len(batches), at_once):
+            group = batches[start : start + at_once]
+            rows = [len(batch) for batch in group]
+            image_BCHW = torch.cat([batch.image_BCHW for batch in group]) if len(group) > 1 else group[0].image_BCHW
+            captions = [caption for batch in group for caption in batch.captions] if wants_captions else None
+            answers = [_run_teacher(teacher, image_BCHW, captions).split(rows) for teacher in self.teachers]
+            said += [list(of_batch) for of_batch in zip(*answers, strict=True)]
+        return said
+
+    def _targets(self, batch: Batch, said: Sequence[Embeddings]) -> Targets:
+        """What the teachers say of a micro-batch, and its labels."""
+        teachers = [self._said(number, each.image_BD, each.captions_BD) for number, each in enumerate(said)]
         labels_B = None
         if self.config.labels == "dataset":
             labels_B = batch.labels_B
@@ -759,12 +773,12 @@ class Run:
         return None, class_prompt_tokens(self.student, self.prompts)
 
 
-def _ask(teacher: Teacher, batch: Batch, *, captions: bool) -> Embeddings:
-    """Run a teacher on a micro-batch."""
+def _run_teacher(teacher: Teacher, image_BCHW: Tensor, captions: Sequence[str] | None) -> Embeddings:
+    """Run a teacher."""
     captions_BD = None
-    if captions:
-        captions_BD = teacher.encode_tokens(teacher.tokenize(batch.captions).to(batch.image_BCHW.device))
-    return Embeddings(image_BD=teacher.encode_image(batch.image_BCHW), captions_BD=captions_BD)
+    if captions is not None:
+        captions_BD = teacher.encode_tokens(teacher.tokenize(captions).to(image_BCHW.device))
+    return Embeddings(image_BD=teacher.encode_image(image_BCHW), captions_BD=captions_BD)
 
 
 def _concatenate(targets: Sequence[Targets]) -> Targets:

@@ -88,6 +88,18 @@ def test_world_size_and_accumulation_change_nothing(
     assert all(len(evaluation) == len(evaluations[0]) for evaluation in evaluations)
 
 
+def test_teachers_that_see_several_micro_batches_at_once_say_the_same(
+    write_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = write_config(objective=[GKL, GKL | {"over": "captions"}, {"loss": "feature"}])
+    fixed = ["optimizer.eps=1e-3", "train.steps=3", "train.log_every=1", "train.accumulate=3", "data.batch_size=4"]
+    for at_once in (1, 2, 3):
+        overrides = [f"output={tmp_path / str(at_once)}", f"train.teacher_micro_batches={at_once}"]
+        train(load_config(config, [*fixed, *overrides]))
+    assert_same_training(tmp_path / "2", tmp_path / "1", tolerance=1e-4)
+    assert_same_training(tmp_path / "3", tmp_path / "1", tolerance=1e-4)
+
+
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_losses_from_features_train_the_same(write_config: Callable[..., Path], tmp_path: Path, processes: int) -> None:
     """With a class prior, captions in both directions, accumulation; prior rows and gathered columns included."""

@@ -51,6 +51,14 @@ class Embeddings:
         captions_BD = None if self.captions_BD is None else change(self.captions_BD)
         return Embeddings(image_BD=change(self.image_BD), captions_BD=captions_BD)
 
+    def split(self, rows: Sequence[int]) -> "list[Embeddings]":
+        """The parts of several batches."""
+        images = self.image_BD.split(list(rows))
+        if self.captions_BD is None:
+            return [Embeddings(image_BD=image_BD) for image_BD in images]
+        both = zip(images, self.captions_BD.split(list(rows)), strict=True)
+        return [Embeddings(image_BD=image_BD, captions_BD=captions_BD) for image_BD, captions_BD in both]
+
 
 class EmbeddingRows(NamedTuple):
     """One teacher's embeddings of a sample, (D,) float32."""
