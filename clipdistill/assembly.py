@@ -140,7 +140,8 @@ def open_stream(
     """This rank's part of the training stream, with the teachers' embeddings where they are stored.
 
     Raises:
-        InputError: the shards are too few, or the teacher cache does not serve them.
+        InputError: the shards are too few, or the teacher cache does not serve them. (Of a resampled stream, whose
+            shards are not known before they are drawn, each file is checked when it is needed.)
     """
     data = config.data
     index: Sequence[ShardIndex]

@@ -189,6 +189,7 @@ class DataConfig:
         _check(self.batch_size >= 1, "data.batch_size", self.batch_size, ">= 1")
         _check(self.workers >= 0, "data.workers", self.workers, ">= 0")
         _check(self.views >= 0, "data.views", self.views, ">= 0")
+        _check(self.view_seed >= 0, "data.view_seed", self.view_seed, ">= 0")
         _check(self.shuffle >= 0, "data.shuffle", self.shuffle, ">= 0")
         _check(
             self.samples_per_epoch is None or self.samples_per_epoch >= 1,

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from dataclasses import asdict
@@ -16,7 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what ``run`` reads."""
     parser.add_argument("--config", required=True, type=Path, help="of the run")
     parser.add_argument("--steps", type=int, default=_STEPS, help="steps that are measured (default: %(default)s)")
-    parser.add_argument("--no-sweep", action="store_true", help="do not look for the largest batch that fits")
+    parser.add_argument(
+        "--no-sweep", action="store_true", help="do not look for the largest batch that fits, as is done by one process"
+    )
     parser.add_argument("--largest", type=int, default=65536, help="batch at which to stop (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="where the figures are written, too")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
@@ -32,15 +35,22 @@ def run(args: argparse.Namespace) -> None:
     from rich.console import Console
 
     from clipdistill.config import load_config
+    from clipdistill.errors import InputError
     from clipdistill.files import write_json
     from clipdistill.profiling import profile_steps
 
+    if args.steps < 1:
+        raise InputError(f"--steps {args.steps}: not allowed; allowed: 1 or more")
+    if args.json is not None and not args.json.parent.is_dir():
+        raise InputError(f"--json {args.json}: no folder {args.json.parent}; allowed: a file in an existing folder")
     config = load_config(args.config, args.overrides)
     if args.one:
         print(json.dumps(asdict(profile_steps(config, args.steps))))
         return
     console = Console()
     profile = profile_steps(config, args.steps)
+    if int(os.environ.get("RANK", "0")) > 0:
+        return
     profile.print(console)
     kept = config.train.keep + (config.train.keep_best if config.train.evaluate_every else 0) + 1
     disk = kept * profile.checkpoint_bytes
@@ -56,7 +66,7 @@ def run(args: argparse.Namespace) -> None:
         "disk_bytes": disk,
         "hours": profile.total_steps * profile.seconds / 3600,
     }
-    if not args.no_sweep:
+    if not args.no_sweep and profile.processes == 1:
         result["sweep"] = _sweep(args, config.data.batch_size, console)
     if args.json:
         write_json(args.json, result)
@@ -98,8 +108,6 @@ def _sweep(args: argparse.Namespace, batch_size: int, console: Any) -> list[dict
 
 def _room() -> int | None:
     """Memory of the machine where the CPU trains, which a process must not be let fill; None: a GPU stops by itself."""
-    import os
-
     import torch
 
     if torch.accelerator.is_available():

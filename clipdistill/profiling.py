@@ -1,7 +1,8 @@
 """Where a training step's time goes, what it computes, and what memory it takes."""
 
-import os
+import gc
 import resource
+import secrets
 import shutil
 import sys
 import tempfile
@@ -16,6 +17,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
+
+from clipdistill.distributed import forget_host_group, gather_objects, world_size
 
 if TYPE_CHECKING:
     from clipdistill.config import Config
@@ -99,7 +102,7 @@ class StepProfile:
         samples: of all processes in a step.
         flops: of a step and process.
         peak_flops: floating-point operations a second of a large matrix product in the run's precision.
-        peak_bytes: largest memory of this process: of the device, or of a CPU process with its children.
+        peak_bytes: largest memory of this process: on the device, or of a CPU process without its workers.
         checkpoint_bytes: size of a checkpoint.
         total_steps: of the whole run.
         processes: of the run.
@@ -158,50 +161,70 @@ def profile_steps(config: "Config", steps: int) -> StepProfile:
     Raises:
         InputError: as ``train``.
     """
-    from clipdistill.trainer import Run
+    from accelerate.state import AcceleratorState
 
-    launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    with tempfile.TemporaryDirectory(prefix="clipdistill-", ignore_cleanup_errors=True) as own:
-        shared = Path(tempfile.gettempdir()) / f"clipdistill-profile-{os.getppid()}"
-        output = shared if launched else Path(own) / "run"
-        train = replace(
-            config.train,
-            steps=WARM_UP + steps,
-            epochs=None,
-            log_every=WARM_UP + steps,
-            evaluate_every=None,
-            save_every=10**9,
-            trace=False,
-            trackers=[],
-        )
-        trial = replace(config, output=str(output), train=train)
-        trial.evaluation = replace(config.evaluation, folders=[])
+    from clipdistill.peers import Peers
+    from clipdistill.trainer import Run, start_processes
+
+    accelerator = start_processes(config)
+    peers = Peers(timeout=config.train.rank_timeout)
+    output = _shared_folder(Path(config.output))
+    train = replace(
+        config.train,
+        steps=WARM_UP + steps,
+        epochs=None,
+        log_every=WARM_UP + steps,
+        evaluate_every=None,
+        save_every=10**9,
+        trace=False,
+        trackers=[],
+    )
+    evaluation = replace(config.evaluation, folders=[])
+    run: Run | None = None
+    try:
+        trial = replace(config, output=str(output), train=train, evaluation=evaluation)
+        run = Run(trial, accelerator=accelerator, peers=peers)
+        run.stopwatch = stopwatch = Stopwatch(run.device)
+        run.fit()
+        measured = stopwatch.steps[WARM_UP:]
+        names = [name for name in SECTIONS if any(name in times for times in measured)]
+        batches = run.loader.batches_before(config.train.epochs or 0)
         dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-        run = Run(trial)
-        try:
-            run.stopwatch = stopwatch = Stopwatch(run.device)
-            run.fit()
-            measured = stopwatch.steps[WARM_UP:]
-            names = [name for name in SECTIONS if any(name in times for times in measured)]
-            batches = run.loader.batches_before(config.train.epochs or 0)
-            return StepProfile(
-                seconds=_median([times[""] for times in measured]),
-                sections={name: _median([times.get(name, 0.0) for times in measured]) for name in names},
-                exchange=_exchange(run),
-                samples=config.data.batch_size * config.train.accumulate * run.accelerator.num_processes,
-                flops=stopwatch.flops,
-                peak_flops=matmul_rate(run.device, dtype),
-                peak_bytes=_peak_bytes(run.device),
-                checkpoint_bytes=sum(file.stat().st_size for file in output.glob("checkpoints/*/*")),
-                total_steps=config.train.steps or round(batches / config.train.accumulate),
-                processes=run.accelerator.num_processes,
-                device=torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else run.device.type,
-            )
-        finally:
-            main = run.accelerator.is_main_process
+        profile = StepProfile(
+            seconds=_median([times[""] for times in measured]),
+            sections={name: _median([times.get(name, 0.0) for times in measured]) for name in names},
+            exchange=_exchange(run),
+            samples=config.data.batch_size * config.train.accumulate * accelerator.num_processes,
+            flops=stopwatch.flops,
+            peak_flops=matmul_rate(run.device, dtype),
+            peak_bytes=_peak_bytes(run.device),
+            checkpoint_bytes=sum(file.stat().st_size for file in output.glob("checkpoints/*/*")),
+            total_steps=config.train.steps or round(batches / config.train.accumulate),
+            processes=accelerator.num_processes,
+            device=torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else run.device.type,
+        )
+        peers.part()
+        return profile
+    finally:
+        if run is not None:
             run.close()
-            if launched and main:
-                shutil.rmtree(shared, ignore_errors=True)
+        peers.close()
+        if accelerator.is_main_process:
+            shutil.rmtree(output if world_size() > 1 else output.parent, ignore_errors=True)
+        forget_host_group()
+        AcceleratorState._reset_state(reset_partial_state=True)
+        del run
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _shared_folder(output: Path) -> Path:
+    """A new folder that all processes of a run see: beside its output, where they may be on several machines."""
+    if world_size() == 1:
+        return Path(tempfile.mkdtemp(prefix="clipdistill-")) / "run"
+    (token, *_) = gather_objects(secrets.token_hex(4))
+    return output.with_name(f".{output.name}-profile-{token}")
 
 
 def _exchange(run: "Run") -> float:

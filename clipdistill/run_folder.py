@@ -22,6 +22,7 @@ from clipdistill.errors import InputError
 from clipdistill.files import write_json
 
 SUMMARY_FILE = "summary.json"
+STUDENT_FOLDER = "student"
 """Written when a run has ended."""
 
 
@@ -62,7 +63,7 @@ def finished_run(config: Config) -> RunResult | None:
     summary = json.loads((output / SUMMARY_FILE).read_text(encoding="utf-8"))
     return RunResult(
         output=output,
-        student=output / "student",
+        student=output / STUDENT_FOLDER,
         steps=summary["steps"],
         evaluations=summary["evaluations"],
         skipped=summary["skipped"],
@@ -92,8 +93,11 @@ def find_start(config: Config, resume: str | None) -> Path | None:
     return checkpoint
 
 
-def clear_leftovers(output: Path) -> None:
-    """Delete what a killed run was writing."""
+def clear_leftovers(output: Path, *, finished: bool) -> None:
+    """Delete what a killed run was writing; and, of a run that goes back, what belongs to its end."""
+    if not finished:
+        (output / SUMMARY_FILE).unlink(missing_ok=True)
+        shutil.rmtree(output / STUDENT_FOLDER, ignore_errors=True)
     for path in filter(_is_leftover, output.iterdir()):
         if path.is_dir():
             shutil.rmtree(path)

@@ -4,6 +4,7 @@ Shapes: B images, C classes, T templates, L tokens, D features.
 """
 
 import hashlib
+import logging
 import os
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from clipdistill.prompts import PromptSet
 from clipdistill.towers import Tower
+
+log = logging.getLogger(__name__)
 
 
 def similarity_logits(image_BD: Tensor, text_CD: Tensor, scale: Tensor | float, bias: Tensor | float | None) -> Tensor:
@@ -60,7 +63,10 @@ def prompt_bank(
     text_CTD = text_ND.view(prompts.num_classes, prompts.num_templates, -1)
     bank_CD = F.normalize(text_CTD.mean(1), dim=-1)
     if path is not None:
-        _save_atomically(bank_CD, path)
+        try:
+            _save_atomically(bank_CD, path)
+        except (OSError, SafetensorError) as error:  # it will be computed again
+            log.warning("class features are not kept in %s: %s", path.parent, error)
     return bank_CD
 
 

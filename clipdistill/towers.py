@@ -141,6 +141,7 @@ class Tower(nn.Module):
     def text_fingerprint(self) -> str:
         """sha256 of the text tower's weights, architecture and precision: the identity of what it computes."""
         config = {key: value for key, value in self.model_config.items() if key != "vision_cfg"}
+        config["text_cfg"] = {key: value for key, value in config["text_cfg"].items() if key != "hf_tokenizer_name"}
         return _fingerprint([config, self.precision], text_state(self.clip))
 
     def image_fingerprint(self) -> str:

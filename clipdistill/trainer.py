@@ -60,6 +60,7 @@ from clipdistill.peers import Peers
 from clipdistill.profiling import NoStopwatch
 from clipdistill.prompts import PromptSet
 from clipdistill.run_folder import (
+    STUDENT_FOLDER,
     SUMMARY_FILE,
     RunResult,
     clear_leftovers,
@@ -241,16 +242,18 @@ class Run:
         self.stopwatch = NoStopwatch()
         self.vote = Vote()
         self.evaluations: list[dict[str, Any]] | None = None
+        self.prior_of_cache = False
         if state is not None:
             self._restore(state)
-        elif self.embeddings is not None and self.objective.priors:
+        if self.embeddings is not None and self.objective.priors and not self.prior_of_cache:
             self._observe_all(self.embeddings)
+            self.prior_of_cache = True
         main = self.accelerator.is_main_process
         with self.peers.first_alone():
             if main:
                 with writing("config.yaml", output):
                     output.mkdir(parents=True, exist_ok=True)
-                    clear_leftovers(output)
+                    clear_leftovers(output, finished=self.step == self.total_steps)
                     save_config(config, output / "config.yaml")
                 drop_later(output, self.step)
         self.metrics = MetricsLog(
@@ -315,7 +318,7 @@ class Run:
 
     def finish(self) -> RunResult:
         """Export and evaluate the final student."""
-        folder = self.output / "student"
+        folder = self.output / STUDENT_FOLDER
         with self.peers.first_alone():
             if self.accelerator.is_main_process and not folder.exists():
                 with writing("student", self.output):
@@ -480,6 +483,13 @@ class Run:
         """The class priors over all stored views, in one pass over this rank's shards."""
         for shard in range(self.accelerator.process_index, self.loader.shards, self.accelerator.num_processes):
             images, labels = embeddings.everything(shard)
+            if self.config.labels == "dataset":
+                images, labels = [image[labels >= 0] for image in images], labels[labels >= 0]
+                if len(labels) and int(labels.max()) >= self.objective.num_classes:
+                    raise InputError(
+                        f"data.shards: label {int(labels.max())} in shard number {shard}; allowed: 0 to "
+                        f"{self.objective.num_classes - 1} (there are {self.objective.num_classes} class names)"
+                    )
             for start in range(0, len(labels), _ROWS_OBSERVED):
                 rows = slice(start, start + _ROWS_OBSERVED)
                 teachers = [self._said(number, image[rows].to(self.device)) for number, image in enumerate(images)]
@@ -627,6 +637,7 @@ class Run:
                     "steps_per_epoch": self.steps_per_epoch,
                     "schedule": self.schedule.state_dict(),
                     "batch": self._batch(),
+                    "prior_of_cache": self.prior_of_cache,
                 },
                 "stream": self.loader.state_dict(),
                 "random": random_state(self.device),
@@ -697,6 +708,7 @@ class Run:
         self.window.load_state_dict({"steps": windows[0]["steps"], "sums": sums})
         if mine < len(ranks):
             set_random_state(ranks[mine]["random"], self.device)
+        self.prior_of_cache = ranks[0]["run"]["prior_of_cache"]
         self.evaluations = state.evaluations
 
     def _tower(self) -> Student:

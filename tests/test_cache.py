@@ -183,6 +183,20 @@ def test_bad_samples_are_counted_and_never_served(make_builder, tmp_path):
         assert not {"s00003", "s00007"} & set(batch.keys)
 
 
+def test_a_shard_that_cannot_be_read_now_gets_no_file(make_builder, tmp_path):
+    """What may be readable another time is not stored as bad."""
+    path = tmp_path / "new" / "0.tar"
+    write_tar(path, colour_samples(12))
+    builder = make_builder(path.parent)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:5000])
+    for workers in (0, 1):
+        builder.workers = workers
+        with pytest.raises(InputError, match=r"0\.tar"):
+            builder.build(builder.missing())
+    assert not list(builder.folder.glob("*.safetensors"))
+
+
 def test_a_build_that_was_stopped_goes_on_with_what_is_missing(make_builder):
     builder = make_builder()
     builder.build([1])

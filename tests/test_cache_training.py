@@ -135,6 +135,34 @@ def test_the_class_prior_is_there_before_the_first_step(
     torch.testing.assert_close(prior_CC, expected_CC / count_C[:, None], rtol=1e-4, atol=1e-6)
 
 
+def test_the_prior_of_the_cache_is_over_samples_with_labels(
+    write_config: Callable[..., Path], cached: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    samples = colour_samples(20)
+    del samples[3]["cls"]
+    write_tar(tmp_path / "new" / "0.tar", samples)
+    config = write_config(objective=[{"loss": "gkl", "class_prior": True}], labels="dataset")
+    use = cached(config, *ONLINE, f"data.shards=[{tmp_path / 'new'}]")
+    result = train(load_config(config, [*use, "train.steps=4"]))
+    assert result.skipped.keys() == {"no label"}
+
+
+def test_a_run_that_goes_on_with_a_cache_takes_its_prior_from_it(
+    write_config: Callable[..., Path], cached: Callable[..., list[str]], tmp_path: Path
+) -> None:
+    """The prior of a run that was stopped in its first epoch is uniform still."""
+    config = write_config(objective=[{"loss": "gkl", "class_prior": True}], labels="dataset")
+    use = cached(config, *ONLINE, "teacher_cache.precision=fp32")
+    settings = [*ONLINE, "teacher_cache.precision=fp32", "train.save_every=1", "train.keep=99"]
+    train(load_config(config, settings))
+    first = tmp_path / "run" / "checkpoints" / "step_00000001"
+    (uniform_CC,) = load_file(first / "priors.safetensors").values()
+    assert (uniform_CC == uniform_CC[0, 0]).all()
+    train(load_config(config, [*settings, use[-1]]), resume=str(first))
+    (prior_CC,) = load_file(tmp_path / "run" / "checkpoints" / "step_00000002" / "priors.safetensors").values()
+    assert not torch.allclose(prior_CC, uniform_CC)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_and_resumed_run_from_the_cache_is_bit_identical(

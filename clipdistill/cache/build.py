@@ -33,8 +33,11 @@ from clipdistill.data.plan import view_pixels
 from clipdistill.data.sample import BadSampleError, Decoder, SampleReader
 from clipdistill.data.stream import start_worker
 from clipdistill.data.urls import shown
-from clipdistill.errors import InputError
+from clipdistill.errors import InputError, RunError
 from clipdistill.towers import Teacher
+
+_PROBE = ("a photo of a dog", "Größe 42, naïve café!", "zwölf 猫 \u1f98a <b>2.5</b>")
+"""Texts whose tokens tell one tokenizer from another."""
 
 log = logging.getLogger(__name__)
 
@@ -68,6 +71,7 @@ class CacheSettings:
             identity = {"dimensions": teacher.embed_dim, "image": teacher.image_fingerprint()}
             if self.captions:
                 identity["text"] = teacher.text_fingerprint()
+                identity["tokens"] = teacher.tokenize(_PROBE).tolist()
             identities.append(identity)
         return {"teachers": identities, **asdict(self)}
 
@@ -169,7 +173,11 @@ class CacheBuilder:
         return missing
 
     def estimate(self, numbers: Sequence[int]) -> CacheEstimate:
-        """Disk and time for shards, from one chunk of the first that has samples."""
+        """Disk and time for shards, from one chunk of the first that has samples.
+
+        Raises:
+            InputError: That shard cannot be read.
+        """
         per_sample = bytes_per_sample(
             [teacher.embed_dim for teacher in self.teachers],
             views=self.settings.views,
@@ -178,9 +186,9 @@ class CacheBuilder:
         )
         seconds = 0.0
         for number in [number for number in numbers if len(self.index[number])][:1]:
-            self._encode(next(iter(_Chunks(self, [number]))))
+            self._encode(_good(next(iter(_Chunks(self, [number])))))
             started = time.perf_counter()
-            chunk = next(iter(_Chunks(self, [number])))
+            chunk = _good(next(iter(_Chunks(self, [number]))))
             decoded = time.perf_counter()
             self._encode(chunk)
             decoding, encoding = decoded - started, time.perf_counter() - decoded
@@ -201,7 +209,8 @@ class CacheBuilder:
             progress: Called with the number of samples done.
 
         Raises:
-            InputError: A shard cannot be read.
+            InputError: A shard cannot be read: it gets no file, those before it are whole.
+            RunError: The disk is full, or a decoding process is gone.
         """
         done = CacheBuild()
         loader = DataLoader(
@@ -216,7 +225,7 @@ class CacheBuilder:
             shard = self.index[number]
             parts: list[dict[str, Tensor]] = []
             for start in range(0, len(shard), self.batch_size):
-                chunk = next(chunks)
+                chunk = _good(_next(chunks))
                 assert (chunk.shard, chunk.start) == (number, start)
                 for key, reason, detail in chunk.skips:
                     done.skipped[reason] += 1
@@ -252,7 +261,7 @@ class CacheBuilder:
         return tensors
 
 
-class _Chunks(IterableDataset[_Chunk]):
+class _Chunks(IterableDataset["_Chunk | InputError"]):
     """The chunks of shards in their order; worker w of W makes those of number w, w + W, ..."""
 
     def __init__(self, builder: CacheBuilder, numbers: Sequence[int]) -> None:
@@ -260,7 +269,7 @@ class _Chunks(IterableDataset[_Chunk]):
         self.index, self.settings, self.batch_size = builder.index, builder.settings, builder.batch_size
         self.numbers = numbers
 
-    def __iter__(self) -> Iterator[_Chunk]:
+    def __iter__(self) -> Iterator[_Chunk | InputError]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         settings = self.settings
@@ -279,6 +288,8 @@ class _Chunks(IterableDataset[_Chunk]):
         try:
             for number, start in starts[worker::workers]:
                 yield self._chunk(reader, decoder, number, start)
+        except InputError as error:
+            yield error
         finally:
             reader.close()
 
@@ -296,6 +307,10 @@ class _Chunks(IterableDataset[_Chunk]):
                     decoded = decoder.decode(raw, view_pixels(settings.seed, shard.digest, sample, view))
                     pixels[at, view] = decoded.pixels
             except BadSampleError as bad:
+                if bad.reason == "shard unreadable":  # it may be readable another time
+                    raise InputError(
+                        f"shard {shown(shard.url)}: {bad.detail}; allowed: a shard that can be read, and is as it was"
+                    ) from bad
                 skips.append((raw.key, bad.reason, bad.detail))
                 continue
             valid[at], content[at], labels[at] = 1, content_digest(raw, settings.caption_key), decoded.label
@@ -310,6 +325,21 @@ class _Chunks(IterableDataset[_Chunk]):
             valid_n=torch.from_numpy(valid),
             skips=skips,
         )
+
+
+def _next(chunks: Iterator[_Chunk | InputError]) -> _Chunk | InputError:
+    """The next chunk; a worker that is gone is one line."""
+    try:
+        return next(chunks)
+    except RuntimeError as error:
+        raise RunError(f"{str(error).splitlines()[0].rstrip('. ')}; the files that are there are whole") from error
+
+
+def _good(chunk: _Chunk | InputError) -> _Chunk:
+    """A chunk, if that is what came of it."""
+    if isinstance(chunk, InputError):
+        raise chunk
+    return chunk
 
 
 def _no_samples(number: int, settings: CacheSettings) -> _Chunk:

@@ -16,7 +16,7 @@ _LONGEST_WAIT = timedelta(days=1)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what ``run`` reads."""
     parser.add_argument("--config", required=True, type=Path, help="the config that will train from the cache")
-    parser.add_argument("--dry-run", action="store_true", help="say what the build will take; write nothing")
+    parser.add_argument("--dry-run", action="store_true", help="say what the build will take; build nothing")
     parser.add_argument(
         "--part",
         type=_part,
@@ -48,7 +48,6 @@ def run(args: argparse.Namespace) -> None:
         from clipdistill.cache.build import CacheBuilder
         from clipdistill.distributed import gather_objects, rank, world_size
         from clipdistill.errors import InputError
-        from clipdistill.files import writing
 
         if not config.teacher_cache.folder:
             raise InputError("teacher_cache.folder: empty; allowed: the folder for the cache's files")
@@ -73,8 +72,7 @@ def run(args: argparse.Namespace) -> None:
             print(_forecast(builder, estimates, shards=len(range(part - 1, len(builder.index), parts))), flush=True)
         if args.dry_run:
             return
-        with writing(f"the cache in {builder.folder}", builder.folder):
-            done = gather_objects(_build(builder, missing, sum(estimate.samples for estimate in estimates)))
+        done = gather_objects(_build(builder, missing, sum(estimate.samples for estimate in estimates)))
         if rank() == 0:
             print(_result(builder, done))
 

@@ -2,6 +2,7 @@
 
     valid        (N,)         uint8: 0 for a sample that could not be used
     content      (N,)         int64: digest of the sample's image and caption as they lie in the shard
+    label        (N,)         int64: -1 for a sample without one
     image.T      (N, K, D)    of teacher T: unit-norm image embedding of each stored view
     captions.T   (N, D)       of teacher T: unit-norm text embedding of the caption, where captions are stored
     *.scale      (N[, K])     float32: what an int8 row is multiplied with
@@ -30,7 +31,7 @@ from clipdistill.data.index import ShardIndex
 from clipdistill.data.sample import IMAGE_EXTENSIONS, RawSample
 from clipdistill.data.urls import shown
 from clipdistill.errors import InputError
-from clipdistill.files import sync
+from clipdistill.files import sync, writing
 
 EMBEDDING_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 """How embeddings may be stored."""
@@ -94,7 +95,7 @@ def bytes_per_sample(dimensions: Sequence[int], *, views: int, captions: bool, p
     """Size of a sample in its file: all teachers' rows, their scales, and the sample's own fields."""
     rows = len(dimensions) * (views + captions)
     numbers = sum(dimensions) * (views + captions)
-    return numbers * EMBEDDING_DTYPES[precision].itemsize + (4 * rows if precision == "int8" else 0) + 9
+    return numbers * EMBEDDING_DTYPES[precision].itemsize + (4 * rows if precision == "int8" else 0) + 17
 
 
 def content_digest(raw: RawSample, caption_key: str) -> int:
@@ -114,16 +115,21 @@ def embedding_file(folder: Path, shard: ShardIndex) -> Path:
 
 
 def write_embeddings(path: Path, tensors: Mapping[str, Tensor], key: Mapping[str, Any]) -> None:
-    """Write a shard's file, whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write a shard's file, whole or not at all.
+
+    Raises:
+        RunError: The disk is full...
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     header = {"format": str(_FORMAT), "key": json.dumps(key, sort_keys=True), "digest": _digest(tensors)}
-    try:
-        save_file(dict(tensors), temporary, metadata=header)
-        sync(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with writing(f"teacher cache {path.name}", path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            save_file(dict(tensors), temporary, metadata=header)
+            sync(temporary)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def find_fault(path: Path, key: Mapping[str, Any], *, samples: int, thorough: bool) -> str | None:

@@ -156,7 +156,10 @@ def _index_shard(url: str, cache_dir: str | Path | None) -> ShardIndex:
     except Exception as error:  # each filesystem has errors of its own
         raise InputError(f"shard {shown(url)!r} cannot be read: {one_line(error, url)}") from error
     if cached:
-        _save(cached, index)
+        try:
+            _save(cached, index)
+        except OSError as error:  # it will be made again
+            logger.warning("the index of shard %s is not kept: %s", shown(url), one_line(error))
     return index
 
 

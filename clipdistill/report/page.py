@@ -94,6 +94,9 @@ def write_report(
     records = read_metrics(run / METRICS_FILE)
     if not records or not (run / "config.yaml").is_file():
         raise InputError(f"run {run}: no config.yaml and {METRICS_FILE} with a record; allowed: the folder of a run")
+    path = output or run / "report.html"
+    if not path.parent.is_dir():
+        raise InputError(f"--output {path}: no folder {path.parent}; allowed: a file in an existing folder")
     config = load_config(run / "config.yaml")
     settings = config.evaluation
     sets = [
@@ -130,7 +133,6 @@ def write_report(
         config=OmegaConf.to_yaml(to_dict(config)),
         plotly=get_plotlyjs(),
     )
-    path = output or run / "report.html"
     write_text(path, html)
     return path
 
@@ -304,13 +306,14 @@ def _confusion(one: Compared) -> dict[str, str]:
     labels_N = student.labels_N[student.readable_N]
     guess_N = student.logits_NC[student.readable_N].argmax(1)
     classes = one.data.prompts.num_classes
-    matrix_CC = torch.bincount(labels_N * classes + guess_N, minlength=classes**2).view(classes, classes)
-    errors_CC = matrix_CC - torch.diag(matrix_CC.diag())
-    worst = (errors_CC.sum(0) + errors_CC.sum(1)).argsort(descending=True, stable=True)[:_CLASSES_SHOWN]
+    wrong_N = labels_N != guess_N
+    errors_C = labels_N[wrong_N].bincount(minlength=classes) + guess_N[wrong_N].bincount(minlength=classes)
+    worst = errors_C.argsort(descending=True, stable=True)[:_CLASSES_SHOWN]
+    matrix = [[int(((labels_N == row) & (guess_N == column)).sum()) for column in worst] for row in worst]
     names = [one.data.prompts.classnames[c] for c in worst.tolist()]
     figure = go.Figure(
         go.Heatmap(
-            z=matrix_CC[worst][:, worst].tolist(),
+            z=matrix,
             x=names,
             y=names,
             colorscale="Blues",
