@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clipdistill import __version__
+from clipdistill.arguments import positive
 from clipdistill.cache.command import add_arguments as cache_arguments
 from clipdistill.cache.command import run as run_cache
 from clipdistill.errors import AlreadyToldError, InputError, Interrupted, RunError
@@ -102,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
         "--profile",
         nargs="?",
         const=20,
-        type=int,
+        type=positive,
         metavar="STEPS",
         help="take a few steps (default: %(const)s), print where their time goes, and leave nothing behind",
     )
@@ -199,8 +200,6 @@ def _profile(config: "Config", steps: int) -> None:
 
     from clipdistill.profiling import profile_steps
 
-    if steps < 1:
-        raise InputError(f"--profile: {steps}; allowed: 1 or more")
     profile = profile_steps(config, steps)
     if int(os.environ.get("RANK", "0")) == 0:
         profile.print(Console())

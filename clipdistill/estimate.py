@@ -10,17 +10,19 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from clipdistill.arguments import positive
+
 _STEPS = 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what ``run`` reads."""
     parser.add_argument("--config", required=True, type=Path, help="of the run")
-    parser.add_argument("--steps", type=int, default=_STEPS, help="steps that are measured (default: %(default)s)")
+    parser.add_argument("--steps", type=positive, default=_STEPS, help="steps that are measured (default: %(default)s)")
     parser.add_argument(
         "--no-sweep", action="store_true", help="do not look for the largest batch that fits, as is done by one process"
     )
-    parser.add_argument("--largest", type=int, default=65536, help="batch at which to stop (default: %(default)s)")
+    parser.add_argument("--largest", type=positive, default=65536, help="batch at which to stop (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="where the figures are written, too")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as data.batch_size=512")
@@ -39,8 +41,6 @@ def run(args: argparse.Namespace) -> None:
     from clipdistill.files import write_json
     from clipdistill.profiling import profile_steps
 
-    if args.steps < 1:
-        raise InputError(f"--steps {args.steps}: not allowed; allowed: 1 or more")
     if args.json is not None and not args.json.parent.is_dir():
         raise InputError(f"--json {args.json}: no folder {args.json.parent}; allowed: a file in an existing folder")
     config = load_config(args.config, args.overrides)

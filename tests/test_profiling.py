@@ -78,8 +78,9 @@ def test_estimate_finds_hours_disk_and_a_batch(write_config: Callable[..., Path]
 
 
 def test_bad_input(write_config: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["train", "--config", str(write_config()), "--profile", "0"]) == 2
-    assert "--profile: 0" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", "--config", str(write_config()), "--profile", "0"])
+    assert "--profile: 0 is not allowed" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -6,6 +6,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clipdistill.arguments import positive
+
 if TYPE_CHECKING:
     from clipdistill.cache.build import CacheBuild, CacheBuilder, CacheEstimate
 
@@ -26,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "be copied together)",
     )
     parser.add_argument(
-        "--batch-size", type=_positive, metavar="N", help="samples at once, each in all its views (default: the config)"
+        "--batch-size", type=positive, metavar="N", help="samples at once, each in all its views (default: the config)"
     )
     parser.add_argument("--device", help="such as cuda or cpu (default: cuda where there is one)")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as teacher_cache.precision=int8")
@@ -119,10 +121,3 @@ def _part(text: str) -> tuple[int, int]:
     if not 1 <= part <= parts:
         raise argparse.ArgumentTypeError(f"{text} is not allowed; allowed: I/N with I from 1 to N, such as 2/4")
     return part, parts
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not allowed; allowed: 1 or more")
-    return number

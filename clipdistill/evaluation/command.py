@@ -4,6 +4,7 @@ import argparse
 from datetime import timedelta
 from pathlib import Path
 
+from clipdistill.arguments import positive
 from clipdistill.errors import InputError
 
 TASKS = ("auto", "zeroshot_classification", "zeroshot_retrieval", "linear_probe", "robustness")
@@ -90,8 +91,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="file for CLIP_benchmark's record of one model on one set; or folder for any number of results, which the "
         "same command completes when it was interrupted (default: printed)",
     )
-    parser.add_argument("--batch-size", type=_positive, default=256, help="images at once (default: %(default)s)")
-    parser.add_argument("--workers", type=_positive, default=4, help="decoding threads (default: %(default)s)")
+    parser.add_argument("--batch-size", type=positive, default=256, help="images at once (default: %(default)s)")
+    parser.add_argument("--workers", type=positive, default=4, help="decoding threads (default: %(default)s)")
     parser.add_argument("--device", help="such as cuda or cpu (default: cuda where there is one)")
 
 
@@ -128,10 +129,3 @@ def _check(args: argparse.Namespace) -> None:
         raise InputError("--task robustness: --data has 1 set; allowed: a base set and one or more shifts of it")
     if args.baseline and args.task != "robustness":
         raise InputError(f"--baseline: with --task {args.task}; allowed: with --task robustness")
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not allowed; allowed: 1 or more")
-    return number

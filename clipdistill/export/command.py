@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clipdistill.arguments import positive
+
 if TYPE_CHECKING:
     from clipdistill.prompts import PromptSet
 
@@ -47,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="use images of this data set in CLIP_benchmark's layout (default: synthetic ones)",
     )
     checks.add_argument("--split", default="test", help="of the data set (default: %(default)s)")
-    checks.add_argument("--images", type=_positive, default=64, help="how many (default: %(default)s)")
+    checks.add_argument("--images", type=positive, default=64, help="how many (default: %(default)s)")
     checks.add_argument(
         "--parity-bound",
         type=float,
@@ -164,10 +166,3 @@ def _benchmarks(arguments: list[str]) -> dict[str, str]:
             raise InputError(f"--benchmark {argument}: not SET=OWNER/NAME; allowed: such as icons=OWNER/icons:default")
         benchmarks[name] = benchmark
     return benchmarks
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not allowed; allowed: 1 or more")
-    return number

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from clipdistill.arguments import positive
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what ``run`` reads."""
@@ -15,8 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--examples", type=int, default=24, help="test images shown for each set (default: %(default)s)"
     )
-    parser.add_argument("--batch-size", type=int, default=256, help="images at once (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=4, help="decoding threads (default: %(default)s)")
+    parser.add_argument("--batch-size", type=positive, default=256, help="images at once (default: %(default)s)")
+    parser.add_argument("--workers", type=positive, default=4, help="decoding threads (default: %(default)s)")
     parser.add_argument("--device", default="cpu", help="such as cuda (default: %(default)s)")
 
 
