@@ -110,7 +110,7 @@ def test_dead_data_worker_is_named(runs: Runs) -> None:
     assert job.wait(60) == [1], job.text()
     (line,) = job.lines()
     assert re.fullmatch(rf"clipdistill: DataLoader worker \(pid.* {victim.pid}\) .*; {GOES_ON}", line)
-    assert "Traceback" not in job.text()
+    assert "trainer.py" not in job.text()  # Python's own threads in other workers may tell of it, too
 
 
 @pytest.mark.slow
