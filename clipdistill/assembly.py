@@ -1,4 +1,4 @@
-"""What a config asks for, made: models, stream, terms, optimizer. The trainer alone calls this."""
+"""What a config asks for, made: models, stream, terms, optimizer. The trainer calls this, and the cache command."""
 
 import importlib.util
 from collections.abc import Sequence

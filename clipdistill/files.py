@@ -37,17 +37,22 @@ def space_left(folder: Path) -> str:
     return f"{shutil.disk_usage(existing).free / 2**20:.1f} MiB free on the disk of {folder}"
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace a file's content in one step."""
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A temporary file that takes the place of ``path`` when the block ends well, and vanishes when it does not."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        sync(temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file's content in one step."""
+    with new_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:

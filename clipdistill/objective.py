@@ -6,10 +6,10 @@ micro-batches. The ranks' losses therefore add up to the loss of one process wit
 Shapes: N ranks, B rows of this rank, C classes, D features.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,8 @@ from clipdistill.losses import (
     positive_targets,
 )
 from clipdistill.similarity import similarity_logits
+
+Loss = TypeVar("Loss")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,19 +320,7 @@ class Objective:
             denominator = denominators[f"{term.name}/{number}/{direction}"]
             return self._gkl(term, student, teacher, direction, number, targets, denominator, rows)
         if term.loss == "kl" and self._fused(term, teacher, direction):
-            (rows_BD, columns_CD), (rows_BE, columns_CE) = (x.sides(term.over)[direction] for x in (student, teacher))
-            kl = kd_sums_from_features(
-                rows_BD,
-                columns_CD,
-                rows_BE,
-                columns_CE,
-                temperature=term.temperature,
-                student_scale=student.scale,
-                teacher_scale=teacher.scale,
-                student_bias=student.bias,
-                teacher_bias=teacher.bias,
-                implementation=self.implementation,
-            )
+            kl = self._from_features(kd_sums_from_features, term, student, teacher, direction)
             return _single("kl", kl.numerator / rows)
         student_BC, teacher_BC = (features.logits(term.over)[direction] for features in (student, teacher))
         match term.loss:
@@ -361,21 +351,15 @@ class Objective:
     ) -> TermLoss:
         weighting = self._weighting(term, number, targets)
         if self._fused(term, teacher, direction):
-            (rows_BD, columns_CD), (rows_BE, columns_CE) = (x.sides(term.over)[direction] for x in (student, teacher))
-            out = gkl_loss_from_features(
-                rows_BD,
-                columns_CD,
-                rows_BE,
-                columns_CE,
-                student_scale=student.scale,
-                teacher_scale=teacher.scale,
+            out = self._from_features(
+                gkl_loss_from_features,
+                term,
+                student,
+                teacher,
+                direction,
                 alpha=term.alpha,
                 beta=term.beta,
-                temperature=term.temperature,
-                student_bias=student.bias,
-                teacher_bias=teacher.bias,
                 denominators=GKLDenominators(rows, denominator.to(rows.dtype)),
-                implementation=self.implementation,
                 **weighting,
             )
             return TermLoss({"soft_ce": term.alpha * out.soft_ce, "wmse": term.beta * out.wmse}, out.loss)
@@ -403,6 +387,28 @@ class Objective:
         if term.class_prior:
             weighting |= {"class_prior": self.priors[f"{term.name}/{number}"].prior_CC, "labels": targets.labels_B}
         return weighting
+
+    def _from_features(
+        self,
+        loss: Callable[..., Loss],
+        term: Term,
+        student: Features,
+        teacher: Features,
+        direction: int,
+        **settings: Any,
+    ) -> Loss:
+        """A loss of one student matrix against one teacher's, without these matrices."""
+        return loss(
+            *student.sides(term.over)[direction],
+            *teacher.sides(term.over)[direction],
+            student_scale=student.scale,
+            teacher_scale=teacher.scale,
+            student_bias=student.bias,
+            teacher_bias=teacher.bias,
+            temperature=term.temperature,
+            implementation=self.implementation,
+            **settings,
+        )
 
     def _fused(self, term: Term, teacher: Features, direction: int) -> bool:
         """Whether a matrix of logits is not made, but the loss computed from the features."""

@@ -13,7 +13,7 @@ from rich.table import Table
 from clipdistill.config import load_config
 from clipdistill.errors import InputError
 from clipdistill.evaluation import (
-    ClassificationSet,
+    EvaluationSet,
     Predictions,
     classification_metrics,
     image_tower_cost,
@@ -131,7 +131,7 @@ def _table(results: dict[str, Any]) -> Table:
 
 def draw_guesses(
     path: Path,
-    data: ClassificationSet,
+    data: EvaluationSet,
     teacher: Predictions,
     student: Predictions,
     *,

@@ -5,7 +5,6 @@ Shapes: B images, C classes, T templates, L tokens, D features.
 
 import hashlib
 import logging
-import os
 from pathlib import Path
 
 import torch
@@ -14,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from clipdistill.files import new_file
 from clipdistill.prompts import PromptSet
 from clipdistill.towers import Tower
 
@@ -64,17 +64,12 @@ def prompt_bank(
     bank_CD = F.normalize(text_CTD.mean(1), dim=-1)
     if path is not None:
         try:
-            _save_atomically(bank_CD, path)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with new_file(path) as temporary:
+                save_file({"bank": bank_CD.contiguous().cpu()}, temporary)
         except (OSError, SafetensorError) as error:  # it will be computed again
             log.warning("class features are not kept in %s: %s", path.parent, error)
     return bank_CD
-
-
-def _save_atomically(bank_CD: Tensor, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    save_file({"bank": bank_CD.contiguous().cpu()}, temporary)
-    temporary.replace(path)
 
 
 def class_prompt_tokens(tower: Tower, prompts: PromptSet) -> Tensor:

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from clipdistill.checkpoint import find_checkpoint
 from clipdistill.cli import main
 from clipdistill.metrics import read_metrics
+from tests.conftest import colour_samples, write_tar
 
 ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
@@ -173,10 +174,12 @@ def until(condition: Callable[[], Any], seconds: float = 90) -> None:
 
 
 def long_set(colours: Path, folder: Path, shards: int) -> Path:
-    """An evaluation set as long as is wanted: copies of one shard of 12 images."""
-    shutil.copytree(colours / "set", folder)
-    for number in range(shards):
-        shutil.copyfile(colours / "set" / "test" / "0.tar", folder / "test" / f"{number}.tar")
+    """An evaluation set as long as is wanted: one shard of 420 images, many times."""
+    shutil.copytree(colours / "set", folder, ignore=shutil.ignore_patterns("*.tar"))
+    first = folder / "test" / "0.tar"
+    write_tar(first, colour_samples(420))
+    for number in range(1, shards):
+        first.with_name(f"{number}.tar").hardlink_to(first)
     (folder / "test" / "nshards.txt").write_text(str(shards))
     return folder
 

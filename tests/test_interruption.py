@@ -102,7 +102,7 @@ def test_signal_during_start_up_leaves_at_once(runs: Runs, tmp_path: Path, delay
 def test_signal_during_an_evaluation_is_made_up_for(runs: Runs, colours: Path, tmp_path: Path) -> None:
     """The evaluation is made to take most of the time; its checkpoint is there before."""
     overrides = [
-        f"evaluation.folders=[{long_set(colours, tmp_path / 'long', 70)}]",
+        f"evaluation.folders=[{long_set(colours, tmp_path / 'long', 2)}]",
         *("evaluation.batch_size=1", "train.evaluate_every=2", "train.steps=4"),
     ]
     job = runs.start("evaluated", *overrides)

@@ -110,7 +110,8 @@ def test_dead_data_worker_is_named(runs: Runs) -> None:
     assert job.wait(60) == [1], job.text()
     (line,) = job.lines()
     assert re.fullmatch(rf"clipdistill: DataLoader worker \(pid.* {victim.pid}\) .*; {GOES_ON}", line)
-    assert "trainer.py" not in job.text()  # Python's own threads in other workers may tell of it, too
+    of_another_worker = r'Traceback .*\n  File "[^"]*resource_sharer\.py"(?:.*\n)+?ConnectionResetError: .*\n'
+    assert "Traceback" not in re.sub(of_another_worker, "", job.text())  # from a thread of Python's own
 
 
 @pytest.mark.slow
@@ -133,7 +134,7 @@ def test_frozen_rank_is_given_up_in_time(runs: Runs) -> None:
 @pytest.mark.slow
 def test_others_wait_for_a_long_evaluation_and_notice_if_it_dies(runs: Runs, colours: Path, tmp_path: Path) -> None:
     """Longer than the time-out."""
-    sets = f"evaluation.folders=[{long_set(colours, tmp_path / 'long', 800)}]"
+    sets = f"evaluation.folders=[{long_set(colours, tmp_path / 'long', 200)}]"
     settings = [sets, "evaluation.batch_size=1", "train.evaluate_every=3", "train.steps=6", "train.rank_timeout=4"]
     job = runs.start("evaluated", *settings, ranks=2)
     until(lambda: runs.saved_steps("evaluated") == [3])

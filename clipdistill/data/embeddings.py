@@ -15,7 +15,6 @@ Shapes: N samples of a shard, K views, D dimensions of a teacher, B samples of a
 
 import hashlib
 import json
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +30,7 @@ from clipdistill.data.index import ShardIndex
 from clipdistill.data.sample import IMAGE_EXTENSIONS, RawSample
 from clipdistill.data.urls import shown
 from clipdistill.errors import InputError
-from clipdistill.files import sync, writing
+from clipdistill.files import new_file, writing
 
 EMBEDDING_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 """How embeddings may be stored."""
@@ -120,16 +119,11 @@ def write_embeddings(path: Path, tensors: Mapping[str, Tensor], key: Mapping[str
     Raises:
         RunError: The disk is full...
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     header = {"format": str(_FORMAT), "key": json.dumps(key, sort_keys=True), "digest": _digest(tensors)}
     with writing(f"teacher cache {path.name}", path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with new_file(path) as temporary:
             save_file(dict(tensors), temporary, metadata=header)
-            sync(temporary)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
 
 
 def find_fault(path: Path, key: Mapping[str, Any], *, samples: int, thorough: bool) -> str | None:

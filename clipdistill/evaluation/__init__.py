@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from clipdistill.evaluation.predictions import Predictions, predict
     from clipdistill.evaluation.records import benchmark_record, main_metric, mean_main_metric
     from clipdistill.evaluation.samples import EncodedSample, EvaluationSet
-    from clipdistill.evaluation.samples import EvaluationSet as ClassificationSet
     from clipdistill.evaluation.sets import load_classification_set, open_set
 
 _HOMES = {
@@ -36,7 +35,6 @@ _HOMES = {
     "benchmark_record": "records",
     "main_metric": "records",
     "mean_main_metric": "records",
-    "ClassificationSet": "samples",
     "EncodedSample": "samples",
     "EvaluationSet": "samples",
     "load_classification_set": "sets",
@@ -44,7 +42,6 @@ _HOMES = {
 }
 
 __all__ = [
-    "ClassificationSet",
     "EncodedSample",
     "EvaluationSet",
     "Predictions",
@@ -65,5 +62,4 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    attribute = "EvaluationSet" if name == "ClassificationSet" else name
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), attribute)
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

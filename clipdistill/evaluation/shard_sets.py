@@ -8,7 +8,6 @@ FOLDER/SPLIT/0.tar ..                           samples of webp, png, jpg or jpe
 """
 
 import io
-import os
 import re
 import tempfile
 from bisect import bisect_right
@@ -28,6 +27,7 @@ from clipdistill.distributed import rank, world_size
 from clipdistill.errors import InputError
 from clipdistill.evaluation.ranks import in_step, on_all_ranks
 from clipdistill.evaluation.samples import EncodedSample, EvaluationSet, Kind, digest
+from clipdistill.files import new_file
 from clipdistill.prompts import CLASSNAMES_FILE, TEMPLATE_FILES, PromptSet
 
 _IMAGES = ("webp", "png", "jpg", "jpeg")
@@ -214,18 +214,15 @@ def _copy(url: str, cache: Path) -> Path:
     if target.is_file():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     shard = ShardFile(url, stat=version)
     try:
-        with temporary.open("wb") as file:
+        with new_file(target) as temporary, temporary.open("wb") as file:
             while data := shard.read_at(file.tell(), _DOWNLOAD_BYTES):
                 file.write(data)
             if file.tell() != version.size:
                 raise InputError(f"shard {shown(url)}: ends at byte {file.tell():,}; allowed: {version.size:,} bytes")
-        temporary.replace(target)
     finally:
         shard.close()
-        temporary.unlink(missing_ok=True)
     return target
 
 
