@@ -45,6 +45,7 @@ from clipdistill.checkpoint import (
 from clipdistill.config import Config, save_config, to_dict
 from clipdistill.data import Batch
 from clipdistill.data.embeddings import EmbeddingReader, Embeddings
+from clipdistill.data.workers import told_of_worker
 from clipdistill.distributed import Vote, forget_host_group, gather_objects, open_host_group
 from clipdistill.errors import InputError, Interrupted, RunError
 from clipdistill.evaluation import evaluate_sets, mean_main_metric
@@ -836,8 +837,9 @@ def _caption_ids(captions: Sequence[str], device: torch.device) -> Tensor:
 
 def _in_one_line(error: BaseException, progress: Callable[[], str]) -> BaseException:
     """An error that is not the program's own, with a line that says, too, what is left of the run."""
-    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
-        error = RunError(str(error).splitlines()[0].rstrip(". "))
+    gone = told_of_worker(error)
+    if gone is not None:
+        error = RunError(gone)
     if type(error) in (RunError, Interrupted) and "--resume" not in str(error):
         return type(error)(f"{error}; {progress()}")
     return error

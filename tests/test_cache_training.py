@@ -1,6 +1,7 @@
 """``clipdistill cache`` and training from what it writes: against online training, over kills, ranks and machines."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -309,3 +311,20 @@ def test_a_killed_build_goes_on(write_config: Callable[..., Path], tmp_path: Pat
     assert before.items() <= after.items()
     assert len(after) == 100
     assert main(["train", *command, "train.steps=2", "evaluation.folders=[]"]) == 0
+
+
+def test_a_build_names_a_worker_that_dies(write_config: Callable[..., Path], tmp_path: Path) -> None:
+    for number in range(400):
+        write_tar(tmp_path / "many" / f"{number}.tar", colour_samples(12, first=100 * number))
+    folder = tmp_path / "embeddings"
+    command = ["--config", str(write_config()), *VIEWS, f"data.shards=[{tmp_path}/many]", "data.workers=2"]
+    program = [sys.executable, "-m", "clipdistill.cli", "cache", *command, f"teacher_cache.folder={folder}"]
+    process = subprocess.Popen(program, env=os.environ | ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    until(lambda: len(list(folder.glob("*.safetensors"))) >= 5)
+    victim = psutil.Process(process.pid).children()[0]
+    victim.kill()
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1
+    line = stderr.splitlines()[-1]
+    assert re.fullmatch(rf"clipdistill: DataLoader worker .*{victim.pid}.*; the files that are there are whole", line)
+    assert 5 <= len(list(folder.glob("*.safetensors"))) < 400

@@ -31,8 +31,8 @@ from clipdistill.data.embeddings import (
 )
 from clipdistill.data.plan import view_pixels
 from clipdistill.data.sample import BadSampleError, Decoder, SampleReader
-from clipdistill.data.stream import start_worker
 from clipdistill.data.urls import shown
+from clipdistill.data.workers import from_workers, start_worker, told_of_worker
 from clipdistill.errors import InputError, RunError
 from clipdistill.towers import Teacher
 
@@ -212,6 +212,15 @@ class CacheBuilder:
             InputError: A shard cannot be read: it gets no file, those before it are whole.
             RunError: The disk is full, or a decoding process is gone.
         """
+        try:
+            return self._build(numbers, progress)
+        except RuntimeError as error:
+            gone = told_of_worker(error)
+            if gone is None:
+                raise
+            raise RunError(f"{gone}; the files that are there are whole") from error
+
+    def _build(self, numbers: Sequence[int], progress: Callable[[int], None]) -> CacheBuild:
         done = CacheBuild()
         loader = DataLoader(
             _Chunks(self, numbers),
@@ -220,12 +229,12 @@ class CacheBuilder:
             worker_init_fn=partial(start_worker, max_pixels=self.settings.max_pixels),
             generator=torch.Generator(),
         )
-        chunks = iter(loader)
+        chunks = from_workers(loader, self.workers)
         for number in numbers:
             shard = self.index[number]
             parts: list[dict[str, Tensor]] = []
             for start in range(0, len(shard), self.batch_size):
-                chunk = _good(_next(chunks))
+                chunk = _good(next(chunks))
                 assert (chunk.shard, chunk.start) == (number, start)
                 for key, reason, detail in chunk.skips:
                     done.skipped[reason] += 1
@@ -325,14 +334,6 @@ class _Chunks(IterableDataset["_Chunk | InputError"]):
             valid_n=torch.from_numpy(valid),
             skips=skips,
         )
-
-
-def _next(chunks: Iterator[_Chunk | InputError]) -> _Chunk | InputError:
-    """The next chunk; a worker that is gone is one line."""
-    try:
-        return next(chunks)
-    except RuntimeError as error:
-        raise RunError(f"{str(error).splitlines()[0].rstrip('. ')}; the files that are there are whole") from error
 
 
 def _good(chunk: _Chunk | InputError) -> _Chunk:

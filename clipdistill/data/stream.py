@@ -4,7 +4,6 @@ Shapes: B samples a batch of one rank; C = 3 channels, RGB; H = W = image_size.
 """
 
 import logging
-import signal
 import weakref
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -15,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 import webdataset as wds
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -26,6 +24,7 @@ from clipdistill.data.plan import Layout, Past, Plan, ResampledPlan
 from clipdistill.data.reading import Given, Views, read_draws, read_share
 from clipdistill.data.sample import BadSampleError, Decoder, SampleReader
 from clipdistill.data.urls import shown
+from clipdistill.data.workers import from_workers, start_worker
 from clipdistill.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -485,7 +484,7 @@ class StreamLoader:
             worker_init_fn=partial(start_worker, max_pixels=self._stream.decoder.max_pixels),
             generator=torch.Generator(),  # DataLoader draws a seed from the global generator otherwise
         )
-        for item in loader:
+        for item in from_workers(loader, workers):
             if isinstance(item, InputError):
                 raise item
             self._hand_out(item)
@@ -530,11 +529,3 @@ def _changes(then: Sequence[Sequence[str]], now: Sequence[Sequence[str]]) -> str
         return "their order changed"
     more = [f"and {len(changes) - _NAMED} more"] if len(changes) > _NAMED else []
     return ", ".join(changes[:_NAMED] + more)
-
-
-def start_worker(_: int, *, max_pixels: int) -> None:
-    """Set a worker process up: one thread, Ctrl-C left to the training process, Pillow's own limit of
-    pixels."""
-    torch.set_num_threads(1)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    Image.MAX_IMAGE_PIXELS = max_pixels
