@@ -4,10 +4,11 @@
 
 Samples: those in the traces of all ranks (`train.trace`), each at its step and place, with the digest of the step's
 pixels. Bits: every tensor and value of the newest checkpoint, every file of the exported student, the summary, and the
-metrics save for timings. Exit code 0: no difference; 1: some.
+metrics save for timings; the evaluations save for the folder's name. Exit code 0: no difference; 1: some.
 """
 
 import argparse
+import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -54,7 +55,7 @@ class Comparison:
 def compare_runs(reference: Path, run: Path) -> Comparison:
     """Compare the folders of two runs."""
     expected, found = _places(reference), _places(run)
-    values, others = dict(_values(reference)), dict(_values(run))
+    values, others = left_by(reference), left_by(run)
     names = values.keys() | others.keys()
     return Comparison(
         seen=expected.total(),
@@ -75,8 +76,12 @@ def _places(run: Path) -> Counter[tuple[str, int, int, str, str]]:
     )
 
 
-def _values(run: Path) -> Iterator[tuple[str, object]]:
+def left_by(run: Path) -> dict[str, object]:
     """Name and bits of everything else that a run leaves, save for timings."""
+    return dict(_values(run))
+
+
+def _values(run: Path) -> Iterator[tuple[str, object]]:
     checkpoint = find_checkpoint(run / "checkpoints")
     for folder in [run / "student", *([checkpoint] if checkpoint else [])]:
         for file in sorted(folder.glob("*")):
@@ -85,14 +90,23 @@ def _values(run: Path) -> Iterator[tuple[str, object]]:
                 yield from _leaves(name, load_file(file))
             elif file.suffix == ".pt":
                 yield from _leaves(name, torch.load(file, weights_only=True))
-            elif file.name != "manifest.json":
+            elif file.name == "manifest.json":
+                manifest = json.loads(file.read_text(encoding="utf-8"))
+                yield f"{name}: evaluations", _of_any_folder(manifest["evaluations"] or [])
+            else:
                 yield name, file.read_bytes()
     for number, record in enumerate(read_metrics(run / METRICS_FILE)):
         for key, value in record.items():
             if key not in TIMINGS:
                 yield f"{METRICS_FILE}: record {number}: {key}", repr(value)
     if (run / SUMMARY_FILE).is_file():
-        yield SUMMARY_FILE, (run / SUMMARY_FILE).read_bytes()
+        summary = json.loads((run / SUMMARY_FILE).read_text(encoding="utf-8"))
+        yield SUMMARY_FILE, repr(summary | {"evaluations": _of_any_folder(summary["evaluations"])})
+
+
+def _of_any_folder(evaluations: list[dict[str, Any]]) -> str:
+    """Evaluations without the folder of the run."""
+    return repr([record | {"pretrained": "the run"} for record in evaluations])
 
 
 def _leaves(name: str, value: Any) -> Iterator[tuple[str, object]]:

@@ -13,17 +13,16 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import torch
-from safetensors.torch import load_file
 
-from clipdistill.checkpoint import find_checkpoint
 from clipdistill.cli import main
 from clipdistill.metrics import read_metrics
+from scripts.compare_runs import left_by
 from tests.conftest import colour_samples, write_tar
 
 ENVIRONMENT = {
@@ -31,7 +30,6 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
-TIMINGS = ("samples_per_second", "data_wait_share")
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["clipdistill.trainer", "clipdistill.cli", "tests.processes"])
@@ -190,38 +188,12 @@ def traced(run: Path, rank: int = 0) -> int:
     return int(records[-1]["step"]) if records else 0
 
 
-def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict):
-        for key, part in value.items():
-            yield from _leaves(f"{name}/{key}", part)
-    elif isinstance(value, list | tuple):
-        for number, part in enumerate(value):
-            yield from _leaves(f"{name}/{number}", part)
-    else:
-        yield name, value.numpy().tobytes() if isinstance(value, torch.Tensor) else value
-
-
-def left_by(run: Path) -> dict[str, Any]:
-    """The bits of everything in the newest checkpoint, the metrics but for times, and the traces."""
-    checkpoint = find_checkpoint(run / "checkpoints")
-    assert checkpoint is not None
-    tree: dict[str, Any] = {"checkpoint": checkpoint.name}
-    for file in checkpoint.iterdir():
-        if file.suffix == ".safetensors":
-            tree[file.name] = load_file(file)
-        elif file.suffix == ".pt":
-            tree[file.name] = torch.load(file, weights_only=True)
-    evaluations = json.loads((checkpoint / "manifest.json").read_text())["evaluations"] or []
-    tree["evaluations"] = [record | {"pretrained": "the run"} for record in evaluations]
-    records = read_metrics(run / "metrics.jsonl")
-    tree["metrics"] = [{key: value for key, value in record.items() if key not in TIMINGS} for record in records]
-    for file in (run / "samples").glob("*"):
-        tree[file.name] = read_metrics(file)
-    return dict(_leaves("", tree))
-
-
 def assert_identical(run: Path, other: Path) -> None:
     """Two runs must have left the same, bit for bit."""
-    mine, theirs = left_by(run), left_by(other)
+    mine, theirs = ({**left_by(folder), **_traces(folder)} for folder in (run, other))
     assert mine.keys() == theirs.keys()
     assert [name for name in mine if mine[name] != theirs[name]] == []
+
+
+def _traces(run: Path) -> dict[str, Any]:
+    return {file.name: read_metrics(file) for file in (run / "samples").glob("*")}

@@ -94,22 +94,26 @@ class Tagged(Ranges):
 
 
 class Hub(Ranges):
-    """What of the Hugging Face Hub it takes to read the files of the data set owner/name."""
+    """What of the Hugging Face Hub it takes to read the folders of the data set owner/name."""
 
     def do_GET(self) -> None:
         path = self.path.split("?")[0]
-        if "/resolve/main/" in path:
-            self.path = "/" + path.rsplit("/", 1)[1]
+        page = re.fullmatch(r"/api/datasets/owner/name(?:/(revision|tree)/main(?:/(.*))?)?", path)
+        if page is None:
+            self.path = path.removeprefix("/datasets/owner/name/resolve/main")
             return super().do_GET()
-        folder = Path(self.directory)
         found: Any = {"id": "owner/name", "sha": "c" * 40, "siblings": [], "private": False, "tags": []}
-        if "/tree/" in path:
+        if page[1] == "tree":
+            root = Path(self.directory)
+            folder = root / (page[2] or "")
+            if not folder.is_dir():
+                return self.send_error(404)
             found = [
-                {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": file.name.encode().hex()}
-                for file in folder.glob("*.tar")
+                {"type": "file", "path": str(file.relative_to(root)), "size": file.stat().st_size, "oid": file.name}
+                if file.is_file()
+                else {"type": "directory", "path": str(file.relative_to(root)), "oid": file.name}
+                for file in folder.iterdir()
             ]
-        elif path not in ("/api/datasets/owner/name", "/api/datasets/owner/name/revision/main"):
-            return self.send_error(404)
         data = json.dumps(found).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")

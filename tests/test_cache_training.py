@@ -23,8 +23,9 @@ from clipdistill.prompts import load_prompts
 from clipdistill.similarity import prompt_bank, similarity_logits
 from clipdistill.towers import load_teacher
 from clipdistill.trainer import train
+from scripts.compare_runs import TIMINGS
 from tests.conftest import colour_samples, write_tar
-from tests.processes import ENVIRONMENT, TIMINGS, Runs, assert_identical, traced, until
+from tests.processes import ENVIRONMENT, Runs, assert_identical, traced, until
 from tests.servers import files, serving
 
 OBJECTIVE = [

@@ -1,8 +1,6 @@
 """The same pictures in every layout give the same answers; what is wrong with a set is one line."""
 
 import io
-import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from clipdistill.evaluation import EvaluationSet, evaluate_sets, load_for_evalua
 from clipdistill.evaluation.hub_sets import Columns
 from clipdistill.towers import Tower
 from tests.conftest import CLASSES, colour_samples, write_tar
-from tests.servers import Ranges, files, serving
+from tests.servers import Hub, Ranges, files, serving
 
 COUNT = 26
 
@@ -199,43 +197,13 @@ def test_a_set_over_http_is_read_once(tower: Tower, tmp_path: Path) -> None:
     assert not list((tmp_path / "cache" / "copies").glob(".*"))
 
 
-class HubOfFolders(Ranges):
-    """What of the Hugging Face Hub it takes to read the folders of the data set owner/name."""
-
-    def do_GET(self) -> None:  # noqa: N802 (the library's name)
-        path = self.path.split("?")[0]
-        page = re.fullmatch(r"/api/datasets/owner/name(?:/(revision|tree)/main(?:/(.*))?)?", path)
-        if page is None:
-            self.path = path.removeprefix("/datasets/owner/name/resolve/main")
-            return super().do_GET()
-        found: Any = {"id": "owner/name", "sha": "c" * 40, "siblings": [], "private": False, "tags": []}
-        if page[1] == "tree":
-            root = Path(self.directory)
-            folder = root / (page[2] or "")
-            if not folder.is_dir():
-                return self.send_error(404)
-            found = [
-                {"type": "file", "path": str(file.relative_to(root)), "size": file.stat().st_size, "oid": file.name}
-                if file.is_file()
-                else {"type": "directory", "path": str(file.relative_to(root)), "oid": file.name}
-                for file in folder.iterdir()
-            ]
-        data = json.dumps(found).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-        return None
-
-
 def test_a_set_on_the_hub_by_the_address_of_its_page(
     tower: Tower, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As CLIP_benchmark and DataComp name their sets."""
     folder = shard_set(tmp_path / "name", colour_samples(COUNT))
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    with serving(files(folder, HubOfFolders)) as url:
+    with serving(files(folder, Hub)) as url:
         monkeypatch.setitem(fsspec.config.conf, "hf", {"endpoint": url, "token": False})
         data = open_set("https://huggingface.co/datasets/owner/name/tree/main", cache=tmp_path / "cache")
         assert data.name == "name"

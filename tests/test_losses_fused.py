@@ -188,6 +188,21 @@ def test_kl_and_soft_cross_entropy_are_those_of_the_logits(implementation, tempe
         assert_near([ours, *grads(ours, student)], [theirs, *grads(theirs, exact)], tolerance)
 
 
+@each_implementation
+def test_half_precision_gradients_of_kl_survive_a_small_weight(implementation):
+    """As in the mean over many rows: the gradients' factors alone are below float16's smallest normal number."""
+    *student, image, text = trainable(features(8, 64, dtype=torch.float16))
+    *exact, exact_image, exact_text = trainable([x.double() for x in features(8, 64, dtype=torch.float16)])
+    choice = {"temperature": 1.0, "implementation": implementation}
+    ours = fused(kd_loss_from_features, student, (image, text), **choice)
+    theirs = kd_loss(*plain_logits(exact, (exact_image, exact_text)), temperature=1.0)
+    of_image, of_text, of_scale = grads(1e-7 * ours, student)
+    exact_of_image, exact_of_text, exact_of_scale = grads(1e-7 * theirs, exact)
+    assert_near([of_scale], [exact_of_scale], 2**-10)
+    for found, expected in ((of_image, exact_of_image), (of_text, exact_of_text)):
+        assert (found.double() - expected).abs().max() <= torch.finfo(torch.float16).smallest_normal * 2**-10
+
+
 GOLDEN = Path(__file__).parent / "golden"
 GOLDEN_TENSORS = np.load(GOLDEN / "losses.npz")
 GOLDEN_CASES = [case for case in json.loads((GOLDEN / "losses.json").read_text()) if case["loss"] in ("gkl", "kd")]

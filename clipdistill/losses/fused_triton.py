@@ -138,7 +138,11 @@ def _statistics(features: Features, problem: Problem) -> tuple[_RowStatistics, T
 
 
 def _masses(sums: _RowSums, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """Factors (S, B) of the shares' sums of weights, their total (B,) relative to the maximum, and W (B,)."""
+    """Factors (S, B) of the shares' sums of weights, their total (B,) relative to the maximum, and W (B,); ones where
+    there is no wMSE."""
+    if problem.kind != "gkl":
+        ones_SB = torch.ones_like(sums.weight_sum)
+        return ones_SB, ones_SB[0], ones_SB[0]
     if _prior(problem) is not None:
         weight_sum = sums.weight_sum.sum(0)
         return torch.ones_like(sums.weight_sum), weight_sum, weight_sum

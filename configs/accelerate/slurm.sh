@@ -28,7 +28,7 @@ config=${1:?usage: sbatch slurm.sh CONFIG [KEY=VALUE ...]}
 shift
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 gpus=${GPUS_PER_NODE:-8}
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=100  # seconds that the launcher leaves a run to finish its step and to save
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=100  # seconds that the launcher leaves a run to finish its step and to save; torch before 2.11 leaves 30
 
 launch=
 stop() {
