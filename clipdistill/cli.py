@@ -182,7 +182,7 @@ def _train(args: argparse.Namespace) -> None:
 
         config = load_config(args.config, args.overrides)
         if args.profile is not None:
-            _profile(config, args.profile)
+            _profile(config, args.profile, interruption)
             return
         from clipdistill.trainer import train
 
@@ -195,12 +195,12 @@ def _train(args: argparse.Namespace) -> None:
         print(f"{record['dataset']}: zero-shot {name} {value:.2%}")
 
 
-def _profile(config: "Config", steps: int) -> None:
+def _profile(config: "Config", steps: int, interruption: Interruption) -> None:
     from rich.console import Console
 
     from clipdistill.profiling import profile_steps
 
-    profile = profile_steps(config, steps)
+    profile = profile_steps(config, steps, interruption=interruption)
     if int(os.environ.get("RANK", "0")) == 0:
         profile.print(Console())
 

@@ -1,6 +1,7 @@
 """``clipdistill estimate``: what a run will need, from a few of its steps, before anything is rented."""
 
 import argparse
+import gc
 import json
 import os
 import subprocess
@@ -74,8 +75,12 @@ def run(args: argparse.Namespace) -> None:
 
 def _sweep(args: argparse.Namespace, batch_size: int, console: Any) -> list[dict[str, Any]]:
     """Double the batch until it does not fit; each size in a process of its own, which may run out of memory."""
+    import torch
     from rich.table import Table
 
+    gc.collect()  # the run that was measured
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     found: list[dict[str, Any]] = []
     table = Table(title="batches of a process")
     for column in ("batch", "samples/s", "peak memory", ""):

@@ -1,6 +1,5 @@
 """Where a training step's time goes, what it computes, and what memory it takes."""
 
-import gc
 import resource
 import secrets
 import shutil
@@ -18,10 +17,11 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
-from clipdistill.distributed import forget_host_group, gather_objects, world_size
+from clipdistill.distributed import gather_objects, world_size
 
 if TYPE_CHECKING:
     from clipdistill.config import Config
+    from clipdistill.interruption import Interruption
     from clipdistill.trainer import Run
 
 WARM_UP = 3
@@ -151,24 +151,20 @@ class StepProfile:
         )
 
 
-def profile_steps(config: "Config", steps: int) -> StepProfile:
+def profile_steps(config: "Config", steps: int, *, interruption: "Interruption | None" = None) -> StepProfile:
     """Take some steps of a run, of which nothing is left behind; all processes of the run call this.
 
     Args:
         config: the run.
         steps: how many are measured, after ``WARM_UP`` others.
+        interruption: as of ``train``.
 
     Raises:
         InputError: as ``train``.
     """
-    from accelerate.state import AcceleratorState
+    from clipdistill.interruption import Interruption
+    from clipdistill.trainer import open_run, start_processes
 
-    from clipdistill.peers import Peers
-    from clipdistill.trainer import Run, start_processes
-
-    accelerator = start_processes(config)
-    peers = Peers(timeout=config.train.rank_timeout)
-    output = _shared_folder(Path(config.output))
     train = replace(
         config.train,
         steps=WARM_UP + steps,
@@ -179,52 +175,53 @@ def profile_steps(config: "Config", steps: int) -> StepProfile:
         trace=False,
         trackers=[],
     )
-    evaluation = replace(config.evaluation, folders=[])
-    run: Run | None = None
-    try:
-        trial = replace(config, output=str(output), train=train, evaluation=evaluation)
-        run = Run(trial, accelerator=accelerator, peers=peers)
-        run.stopwatch = stopwatch = Stopwatch(run.device)
-        run.fit()
-        measured = stopwatch.steps[WARM_UP:]
-        names = [name for name in SECTIONS if any(name in times for times in measured)]
-        batches = run.loader.batches_before(config.train.epochs or 0)
-        dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
-        profile = StepProfile(
-            seconds=_median([times[""] for times in measured]),
-            sections={name: _median([times.get(name, 0.0) for times in measured]) for name in names},
-            exchange=_exchange(run),
-            samples=config.data.batch_size * config.train.accumulate * accelerator.num_processes,
-            flops=stopwatch.flops,
-            peak_flops=matmul_rate(run.device, dtype),
-            peak_bytes=_peak_bytes(run.device),
-            checkpoint_bytes=sum(file.stat().st_size for file in output.glob("checkpoints/*/*")),
-            total_steps=config.train.steps or round(batches / config.train.accumulate),
-            processes=accelerator.num_processes,
-            device=torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else run.device.type,
-        )
-        peers.part()
-        return profile
-    finally:
-        if run is not None:
-            run.close()
-        peers.close()
-        if accelerator.is_main_process:
-            shutil.rmtree(output if world_size() > 1 else output.parent, ignore_errors=True)
-        forget_host_group()
-        AcceleratorState._reset_state(reset_partial_state=True)
-        del run
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    trial = replace(config, train=train, evaluation=replace(config.evaluation, folders=[]))
+    with nullcontext(interruption) if interruption else Interruption() as interruption:
+        accelerator = start_processes(trial)
+        main = accelerator.is_main_process
+        output, temporary = _shared_folder(Path(config.output))
+        try:
+            trial = replace(trial, output=str(output))
+            with open_run(trial, accelerator, interruption=interruption) as run:
+                return _measure(config, run)
+        finally:
+            if main:
+                shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _shared_folder(output: Path) -> Path:
-    """A new folder that all processes of a run see: beside its output, where they may be on several machines."""
+def _measure(config: "Config", run: "Run") -> StepProfile:
+    run.stopwatch = stopwatch = Stopwatch(run.device)
+    run.fit()
+    peak_bytes = _peak_bytes(run.device)
+    measured = stopwatch.steps[WARM_UP:]
+    names = [name for name in SECTIONS if any(name in times for times in measured)]
+    batches = run.loader.batches_before(config.train.epochs or 0)
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    processes = run.accelerator.num_processes
+    return StepProfile(
+        seconds=_median([times[""] for times in measured]),
+        sections={name: _median([times.get(name, 0.0) for times in measured]) for name in names},
+        exchange=_exchange(run),
+        samples=config.data.batch_size * config.train.accumulate * processes,
+        flops=stopwatch.flops,
+        peak_flops=matmul_rate(run.device, dtype),
+        peak_bytes=peak_bytes,
+        checkpoint_bytes=sum(file.stat().st_size for file in run.output.glob("checkpoints/*/*")),
+        total_steps=config.train.steps or round(batches / config.train.accumulate),
+        processes=processes,
+        device=torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else run.device.type,
+    )
+
+
+def _shared_folder(output: Path) -> tuple[Path, Path]:
+    """A new folder that all processes of a run see, beside its output where they may be on several machines; and what
+    is to be removed of it."""
     if world_size() == 1:
-        return Path(tempfile.mkdtemp(prefix="clipdistill-")) / "run"
+        temporary = Path(tempfile.mkdtemp(prefix="clipdistill-"))
+        return temporary / "run", temporary
     (token, *_) = gather_objects(secrets.token_hex(4))
-    return output.with_name(f".{output.name}-profile-{token}")
+    folder = output.with_name(f".{output.name}-profile-{token}")
+    return folder, folder
 
 
 def _exchange(run: "Run") -> float:

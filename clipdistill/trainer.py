@@ -10,7 +10,8 @@ import math
 import multiprocessing
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -103,39 +104,59 @@ def train(config: Config, *, resume: str | None = None, interruption: Interrupti
         Interrupted: SIGTERM or SIGINT came; the step under way was finished, and saved.
         AlreadyToldError: another process of the run ends with one of these.
     """
-    output = Path(config.output)
     finished = finished_run(config) if resume == "auto" else None
     if finished is not None:
         return finished
-    existed = output.exists()
-    run: Run | None = None
-    failed = False
     with contextlib.nullcontext(interruption) if interruption else Interruption() as interruption:
         accelerator = start_processes(config)
-        peers = Peers(timeout=config.train.rank_timeout, progress=lambda: whole_checkpoint(output))
-        try:
-            run = Run(config, resume=resume, accelerator=accelerator, peers=peers, interruption=interruption)
+        with open_run(config, accelerator, resume=resume, interruption=interruption) as run:
             run.fit()
-            result = run.finish()
-            peers.part()
-            return result
-        except BaseException as error:
-            with interruption.leaving():
-                ending = peers.account_for(_in_one_line(error, peers.progress))
-                new = not existed and not (output / "checkpoints").exists()
-                if new and isinstance(ending, InputError | Interrupted):
-                    shutil.rmtree(output, ignore_errors=True)
-            failed = True
-            if ending is error:
-                raise
-            raise ending from error
-        finally:
-            with interruption.leaving():
-                if run is not None:
-                    run.close(failed=failed)
+            return run.finish()
+
+
+@contextmanager
+def open_run(
+    config: Config, accelerator: Accelerator, *, resume: str | None = None, interruption: Interruption
+) -> Iterator["Run"]:
+    """A run whose processes watch one another; at the end of the block it is closed, and the processes are apart.
+
+    Args:
+        config: the run.
+        accelerator: of ``start_processes``; it is of no use afterwards.
+        resume: as of ``train``.
+        interruption: handles signals.
+
+    Raises:
+        Exception: what the block raises, or what another process says of it.
+    """
+    output = Path(config.output)
+    existed = output.exists()
+    run: Run | None = None
+    peers: Peers | None = None
+    failed = False
+    try:
+        peers = Peers(timeout=config.train.rank_timeout, progress=lambda: whole_checkpoint(output))
+        run = Run(config, resume=resume, accelerator=accelerator, peers=peers, interruption=interruption)
+        yield run
+        peers.part()
+    except BaseException as error:
+        with interruption.leaving():
+            ending = error if peers is None else peers.account_for(_in_one_line(error, peers.progress))
+            new = not existed and not (output / "checkpoints").exists()
+            if new and isinstance(ending, InputError | Interrupted):
+                shutil.rmtree(output, ignore_errors=True)
+        failed = True
+        if ending is error:
+            raise
+        raise ending from error
+    finally:
+        with interruption.leaving():
+            if run is not None:
+                run.close(failed=failed)
+            if peers is not None:
                 peers.close()
-                forget_host_group()
-                AcceleratorState._reset_state(reset_partial_state=True)
+            forget_host_group()
+            AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def start_processes(config: Config) -> Accelerator:

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from clipdistill.cli import main
 from clipdistill.config import load_config
 from clipdistill.profiling import Stopwatch, profile_steps
+from tests.conftest import colour_samples, write_tar
 
 
 def test_time_in_an_inner_section_is_not_the_outer_one_s() -> None:
@@ -56,7 +57,8 @@ def test_profile_leaves_nothing_behind(
     write_config: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = set(Path(tempfile.gettempdir()).glob("clipdistill-*"))
-    assert main(["train", "--config", str(write_config()), "--profile", "2"]) == 0
+    command = ["train", "--config", str(write_config()), "--profile", "2", "train.trackers=[tensorboard]"]
+    assert main(command) == 0
     said = capsys.readouterr().out
     assert "student forward" in said
     assert "samples/s by 1 process" in said
@@ -86,9 +88,31 @@ def test_bad_input(write_config: Callable[..., Path], capsys: pytest.CaptureFixt
 @pytest.mark.slow
 def test_two_processes(write_config: Callable[..., Path], tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*launcher, "scripts/train.py", "--config", str(write_config()), "--profile", "2"]
+    config = write_config()
+    command = [*launcher, "scripts/train.py", "--config", str(config), "--profile", "2", "train.trackers=[tensorboard]"]
+    (tmp_path / "cache").mkdir()
+    before = set(tmp_path.iterdir())
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "16 samples" in done.stdout
     assert "ms to exchange the gradients" in done.stdout
-    assert not (tmp_path / "run").exists()
+    assert set(tmp_path.iterdir()) == before
+
+
+@pytest.mark.slow
+def test_a_fault_of_one_process_is_a_line(write_config: Callable[..., Path], tmp_path: Path) -> None:
+    """A label outside the class list, which only one rank meets."""
+    samples = colour_samples(64)
+    samples[37]["cls"] = 9
+    write_tar(tmp_path / "shards" / "0.tar", samples)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    config = write_config()
+    overrides = [f"data.shards=[{tmp_path / 'shards'}]", "labels=dataset", "objective.0.class_prior=true"]
+    command = [*launcher, "scripts/train.py", "--config", str(config), "--profile", "9", *overrides]
+    (tmp_path / "cache").mkdir()
+    before = set(tmp_path.iterdir())
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("clipdistill: ")]
+    assert "0 to 3" in line
+    assert "clipdistill/trainer.py" not in done.stderr
+    assert set(tmp_path.iterdir()) == before
