@@ -140,16 +140,17 @@ class AugmentationConfig:
         for name in ("crop_scale", "crop_ratio", "zoom"):
             low_high = getattr(self, name)
             _check(
-                len(low_high) == 2 and 0 < low_high[0] <= low_high[1],
+                len(low_high) == 2 and 0 < low_high[0] <= low_high[1] < math.inf,
                 f"data.augmentation.{name}",
                 list(low_high),
-                "[low, high] with 0 < low <= high",
+                "[low, high] with 0 < low <= high, finite",
             )
         _check(self.crop_scale[1] <= 1, "data.augmentation.crop_scale", list(self.crop_scale), "at most 1")
         for name in ("flip", "stroke", "outline"):
             _check(0 <= getattr(self, name) <= 1, f"data.augmentation.{name}", getattr(self, name), "0 to 1")
         for name in ("rotate", "translate", "shear", "stretch", "brightness", "contrast", "saturation"):
-            _check(getattr(self, name) >= 0, f"data.augmentation.{name}", getattr(self, name), ">= 0")
+            value = getattr(self, name)
+            _check(0 <= value < math.inf, f"data.augmentation.{name}", value, ">= 0, finite")
 
 
 @dataclass(kw_only=True)
@@ -374,6 +375,7 @@ class TrainConfig:
         for name in ("accumulate", "teacher_micro_batches", "log_every", "save_every", "keep"):
             _check(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), ">= 1")
         _check(self.keep_best >= 0, "train.keep_best", self.keep_best, ">= 0")
+        _check(self.threads is None or self.threads >= 1, "train.threads", self.threads, ">= 1, or empty")
         _check(1 <= self.rank_timeout < math.inf, "train.rank_timeout", self.rank_timeout, ">= 1")
         _check(
             self.evaluate_every is None or self.evaluate_every >= 1,
@@ -430,7 +432,7 @@ class Config:
 
     def __post_init__(self) -> None:
         _one_of("labels", self.labels, LABEL_SOURCES)
-        _check(self.seed >= 0, "seed", self.seed, ">= 0")
+        _check(0 <= self.seed < 2**31, "seed", self.seed, "0 to 2147483647")
         _check(self.templates_per_step >= 0, "templates_per_step", self.templates_per_step, ">= 0")
         if (self.train.epochs is None) == (self.train.steps is None):
             raise InputError(

@@ -41,6 +41,7 @@ from PIL import ImageFont
 from rich.console import Console
 from rich.table import Table
 
+from clipdistill.arguments import positive
 from clipdistill.checkpoint import find_checkpoint, find_damage
 from clipdistill.files import new_folder, write_json
 from clipdistill.icons import FAMILIES, find_classes, find_fonts, read_glyphs, render_glyph, split_of
@@ -649,9 +650,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         epilog=f"kinds of kill:{kinds}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--kills", type=_positive, default=10, metavar="N", help="in all (default: %(default)s)")
+    parser.add_argument("--kills", type=positive, default=10, metavar="N", help="in all (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of kinds, aims and instants (default: %(default)s)")
-    parser.add_argument("--processes", type=_positive, default=1, metavar="P", help="ranks (default: %(default)s)")
+    parser.add_argument("--processes", type=positive, default=1, metavar="P", help="ranks (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=2, metavar="W", help="decoding processes a rank (default: 2)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where the figures are written")
     parser.add_argument(
@@ -661,7 +662,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="folder for icons, runs and logs; earlier ones in it are replaced (default: a temporary folder, kept only "
         "when something is wrong)",
     )
-    parser.add_argument("--steps", type=_positive, default=48, help="length of the run (default: %(default)s)")
+    parser.add_argument("--steps", type=positive, default=48, help="length of the run (default: %(default)s)")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, metavar="KIND", help="see below (default: all that apply)")
     parser.add_argument(
         "--limit", type=float, default=120, help="seconds that a job has to end in (default: %(default)s)"
@@ -675,13 +676,6 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         idle = {"kill-worker": args.workers == 0, "term-launcher": args.processes == 1}
         args.kinds = [name for name in KINDS if not idle.get(name)]
     return args
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not allowed; allowed: 1 or more")
-    return number
 
 
 def _table(campaign: Campaign) -> Table:

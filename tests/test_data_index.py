@@ -39,10 +39,19 @@ def test_an_existing_name_is_no_pattern(tmp_path):
     assert expand_urls([str(path)]) == [str(path)]
 
 
+def test_a_list_longer_than_a_name_may_be(tmp_path):
+    names = [f"{number:02d}-of-a-hundred" for number in range(100)]
+    for name in names:
+        (tmp_path / f"{name}.tar").touch()
+    pattern = f"{tmp_path}/{{{','.join(names)}}}.tar"
+    assert expand_urls([pattern]) == [f"{tmp_path}/{name}.tar" for name in names]
+
+
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
         ("{}/none-*.tar", "nothing found"),
+        ("{}/" + 300 * "x", "xxx' .* does not exist"),
         ("{}/missing.tar", "missing.tar.* does not exist"),
         ("{}", "nothing found"),
         ("pipe:touch {}/pwned", "shell"),

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from clipdistill.data.index import ShardIndex
 from clipdistill.data.sample import IMAGE_EXTENSIONS, RawSample
-from clipdistill.data.urls import shown
+from clipdistill.data.urls import file_name, shown
 from clipdistill.errors import InputError
 from clipdistill.files import new_file, writing
 
@@ -109,7 +109,7 @@ def content_digest(raw: RawSample, caption_key: str) -> int:
 
 def embedding_file(folder: Path, shard: ShardIndex) -> Path:
     """Where a shard's embeddings are."""
-    stem = shown(shard.url).replace("\\", "/").rsplit("/", 1)[-1].removesuffix(".tar")
+    stem = file_name(shard.url).removesuffix(".tar")
     return folder / f"{stem}-{shard.digest}.safetensors"
 
 

@@ -23,7 +23,7 @@ from clipdistill.data.index import LazyIndex, ShardIndex
 from clipdistill.data.plan import Layout, Past, Plan, ResampledPlan
 from clipdistill.data.reading import Given, Views, read_draws, read_share
 from clipdistill.data.sample import BadSampleError, Decoder, SampleReader
-from clipdistill.data.urls import shown
+from clipdistill.data.urls import file_name, shown
 from clipdistill.data.workers import from_workers, start_worker
 from clipdistill.errors import InputError
 
@@ -509,12 +509,8 @@ def _check_same(name: str, then: object, now: object) -> None:
 def _names_and_digests(index: Sequence[ShardIndex]) -> list[list[str]]:
     """File name and digest of each shard; of a `LazyIndex` the names alone."""
     if isinstance(index, LazyIndex):
-        return [[_file_name(url), ""] for url in index.urls]
-    return [[_file_name(shard.url), shard.digest] for shard in index]
-
-
-def _file_name(url: str) -> str:
-    return shown(url).replace("\\", "/").rsplit("/", 1)[-1]
+        return [[file_name(url), ""] for url in index.urls]
+    return [[file_name(shard.url), shard.digest] for shard in index]
 
 
 def _changes(then: Sequence[Sequence[str]], now: Sequence[Sequence[str]]) -> str:

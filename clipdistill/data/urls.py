@@ -90,6 +90,11 @@ def shown(url: str) -> str:
     return re.sub(r"(://)[^/]*@", r"\1", url).split("?", 1)[0]
 
 
+def file_name(url: str) -> str:
+    """The last part of a path or URL, without what it may carry."""
+    return shown(url).replace("\\", "/").rsplit("/", 1)[-1]
+
+
 def one_line(error: BaseException, url: str = "") -> str:
     """An exception's type and message on one line; the URLs in it as they may be logged."""
     if error.__cause__ and (isinstance(error, FileNotFoundError) or not str(error)):
@@ -319,7 +324,7 @@ def _look(fs: Any, path: str, url: str) -> Stat:
 
 
 def _expand(pattern: str, retries: Retries) -> list[str]:
-    if "://" not in pattern and Path(pattern).expanduser().exists():
+    if "://" not in pattern and _exists(Path(pattern).expanduser()):
         return _local(pattern, pattern)
     try:
         pieces = list(braceexpand(pattern))
@@ -331,12 +336,19 @@ def _expand(pattern: str, retries: Retries) -> list[str]:
     return found
 
 
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name too long, a folder that may not be searched
+        return False
+
+
 def _local(piece: str, pattern: str) -> list[str]:
     path = Path(piece).expanduser()
-    if path.is_dir():
+    if _exists(path):
+        if not path.is_dir():
+            return [str(path)]
         return _sorted([str(tar) for tar in path.glob("*.tar")], pattern, "a folder with *.tar files")
-    if path.exists():
-        return [str(path)]
     if glob.has_magic(piece):
         found = glob.glob(str(path), recursive=True)  # noqa: PTH207 (Path.glob takes no absolute pattern)
         return _sorted(found, pattern, "a pattern that matches files")
