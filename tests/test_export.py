@@ -31,6 +31,7 @@ from clipdistill.export import export_open_clip
 from clipdistill.export.build import write_formats
 from clipdistill.export.command import add_arguments
 from clipdistill.export.command import run as run_export
+from clipdistill.export.onnx_format import load_onnx
 from clipdistill.export.parity import ParityError, image_features, smooth_pictures, text_features, transformed
 from clipdistill.export.tokenizer_files import write_tokenizer
 from clipdistill.export.transformers_format import load_transformers, unmapped, write_transformers
@@ -356,6 +357,79 @@ def test_tokenizer_that_cannot_be_told_to_others_is_named(tmp_path: Path) -> Non
     tower.tokenizer = open_clip.SimpleTokenizer(context_length=12, clean="canonicalize")
     reason = write_tokenizer(tower, tmp_path, ["a cat", "a cat, a dog"])
     assert reason == "tokenizer: other ids than open_clip's for 'a cat, a dog'"
+    assert list(tmp_path.glob("*token*")) == []
+
+
+def cleaning_model(root: Path, *, own_vocabulary: bool) -> Path:
+    """A model's folder whose tokenizer canonicalizes texts, as SigLIP's do: CLIP's own, or one of its own files."""
+    text: dict[str, Any] = {"tokenizer_kwargs": {"clean": "canonicalize"}}
+    if own_vocabulary:
+        text |= {"vocab_size": 2048, "hf_tokenizer_name": str(resource("weights", "icons-teacher"))}
+    export_open_clip(tower_of(root, text=text), root / "cleaning")
+    return root / "cleaning"
+
+
+@pytest.mark.parametrize("own_vocabulary", [False, True])
+def test_model_for_which_only_open_clip_tokenizes(
+    export: Callable[..., Result],
+    tmp_path: Path,
+    beside_a_picture: Callable[[Path], None],
+    capsys: pytest.CaptureFixture[str],
+    own_vocabulary: bool,
+) -> None:
+    """The whole export succeeds, says why, and leaves no file that would give ONNX other ids than the model's."""
+    folder = tmp_path / "out"
+    checkpoint = cleaning_model(tmp_path, own_vocabulary=own_vocabulary)
+    result = export("--checkpoint", checkpoint, "--output", folder, "--images", 2)
+    assert result.returncode == 0, result.stderr
+    reason = "tokenizer: other ids than open_clip's for 'a photo of a cat.'"
+    note = f"Only open_clip tokenizes for this model ({reason})."
+    report = json.loads((folder / "parity.json").read_text())
+    assert (report["formats"], report["left_out"]) == (["open_clip", "onnx"], {"transformers": reason})
+    assert note in report["notes"]
+    assert {row["name"] for row in report["measured"]} == {"open_clip_model.safetensors", "image.onnx", "text.onnx"}
+    card = (folder / "README.md").read_text()
+    assert note in card
+    assert "as only open_clip's tokenizer of this model gives them" in card
+    assert "tokenizer.json" not in card
+    assert (folder / "tokenizer.json").is_file() == own_vocabulary
+
+    texts = ["A cat, a dog!", "it's_a  (red) picture.", "grey"]
+    model = open_clip.create_model_from_pretrained(f"local-dir:{checkpoint}")[0].eval()
+    ids = open_clip.get_tokenizer(f"local-dir:{checkpoint}")(texts)
+    with torch.no_grad():
+        expected = model.encode_text(ids, normalize=True)
+    (ours,) = session(folder / "text.onnx").run(None, {"input_ids": ids.numpy()})
+    np.testing.assert_allclose(ours, expected.numpy(), rtol=0, atol=1e-5)
+    loaded = load_onnx(folder / "text.onnx", load_teacher(f"local-dir:{folder}"))
+    assert loaded.text is not None
+    torch.testing.assert_close(loaded.text(texts), expected, rtol=0, atol=1e-5)
+
+    beside_a_picture(folder)
+    guesses = []
+    for snippet in snippets_of(folder):
+        exec(snippet, {})
+        guesses.append(capsys.readouterr().out.splitlines()[-1])
+    assert len(guesses) == 2
+    assert set(guesses) <= {"a cat", "a dog", "a car"}
+
+
+def test_onnx_alone_of_a_model_for_which_only_open_clip_tokenizes(
+    export: Callable[..., Result],
+    tmp_path: Path,
+    beside_a_picture: Callable[[Path], None],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Without open_clip's files nothing in the folder tokenizes: the card's example is of images."""
+    folder = tmp_path / "out"
+    checkpoint = cleaning_model(tmp_path, own_vocabulary=False)
+    result = export("--checkpoint", checkpoint, "--output", folder, "--formats", "onnx", "--images", 2)
+    assert result.returncode == 0, result.stderr
+    (snippet,) = snippets_of(folder)
+    beside_a_picture(folder)
+    exec(snippet, {})
+    numbers = re.findall(r"-?\d\.\d+(?:e-?\d+)?", capsys.readouterr().out)
+    assert np.linalg.norm([float(number) for number in numbers]) == pytest.approx(1, abs=1e-3)
 
 
 # The card.
@@ -378,6 +452,30 @@ def test_card_metadata(exported: Path, run_folder: Path) -> None:
     (result,) = parse_eval_result_entries(yaml.safe_load((exported / ".eval_results" / "set.yaml").read_text()))
     assert (result.dataset_id, result.task_id) == ("someone/colours-benchmark", "main")
     assert result.value == pytest.approx(record["metrics"]["acc1"], abs=1e-6)
+
+
+def test_card_of_a_retrieval_set(export: Callable[..., Result], teacher_folder: Path, tmp_path: Path) -> None:
+    """Its main metric stands for it, and its results are not called a classification; of an older run's log, too."""
+    run = copied(tmp_path, teacher_folder)
+    metrics = {"image_retrieval_recall@5": 0.75, "mean_recall@1": 0.25, "image_retrieval_recall@10": None}
+    logged = {f"evaluation/captions/{name}": value for name, value in metrics.items()}
+    (run / "config.yaml").write_text("{}")
+    (run / "metrics.jsonl").write_text(json.dumps({"step": 4} | logged) + "\n")
+    record = {"dataset": "captions", "task": "zeroshot_retrieval", "metrics": metrics}
+    arguments = ("--formats", "open_clip", "--images", 2, "--benchmark", "captions=someone/captions")
+    for name, summary in (("older", {}), ("newer", {"evaluations": [record]})):
+        (run / "summary.json").write_text(json.dumps(summary))
+        folder = tmp_path / name
+        result = export("--checkpoint", run, "--output", folder, *arguments)
+        assert result.returncode == 0, result.stderr
+        found = ModelCard.load(folder / "README.md").data.eval_results
+        assert {each.metric_name: each.metric_value for each in found} == {
+            "image_retrieval_recall@5": 0.75,
+            "mean_recall@1": 0.25,
+        }
+        assert {(each.task_type, each.task_name) for each in found} == {("image-text-retrieval", "zero-shot retrieval")}
+        (entry,) = parse_eval_result_entries(yaml.safe_load((folder / ".eval_results" / "captions.yaml").read_text()))
+        assert (entry.value, entry.notes) == (0.25, "zero-shot retrieval, mean_recall@1")
 
 
 def test_card_tells_what_the_run_knows_and_no_path_of_the_machine(

@@ -1,8 +1,6 @@
 """One folder in every format that a model has, each proved equal to it: what ``clipdistill export`` writes."""
 
 import logging
-import os
-import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -24,9 +22,10 @@ from clipdistill.export.parity import (
     reference_of,
     synthetic_probe,
 )
-from clipdistill.export.tokenizer_files import write_tokenizer
+from clipdistill.export.tokenizer_files import TOKENIZER_FILE, write_tokenizer
 from clipdistill.export.transformers_format import ProcessorParity
 from clipdistill.files import write_json, write_text
+from clipdistill.profiling import machine
 from clipdistill.prompts import CLASSNAMES_FILE, TEMPLATE_FILES, PromptSet
 from clipdistill.similarity import prompt_bank
 from clipdistill.towers import Tower
@@ -47,6 +46,7 @@ class Exported:
     Attributes:
         formats: those that the folder holds.
         left_out: format -> why the folder does not hold it, in words.
+        no_tokenizer: why only open_clip tokenizes for the model, in words; None: ``tokenizer.json`` gives its ids.
         notes: what a user of the folder must know besides.
         measured: each artefact against the model.
         probe: where the images came from, in words.
@@ -60,6 +60,7 @@ class Exported:
 
     formats: tuple[str, ...]
     left_out: dict[str, str]
+    no_tokenizer: str | None
     notes: tuple[str, ...]
     measured: tuple[Measured, ...]
     probe: str
@@ -167,14 +168,17 @@ def write_formats(
             left_out["onnx"] = str(error)
             wanted.remove("onnx")
             paths = []
+        tokenizer_file = None if no_tokenizer else folder / TOKENIZER_FILE
         for path in paths:
-            measured.append(_measured(onnx_format.load_onnx(path, tower), probe, reference, folder, bound))
+            runnable = onnx_format.load_onnx(path, tower, tokenizer_file=tokenizer_file)
+            measured.append(_measured(runnable, probe, reference, folder, bound))
         if paths and prompts is not None:
             write_text(folder / CLASSNAMES_FILE, "\n".join(prompts.classnames) + "\n")
             write_text(folder / TEMPLATE_FILES[0], "\n".join(prompts.templates) + "\n")
     exported = Exported(
         formats=tuple(wanted),
         left_out=left_out if not formats else {},
+        no_tokenizer=no_tokenizer,
         notes=_notes(tower, no_tokenizer, prompts, wanted),
         measured=tuple(measured),
         probe=probe.source,
@@ -182,7 +186,7 @@ def write_formats(
         texts=len(probe.texts),
         classes=len(reference.bank_CD),
         processor=processor,
-        machine=_machine(),
+        machine=machine(),
         versions=_versions(wanted),
     )
     write_json(folder / PARITY_FILE, asdict(exported))
@@ -220,14 +224,6 @@ def _notes(tower: Tower, no_tokenizer: str | None, prompts: PromptSet | None, wa
     if tower.logit_bias() is not None and "onnx" in wanted and prompts is not None:
         notes.append("The model was trained with a sigmoid; the classifier gives a softmax over its classes.")
     return tuple(notes)
-
-
-def _machine() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    name = names[0] if names else platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} cores, torch with {torch.get_num_threads()} threads"
 
 
 def _versions(wanted: Sequence[str]) -> dict[str, str]:

@@ -24,6 +24,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from clipdistill import __version__
 from clipdistill.errors import InputError
+from clipdistill.evaluation.records import TASKS, main_metric
 from clipdistill.export.build import Exported
 from clipdistill.files import write_text
 from clipdistill.prompts import PromptSet, load_prompts
@@ -34,8 +35,11 @@ CARD_FILE = "README.md"
 RESULTS_FOLDER = ".eval_results"
 UNKNOWN = "unknown"
 
-_PRIMARY = ("acc1", "mean_average_precision", "image_retrieval_recall@5", "lp_acc1")
-"""The metric of a data set that stands for it on the Hub: the first of these that it has."""
+_TASK_TYPES = {
+    TASKS["classification"]: "zero-shot-image-classification",
+    TASKS["retrieval"]: "image-text-retrieval",
+}
+"""A record's task -> its type in the metadata; the Hub's own list of tasks has no retrieval of images and texts."""
 
 _SHOWN_TEMPLATES = 3
 _DEFAULTS = {"alpha": 1.0, "beta": 1.0, "gamma": 1.0, "temperature": 1.0, "weight_temperature": 1.0}
@@ -151,8 +155,14 @@ class Run:
             match = re.fullmatch(r"evaluation/(.+)/([^/]+)", key)
             if match:
                 sets.setdefault(match[1], {})[match[2]] = value
-        task = "zeroshot_classification"
-        return [{"dataset": name, "task": task, "metrics": metrics} for name, metrics in sets.items()]
+        return [
+            {
+                "dataset": name,
+                "task": TASKS["retrieval" if "mean_recall@1" in metrics else "classification"],
+                "metrics": metrics,
+            }
+            for name, metrics in sets.items()
+        ]
 
     @property
     def losses(self) -> Mapping[str, Any]:
@@ -238,8 +248,9 @@ def write_card(
     statement = statement or Statement()
     name = repo_id.partition("/")[2] if repo_id else run.name
     teachers = [_teacher(teacher) for teacher in run.config.get("teachers") or []]
-    sets = [_evaluated(record, run.config) for record in run.evaluations]
-    entries = {item["dataset"]: _entries(item, statement) for item in sets}
+    records = run.evaluations
+    sets = [_evaluated(record, run.config) for record in records]
+    entries = {item["dataset"]: _entries(record, item, statement) for record, item in zip(records, sets, strict=True)}
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         undefined=StrictUndefined,
@@ -289,7 +300,7 @@ def _metadata(
 ) -> ModelCardData:
     results = [
         EvalResult(
-            task_type="zero-shot-image-classification",
+            task_type=item["task_type"],
             task_name=item["task"],
             dataset_type=statement.benchmarks.get(item["dataset"], item["dataset"]).partition(":")[0],
             dataset_name=item["dataset"],
@@ -318,16 +329,15 @@ def _metadata(
     )
 
 
-def _entries(item: Mapping[str, Any], statement: Statement) -> EvalResultEntry | None:
+def _entries(record: Mapping[str, Any], item: Mapping[str, Any], statement: Statement) -> EvalResultEntry | None:
     """A set's result as the benchmark's leaderboard reads it, where the user has named the benchmark."""
     benchmark = statement.benchmarks.get(item["dataset"])
-    metric = next((metric for metric in _PRIMARY if metric in item["metrics"]), None)
-    if benchmark is None or metric is None:
+    if benchmark is None:
         return None
     dataset_id, _, task_id = benchmark.partition(":")
-    value = round(item["metrics"][metric], 6)
+    metric, value = main_metric(record)
     notes = f"{item['task']}, {metric}" + (f", {item['prompts']}" if item["prompts"] else "")
-    return EvalResultEntry(dataset_id=dataset_id, task_id=task_id or "default", value=value, notes=notes)
+    return EvalResultEntry(dataset_id=dataset_id, task_id=task_id or "default", value=round(value, 6), notes=notes)
 
 
 def _teacher(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -461,8 +471,13 @@ def _evaluated(record: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str
             prompts = _prompts_in_words(load_prompts(Path(folder), allow_duplicates=True))
         except InputError:
             prompts = ""
-    task = str(record.get("task", "zeroshot_classification")).replace("zeroshot", "zero-shot").replace("_", " ")
-    return {"dataset": record["dataset"], "task": task, "metrics": metrics, "prompts": prompts}
+    return {
+        "dataset": record["dataset"],
+        "task": record["task"].replace("zeroshot", "zero-shot").replace("_", " "),
+        "task_type": _TASK_TYPES[record["task"]],
+        "metrics": metrics,
+        "prompts": prompts,
+    }
 
 
 def _prompts_in_words(prompts: PromptSet) -> str:

@@ -28,7 +28,6 @@ from torch import Tensor, nn
 
 from clipdistill.errors import InputError
 from clipdistill.export.parity import Runnable
-from clipdistill.export.tokenizer_files import TOKENIZER_FILE
 from clipdistill.prompts import PromptSet
 from clipdistill.towers import Tower
 
@@ -150,12 +149,13 @@ def write_onnx(
     return [*paths, *quantised]
 
 
-def load_onnx(path: Path, tower: Tower) -> Runnable:
+def load_onnx(path: Path, tower: Tower, *, tokenizer_file: Path | None = None) -> Runnable:
     """A written file as onnxruntime reads it.
 
     Args:
         path: the file.
-        tower: tokenizes where ``tokenizer.json`` does not stand beside the file.
+        tower: tokenizes where there is no ``tokenizer_file``.
+        tokenizer_file: a ``tokenizer.json`` that gives the tower's ids; one beside the file need not.
     """
     import onnxruntime  # type: ignore[import-untyped]
 
@@ -173,8 +173,7 @@ def load_onnx(path: Path, tower: Tower) -> Runnable:
     kind = path.name.partition(".")[0]
     parts: dict[str, Any] = {"image": pixels} if kind == "image" else {"classify": pixels}
     if kind == "text":
-        file = path.with_name(TOKENIZER_FILE)
-        tokenizer = Tokenizer.from_file(str(file)) if file.is_file() else None
+        tokenizer = Tokenizer.from_file(str(tokenizer_file)) if tokenizer_file else None
 
         def text(texts: list[str]) -> Tensor:
             if tokenizer is None:

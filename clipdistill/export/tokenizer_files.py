@@ -1,10 +1,16 @@
-"""The tokenizer's files: ``tokenizer.json`` gives the model's own ids to whatever reads Hugging Face tokenizers."""
+"""The tokenizer's files: ``tokenizer.json`` gives the model's own ids to whatever reads Hugging Face tokenizers.
+
+Where it cannot, because open_clip cleans texts in its own way, it is left out, unless open_clip itself loads it.
+"""
 
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from open_clip import SimpleTokenizer
+from open_clip.tokenizer import HFTokenizer
 from tokenizers import Tokenizer
 from transformers import CLIPTokenizer
 
@@ -22,13 +28,22 @@ def write_tokenizer(tower: Tower, folder: Path, texts: Sequence[str]) -> str | N
 
     Args:
         tower: whose tokenizer.
-        folder: receives ``tokenizer.json`` and ``tokenizer_config.json``.
+        folder: receives ``tokenizer.json`` and ``tokenizer_config.json``; where they do not give the tower's ids, only
+            those from which open_clip itself loads the tokenizer.
         texts: on which the file must give the tower's ids.
 
     Returns:
         None; or why other libraries than open_clip cannot tokenize for this model from the files, in words.
     """
-    tokenizer = tower.tokenizer
+    with tempfile.TemporaryDirectory(dir=folder) as aside:
+        reason = _write(tower.tokenizer, Path(aside), texts)
+        if reason is None or isinstance(tower.tokenizer, HFTokenizer):
+            for file in Path(aside).iterdir():
+                file.replace(folder / file.name)
+    return reason
+
+
+def _write(tokenizer: Any, folder: Path, texts: Sequence[str]) -> str | None:
     context: int = tokenizer.context_length
     if isinstance(tokenizer, SimpleTokenizer):
         if tokenizer.reduction_fn is not None:
@@ -48,12 +63,12 @@ def write_tokenizer(tower: Tower, folder: Path, texts: Sequence[str]) -> str | N
     written = Tokenizer.from_file(str(path))
     written.enable_truncation(max_length=context)
     written.enable_padding(length=context, pad_id=pad_id, pad_token=padding)
-    written.save(str(path))
     ids = [encoding.ids for encoding in written.encode_batch(list(texts))]
     expected = tokenizer(list(texts)).tolist()
     differing = next((text for text, ours, theirs in zip(texts, ids, expected, strict=True) if ours != theirs), None)
     if differing is not None:
         return f"tokenizer: other ids than open_clip's for {differing[:40]!r}"
+    written.save(str(path))
     _set_context_length(folder / TOKENIZER_CONFIG_FILE, context)
     return None
 
