@@ -18,6 +18,9 @@ from torch import Tensor
 
 from clipdistill.errors import InputError
 
+_LONGEST_WAIT = timedelta(days=1)
+"""For a process that has more to do than the others: a command's first one may fit a linear probe meanwhile."""
+
 
 def world_size() -> int:
     """Number of ranks; 1 where torch.distributed is not running."""
@@ -64,29 +67,33 @@ def forget_host_group() -> None:
 
 
 @contextmanager
-def launched(device: str | None, timeout: timedelta) -> Iterator[str]:
+def launched(device: str | None) -> Iterator[str]:
     """The processes of a launcher, connected, where a command runs without a trainer; yields this one's device.
 
     Args:
         device: as the user gave it; None: a GPU where there is one.
-        timeout: how long one may wait for another.
 
     Raises:
         InputError: no such device.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield _available(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        yield available_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return
-    state = PartialState(cpu=device == "cpu" or not torch.accelerator.is_available(), timeout=timeout)
-    open_host_group(timeout.total_seconds())
+    state = PartialState(cpu=device == "cpu" or not torch.accelerator.is_available(), timeout=_LONGEST_WAIT)
+    open_host_group(_LONGEST_WAIT.total_seconds())
     try:
-        yield _available(str(state.device) if device in (None, "cuda") else device)
+        yield available_device(str(state.device) if device in (None, "cuda") else device)
     finally:
         forget_host_group()
         state.destroy_process_group()
 
 
-def _available(device: str) -> str:
+def available_device(device: str) -> str:
+    """A device as the user gave it.
+
+    Raises:
+        InputError: no such device.
+    """
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:

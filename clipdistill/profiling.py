@@ -1,5 +1,7 @@
 """Where a training step's time goes, what it computes, and what memory it takes."""
 
+import os
+import platform
 import resource
 import secrets
 import shutil
@@ -248,6 +250,15 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
         a @ b
         best = min(best, _now(device) - started)
     return 2 * n**3 / best
+
+
+def machine() -> str:
+    """The processor, its cores, and the threads that torch takes, for the record of a measurement."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores, torch with {torch.get_num_threads()} threads"
 
 
 def _now(device: torch.device) -> float:

@@ -13,7 +13,6 @@ import builtins
 import io
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -29,6 +28,7 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
 from clipdistill.evaluation import evaluate_sets, open_set
+from clipdistill.profiling import machine
 from clipdistill.prompts import load_prompts
 from clipdistill.shards import Sample, write_classification_folder
 from clipdistill.towers import Tower, load_student
@@ -112,7 +112,7 @@ def main() -> None:
     work = args.images + len(names)
     result: dict[str, Any] = {
         "command": " ".join(sys.argv),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
+        "machine": machine(),
         "device": args.device,
         "torch": torch.__version__,
         "open_clip": open_clip.__version__,

@@ -40,6 +40,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from clipdistill.losses import gkl_loss, gkl_loss_from_features
+from clipdistill.profiling import machine as describe_machine
+from clipdistill.profiling import matmul_rate
 
 TEACHER_SCALE = 30.0
 QUICK_BYTES = 2**31
@@ -271,13 +273,6 @@ def copy_bandwidth(device: str) -> float:
     return 2 * source.nbytes / min(timed(lambda: target.copy_(source), device) for _ in range(8))
 
 
-def matmul_rate(device: str, dtype: str) -> float:
-    """FLOP/s of a large square matrix product."""
-    size = 8192 if device == "cuda" else 2048
-    matrix = torch.randn(size, size, device=device).to(DTYPES[dtype])
-    return 2 * size**3 / min(timed(lambda: matrix @ matrix, device) for _ in range(5))
-
-
 @dataclass(frozen=True)
 class Machine:
     """Where the cases run, and its measured limits."""
@@ -290,17 +285,13 @@ class Machine:
     @classmethod
     def measure(cls, device: str, dtypes: Sequence[str]) -> Machine:
         """Measure the limits."""
-        name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
-        return cls(device, name, copy_bandwidth(device), {dtype: matmul_rate(device, dtype) for dtype in dtypes})
-
-
-def cpu_name() -> str:
-    """The processor's name where the system tells it, else its architecture."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
+        name = torch.cuda.get_device_name() if device == "cuda" else describe_machine()
+        return cls(
+            device,
+            name,
+            copy_bandwidth(device),
+            {dtype: matmul_rate(torch.device(device), DTYPES[dtype]) for dtype in dtypes},
+        )
 
 
 def step(loss: Loss, inputs: Logits | Features) -> Tensor:
@@ -488,7 +479,7 @@ def main() -> None:
     dtypes = args.dtype or (["float32", "bfloat16"] if args.device == "cuda" else ["float32"])
     console = Console(width=None if sys.stdout.isatty() else 160)
     machine = Machine.measure(args.device, dtypes)
-    console.print(f"{shlex.join(sys.argv)}\n{machine.name}, {platform.platform()}, {torch.get_num_threads()} threads")
+    console.print(f"{shlex.join(sys.argv)}\n{machine.name}, {platform.platform()}")
     console.print(f"Python {platform.python_version()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
     rates = ", ".join(f"{dtype} matmul {rate / 1e9:.0f} GFLOP/s" for dtype, rate in machine.matmul_rates.items())
     console.print(f"measured limits: copy {machine.copy_bandwidth / 1e9:.1f} GB/s, {rates}")

@@ -7,7 +7,6 @@ Both sides run in turn in one process, round after round; the figure is the medi
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import tempfile
@@ -19,6 +18,7 @@ import torch.nn.functional as F
 
 from clipdistill.config import Config, load_config
 from clipdistill.losses import gkl_loss
+from clipdistill.profiling import machine
 from clipdistill.similarity import similarity_logits
 from clipdistill.trainer import Run
 
@@ -89,7 +89,7 @@ def main() -> None:
         ratios = [r["trainer"] / r["bare"] for r in rounds]
     result = {
         "command": " ".join(sys.argv),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "machine": machine(),
         "torch": torch.__version__,
         "rounds": rounds,
         "ratio": statistics.median(ratios),

@@ -41,6 +41,7 @@ from PIL import Image, ImageDraw
 from clipdistill.data import Augmentation, ImageTextStream, StreamLoader, expand_urls, index_shards
 from clipdistill.data.image import render
 from clipdistill.icons import render_icons
+from clipdistill.profiling import machine
 from clipdistill.shards import Sample, write_shards
 
 MAX_PIXELS = 89_478_485
@@ -167,15 +168,6 @@ def speed(batches: Iterator[Any], args: argparse.Namespace) -> float:
     return count * args.batch_size / elapsed
 
 
-def machine() -> str:
-    """The processor, its cores, and how busy it was."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    model = next(
-        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
-    )
-    return f"{platform.system()} {platform.machine()}, {model}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}"
-
-
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -204,7 +196,7 @@ def main() -> None:
     names = ("torch", "webdataset", "pillow", "numpy", "clipdistill")
     result: dict[str, Any] = {
         "command": shlex.join(sys.argv),
-        "machine": machine(),
+        "machine": f"{machine()}, load {os.getloadavg()[0]:.1f}",
         "versions": {"python": platform.python_version(), **{name: version(name) for name in names}},
     }
     with tempfile.TemporaryDirectory() as name:

@@ -19,8 +19,6 @@ decoding processes cores of their own, which makes it faster, and the online arm
 import argparse
 import io
 import json
-import os
-import platform
 import re
 import statistics
 import subprocess
@@ -40,6 +38,7 @@ from clipdistill.evaluation import classification_metrics, load_classification_s
 from clipdistill.icons import render_icons
 from clipdistill.metrics import read_metrics
 from clipdistill.paths import resource
+from clipdistill.profiling import machine
 from clipdistill.shards import Sample, write_retrieval_folder
 
 LEFT_OUT = 3
@@ -211,7 +210,7 @@ def main() -> None:
         args.seeds, args.rounds, args.steps, args.peer_steps = 1, 1, 200, 10
     result: dict[str, Any] = {
         "command": " ".join(sys.argv),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} torch threads",
+        "machine": machine(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "versions": {"torch": torch.__version__, "open_clip": open_clip.__version__},
     }

@@ -7,7 +7,6 @@ Forward and backward over every class in the first template, in turn, in one pro
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import time
@@ -16,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from clipdistill.profiling import machine
 from clipdistill.prompts import load_prompts
 from clipdistill.towers import Student, load_student
 
@@ -48,7 +48,7 @@ def main() -> None:
         difference = (student.encode_tokens(trimmed[:50]) - student.encode_tokens(full[:50])).abs().max().item()
     result: dict[str, object] = {
         "command": " ".join(sys.argv),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "machine": machine(),
         "torch": torch.__version__,
         "texts": len(texts),
         "columns": {"trimmed": trimmed.shape[1], "full": full.shape[1]},

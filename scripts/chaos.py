@@ -45,6 +45,7 @@ from clipdistill.arguments import positive
 from clipdistill.checkpoint import find_checkpoint, find_damage
 from clipdistill.files import new_folder, write_json
 from clipdistill.icons import FAMILIES, find_classes, find_fonts, read_glyphs, render_glyph, split_of
+from clipdistill.profiling import machine
 from clipdistill.run_folder import SUMMARY_FILE
 from clipdistill.shards import Sample, write_shards
 
@@ -638,7 +639,7 @@ def _result(args: argparse.Namespace, campaign: Campaign, comparisons: Sequence[
         "steps": args.steps,
         "processes": args.processes,
         "workers": args.workers,
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {platform.system()} {platform.release()}",
+        "machine": f"{machine()}, {platform.system()} {platform.release()}",
         "versions": f"python {platform.python_version()}, torch {torch.__version__}",
     }
 

@@ -8,7 +8,6 @@ runs with its chosen settings and each seed, and is measured once on the unseen 
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -27,6 +26,7 @@ from clipdistill.evaluation import (
 )
 from clipdistill.files import write_json
 from clipdistill.paths import resource
+from clipdistill.profiling import machine
 from clipdistill.trainer import train
 
 TRIALS: dict[str, list[list[str]]] = {
@@ -63,7 +63,7 @@ def main() -> None:
     started = time.perf_counter()
 
     results: dict[str, Any] = {
-        "machine": platform.processor() or platform.machine(),
+        "machine": machine(),
         "torch": torch.__version__,
     }
     results["teacher"] = accuracy(resource("weights", "icons-teacher"), args.data / "test")
@@ -110,7 +110,8 @@ def main() -> None:
     results["minutes"] = (time.perf_counter() - started) / 60
     write_json(args.output / "results.json", results)
     console = Console(width=140)
-    console.print(json.dumps({key: value for key, value in results.items() if key.startswith("tuning")}, indent=2))
+    shown = {key: value for key, value in results.items() if key in ("machine", "torch") or key.startswith("tuning")}
+    console.print(json.dumps(shown, indent=2))
     console.print(table)
 
 

@@ -1,6 +1,7 @@
 """``clipdistill evaluate``: files that other tools read, going on after a kill, several processes, bad input."""
 
 import argparse
+import errno
 import json
 import multiprocessing
 import os
@@ -10,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from clipdistill.errors import InputError
-from clipdistill.evaluation import evaluate_sets, load_for_evaluation, open_set
+from clipdistill.errors import InputError, RunError
+from clipdistill.evaluation import EvaluationSet, evaluate_sets, load_for_evaluation, open_set, session
 from clipdistill.evaluation.command import add_arguments, run
+from clipdistill.evaluation.results import file_name
 from clipdistill.paths import resource
 from tests.conftest import CLASSES, colour_samples
 from tests.test_evaluation_sets import npy, shard_set
@@ -183,6 +185,74 @@ def test_only_what_is_new_is_evaluated(
     assert _tree(tmp_path / "results").keys() == first.keys()
 
 
+def test_a_set_of_another_kind_under_a_name_of_datacomps(sets: Path, models: Sequence[Path], tmp_path: Path) -> None:
+    for name, kind in (("wds_vtab-pets_test", "texts"), ("caltech101", "marks")):
+        shutil.copytree(sets / kind, tmp_path / name)
+    data = [tmp_path / "wds_vtab-pets_test", tmp_path / "caltech101"]
+    evaluate("--model", models[0], "--data", *data, "--output", tmp_path / "results")
+    (file,) = (tmp_path / "results").glob("*/eval_results.jsonl")
+    found = {line["key"]: line["metrics"] for line in map(json.loads, file.read_text().splitlines())}
+    assert found["vtab/pets"]["main_metric"] == found["vtab/pets"]["mean_recall@1"]
+    assert found["vtab/caltech101"]["main_metric"] == found["vtab/caltech101"]["mean_average_precision"]
+
+
+def test_a_summary_that_a_kill_left_stale_is_made_anew(sets: Path, models: Sequence[Path], tmp_path: Path) -> None:
+    output = tmp_path / "results"
+    command = ("--model", models[0], "--data", sets / "marks", "--output", output)
+    evaluate(*command)
+    whole = _tree(output)
+    (output / "summary.md").unlink()
+    (output / "summary.json").write_text('{"results": []}')
+    next(output.glob("*/eval_results.jsonl")).write_text("")
+    evaluate(*command)
+    assert _tree(output) == whole
+
+
+def test_what_was_measured_before_bad_data_is_in_the_summary(
+    sets: Path, models: Sequence[Path], tmp_path: Path
+) -> None:
+    shard_set(tmp_path / "bad", [sample | {"cls": 9} for sample in colour_samples(4)])
+    for order, count in (("bad first", 0), ("bad last", 1)):
+        data = [tmp_path / "bad", sets / "marks"][:: -1 if count else 1]
+        with pytest.raises(InputError, match="label 9"):
+            evaluate("--model", models[0], "--data", *data, "--output", tmp_path / order)
+        assert len(list((tmp_path / order).glob("summary.json"))) == count
+
+
+@pytest.mark.parametrize("output", ["results", "result.json"])
+def test_a_result_that_cannot_be_written_is_one_line(
+    sets: Path, models: Sequence[Path], tmp_path: Path, output: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(RunError, match=r"could not be written: No space left on device \(.* MiB free") as caught:
+        evaluate("--model", models[0], "--data", sets / "marks", "--output", tmp_path / output)
+    assert "\n" not in str(caught.value)
+
+
+def test_samples_and_weights_have_digests_only_where_results_are_kept(
+    sets: Path, models: Sequence[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+
+    def noted(what: str, call: Callable[[Any], str]) -> Callable[[Any], str]:
+        def told(of: Any) -> str:
+            made.append(what)
+            return call(of)
+
+        return told
+
+    monkeypatch.setattr(session, "fingerprint", noted("model", session.fingerprint))
+    monkeypatch.setattr(EvaluationSet, "identity", noted("data", EvaluationSet.identity))
+    command = ("--model", models[0], "--data", sets / "marks")
+    evaluate(*command, "--output", tmp_path / "result.json")
+    assert made == []
+    evaluate(*command, "--output", tmp_path / "results")
+    assert made == ["data", "model"]
+
+
 def _rank(arguments: Sequence[str], environment: dict[str, str], log: str) -> None:
     os.environ.update(environment)
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -298,6 +368,18 @@ def test_every_process_tells_what_one_has_met(sets: Path, models: Sequence[Path]
     assert not (tmp_path / "out.json").exists()
 
 
+def test_every_process_tells_that_a_result_cannot_be_written(
+    sets: Path, models: Sequence[Path], tmp_path: Path
+) -> None:
+    output = tmp_path / "results"
+    output.mkdir()
+    (output / file_name(str(models[0]))).write_text("where the model's folder would be")
+    command = ["--model", models[0], "--data", sets / "marks", "--batch-size", 4, "--output", output]
+    assert codes(start(command, tmp_path / "logs", ranks=2)) == [1, 1]
+    for log in (tmp_path / "logs").iterdir():
+        assert re.search(r"RunError: result .*could not be written: Not a directory \(", log.read_text())
+
+
 @pytest.mark.slow
 def test_under_torchrun(sets: Path, models: Sequence[Path], tmp_path: Path) -> None:
     command = ["scripts/evaluate.py", "--model", models[0], "--data", sets / "labels", "--batch-size", 4]
@@ -372,6 +454,10 @@ BAD: dict[str, tuple[list[str], str]] = {
     ),
     "no folder": (["{labels}", "--output", "{root}/none/x.json"], "no folder .*none; allowed: a file in an existing"),
     "a file": (["{labels}", "--output", "{root}/file"], "a file; allowed: a folder, or a file with a name in .json"),
+    "below a file": (
+        ["{labels}", "--output", "{root}/file/a/b"],
+        "file/a/b: .*file is a file; allowed: a folder, or a",
+    ),
     "no shift": (["{labels}", "--task", "robustness"], "--data has 1 set; allowed: a base set and one or more shifts"),
     "same names": (["{labels}", "{again}", "--task", "robustness"], "two sets named labels; allowed: a base set"),
     "no baseline": (

@@ -278,3 +278,26 @@ def test_bad_models_of_transformers(
     shutil.copytree(folder, copy)
     (copy / "model.safetensors").unlink()
     refused("cannot be loaded: .*model.safetensors")
+
+
+def test_a_clip_of_transformers_without_its_tokenizer_is_refused(
+    save_clip: Callable[..., tuple[Path, transformers.CLIPModel]], tmp_path: Path
+) -> None:
+    """transformers makes an empty tokenizer where the files are missing, and every text would be the same."""
+    folder = tmp_path / "bare"
+    shutil.copytree(save_clip()[0], folder)
+
+    def refused(message: str) -> None:
+        with pytest.raises(InputError, match=message) as caught:
+            load_for_evaluation(str(folder))
+        assert "\n" not in str(caught.value)
+
+    (folder / "tokenizer.json").write_text("{}")
+    refused("bare: its tokenizer cannot be loaded: ")
+    (folder / "tokenizer.json").unlink()
+    refused("bare: has no tokenizer; allowed: with tokenizer.json, or vocab.json and merges.txt")
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "vocab.json").write_text("{}")
+    refused("has no tokenizer")
+    (folder / "vocab.json").rename(folder / "vocab.txt")  # of another kind than the model's
+    refused("its tokenizer knows no words")

@@ -169,13 +169,19 @@ def test_captions_and_several_labels_of_a_dataset(tower: Tower, tmp_path: Path) 
 
 
 class Counting(Ranges):
-    """Counts the requests for shards."""
+    """Counts the requests for shards, and all that are made of them."""
 
     shards = 0
+    requests = 0
 
     def do_GET(self) -> None:  # noqa: N802 (the library's name)
         Counting.shards += self.path.endswith(".tar")
+        Counting.requests += self.path.endswith(".tar")
         super().do_GET()
+
+    def do_HEAD(self) -> None:  # noqa: N802 (the library's name)
+        Counting.requests += self.path.endswith(".tar")
+        super().do_HEAD()
 
 
 def test_a_set_over_http_is_read_once(tower: Tower, tmp_path: Path) -> None:
@@ -195,6 +201,27 @@ def test_a_set_over_http_is_read_once(tower: Tower, tmp_path: Path) -> None:
         write_tar(tmp_path / "site" / "colours" / "test" / "0.tar", colour_samples(5, first=50))
         assert len(open_set(f"{url}/colours", cache=tmp_path / "cache")) == 5 + COUNT // 2
     assert not list((tmp_path / "cache" / "copies").glob(".*"))
+
+
+def test_copies_of_shards_need_no_network(tmp_path: Path) -> None:
+    """Each shard is looked up once, when the set is opened; a lost copy is made again, or missed in one line."""
+    shard_set(tmp_path / "site", colour_samples(COUNT))
+    with serving(files(tmp_path / "site", Counting)) as url:
+        open_set(url, cache=tmp_path / "cache")
+        Counting.requests = 0
+        data = open_set(url, cache=tmp_path / "cache")
+        assert Counting.requests == 2
+        keys = [sample.key for sample in data.samples()]
+        assert Counting.requests == 2
+        for copy in (tmp_path / "cache" / "copies").iterdir():
+            copy.unlink()
+        assert [sample.key for sample in data.samples()] == keys
+        for copy in (tmp_path / "cache" / "copies").iterdir():
+            copy.unlink()
+        (tmp_path / "site" / "test" / "0.tar").unlink()
+        with pytest.raises(InputError, match=rf"shard {url}/test/0.tar: cannot be read: .*") as caught:
+            list(data.samples())
+        assert "\n" not in str(caught.value)
 
 
 def test_a_set_on_the_hub_by_the_address_of_its_page(

@@ -1,18 +1,23 @@
 """``clipdistill report``: one HTML file of a run; its numbers are those of metrics.jsonl and of ``evaluate``."""
 
+import errno
 import json
+import os
 import re
+import shutil
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from clipdistill.cli import main
 from clipdistill.config import load_config
 from clipdistill.metrics import read_metrics
 from clipdistill.trainer import train
 from tests.conftest import CLASSES, colour_samples, write_tar
+from tests.servers import files, serving
 
 
 class Page(HTMLParser):
@@ -126,3 +131,47 @@ def test_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"clipdistill: run {tmp_path}: no config.yaml")
+
+
+def test_bad_arguments_are_refused_before_anything_is_loaded(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*arguments: object) -> str:
+        assert main(["report", str(trained), *map(str, arguments)]) == 2
+        told = capsys.readouterr()
+        assert told.out == ""
+        (line,) = told.err.splitlines()
+        return line
+
+    assert "--device abacus: not available here" in refused("--device", "abacus")
+    assert f"--output {tmp_path}: a folder; allowed: a file" in refused("--output", tmp_path)
+    with pytest.raises(SystemExit):
+        main(["report", str(trained), "--examples", "-5"])
+    assert "--examples: -5 is not allowed; allowed: a whole number, 0 or more" in capsys.readouterr().err
+
+
+def test_a_report_that_cannot_be_written_is_one_line(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    file = tmp_path / "report.html"
+    assert main(["report", str(trained), "--no-teacher", "--examples", "0", "--output", str(file)]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"clipdistill: report {file} could not be written: No space left on device (")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_remote_set_of_the_config_comes_from_its_cache(trained: Path, colours: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    with serving(files(colours / "set")) as url:
+        config = OmegaConf.load(run / "config.yaml")
+        config.evaluation.folders = [url]
+        config.data.cache = str(tmp_path / "cache")
+        OmegaConf.save(config, run / "config.yaml")
+        assert main(["report", str(run), "--no-teacher", "--examples", "4"]) == 0
+    assert len(list((tmp_path / "cache" / "copies").glob("*.tar"))) == 2
+    assert len(Page((run / "report.html").read_text(encoding="utf-8")).pictures) == 4

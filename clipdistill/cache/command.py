@@ -11,9 +11,6 @@ from clipdistill.arguments import positive
 if TYPE_CHECKING:
     from clipdistill.cache.build import CacheBuild, CacheBuilder, CacheEstimate
 
-_LONGEST_WAIT = timedelta(days=1)
-"""For a process that has more to do than the others."""
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what ``run`` reads."""
@@ -45,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
     from clipdistill.distributed import launched
 
     config = load_config(args.config, args.overrides)
-    with launched(args.device, _LONGEST_WAIT) as device:
+    with launched(args.device) as device:
         from clipdistill.assembly import cache_settings, index_all, open_student, open_teachers
         from clipdistill.cache.build import CacheBuilder
         from clipdistill.distributed import gather_objects, rank, world_size

@@ -1,15 +1,12 @@
 """``clipdistill evaluate``: any number of models on any number of test sets, by any number of processes."""
 
 import argparse
-from datetime import timedelta
 from pathlib import Path
 
 from clipdistill.arguments import positive
 from clipdistill.errors import InputError
 
 TASKS = ("auto", "zeroshot_classification", "zeroshot_retrieval", "linear_probe", "robustness")
-_LONGEST_WAIT = timedelta(days=1)
-"""For another process: the first one may fit a linear probe meanwhile."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -101,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
     _check(args)
     from clipdistill.distributed import launched
 
-    with launched(args.device, _LONGEST_WAIT) as device:
+    with launched(args.device) as device:
         from clipdistill.evaluation.session import evaluate_all
 
         evaluate_all(args, device)
@@ -123,8 +120,11 @@ def _check(args: argparse.Namespace) -> None:
             raise InputError(f"--output {output}: no folder {output.parent}; allowed: a file in an existing folder")
         if results > 1:
             raise InputError(f"--output {output}: one file for {results} results; allowed: a folder")
-    elif output is not None and output.exists() and not output.is_dir():
-        raise InputError(f"--output {output}: a file; allowed: a folder, or a file with a name in .json")
+    elif output is not None:
+        nearest = next(path for path in (output, *output.absolute().parents) if path.exists())
+        if not nearest.is_dir():
+            what = "a file" if nearest == output else f"{nearest} is a file"
+            raise InputError(f"--output {output}: {what}; allowed: a folder, or a file with a name in .json")
     if args.task == "robustness" and len(args.data) < 2:
         raise InputError("--task robustness: --data has 1 set; allowed: a base set and one or more shifts of it")
     if args.baseline and args.task != "robustness":

@@ -55,5 +55,7 @@ def datacomp_line(record: Mapping[str, Any]) -> dict[str, Any]:
     """
     folder = record["dataset"].removeprefix("wds_").removesuffix("_test")
     key = next((key for key in _SETS if folder in (key.replace("/", "-"), key.rpartition("/")[2])), folder)
-    main = record["metrics"]["mean_per_class_recall"] if key in _BY_CLASS else main_metric(record)[1]
-    return {"key": key, "dataset": _SETS.get(key, folder), "metrics": {**record["metrics"], "main_metric": main}}
+    metrics = record["metrics"]
+    by_class = metrics.get("mean_per_class_recall") if key in _BY_CLASS else None
+    main = main_metric(record)[1] if by_class is None else by_class
+    return {"key": key, "dataset": _SETS.get(key, folder), "metrics": {**metrics, "main_metric": main}}

@@ -5,6 +5,7 @@ All functions here are called by every rank together, and give every rank the sa
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,8 +119,12 @@ class Examinee:
 
     def predictions(self, data: EvaluationSet) -> Predictions:
         """Logits of the set's images over its classes."""
+        return self.predictor(data)()
+
+    def predictor(self, data: EvaluationSet) -> Callable[[], Predictions]:
+        """`predictions` in two steps: all ranks compute features here; the call, on one rank, makes the logits."""
         bank_CD = encode_classes(self.tower, data.prompts, cache=self.cache, device=self.device)
-        return predictions_of(self.tower, self.features(data), bank_CD, rows=self.batch_size)
+        return partial(predictions_of, self.tower, self.features(data), bank_CD, rows=self.batch_size)
 
 
 def zero_shot(
@@ -140,14 +145,15 @@ def zero_shot(
             theirs = teacher.features(data)
             metrics |= _share("mean_recall@1", metrics, from_first_rank(lambda: retrieval_metrics(theirs)))
         return metrics, _samples(features)
-    predictions = examinee.predictions(data)
-    taught = None if teacher is None else teacher.predictions(data)
-    return from_first_rank(
-        lambda: (
-            classification_metrics(predictions, taught, temperature=temperature),
-            _samples(predictions) | _classes(data, predictions, taught),
-        )
-    )
+    predict = examinee.predictor(data)
+    predict_theirs = None if teacher is None else teacher.predictor(data)
+
+    def compare() -> tuple[Metrics, Details]:
+        ours, taught = predict(), None if predict_theirs is None else predict_theirs()
+        metrics = classification_metrics(ours, taught, temperature=temperature)
+        return metrics, _samples(ours) | _classes(data, ours, taught)
+
+    return from_first_rank(compare)
 
 
 def probe(
@@ -189,9 +195,14 @@ def robustness(
         _need_labels(data)
 
     def measure(student: Examinee) -> Metrics:
-        base, *shifts = [(data.prompts.classnames, student.predictions(data)) for data in sets]
-        named = {data.name: shift for data, shift in zip(sets[1:], shifts, strict=True)}
-        return from_first_rank(lambda: robustness_metrics(base, named, lines))
+        predictors = [student.predictor(data) for data in sets]
+
+        def compare() -> Metrics:
+            said = [(data.prompts.classnames, predict()) for data, predict in zip(sets, predictors, strict=True)]
+            named = {data.name: shift for data, shift in zip(sets[1:], said[1:], strict=True)}
+            return robustness_metrics(said[0], named, lines)
+
+        return from_first_rank(compare)
 
     metrics = measure(examinee)
     if teacher is not None:

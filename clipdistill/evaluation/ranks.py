@@ -1,4 +1,4 @@
-"""Work that every rank takes its share of, with bad input told by all of them, so that none waits in vain."""
+"""Work that every rank takes its share of, with what stops one told by all of them, so that none waits in vain."""
 
 from collections.abc import Callable, Iterable
 from typing import TypeVar
@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from clipdistill.distributed import gather_objects, rank, world_size
-from clipdistill.errors import InputError
+from clipdistill.errors import InputError, RunError
 
 T = TypeVar("T")
 
@@ -16,16 +16,16 @@ def on_all_ranks(work: Callable[[], T]) -> list[T]:
     """What ``work`` gives on each rank, in the order of ranks; every rank calls this.
 
     Raises:
-        InputError: on every rank, the first that any rank met.
+        InputError, RunError: on every rank, the first that any rank met.
     """
-    outcome: T | InputError
+    outcome: T | InputError | RunError
     try:
         outcome = work()
-    except InputError as error:
-        outcome = InputError(str(error))
+    except (InputError, RunError) as error:
+        outcome = type(error)(str(error))
     outcomes = gather_objects(outcome)
     for each in outcomes:
-        if isinstance(each, InputError):
+        if isinstance(each, InputError | RunError):
             raise each
     return outcomes
 
@@ -34,7 +34,7 @@ def in_step(work: Callable[[], T]) -> T:
     """What ``work`` gives on this rank, of a kind that need not travel; every rank calls this.
 
     Raises:
-        InputError: on every rank, the first that any rank met.
+        InputError, RunError: on every rank, the first that any rank met.
     """
     results: list[T] = []
     on_all_ranks(lambda: results.append(work()))
@@ -45,7 +45,7 @@ def from_first_rank(work: Callable[[], T]) -> T:
     """What ``work`` gives on the first rank; the others wait for it.
 
     Raises:
-        InputError: on every rank, where the first rank met it.
+        InputError, RunError: on every rank, where the first rank met it.
     """
     return on_all_ranks(lambda: work() if rank() == 0 else None)[0]  # type: ignore[return-value]
 

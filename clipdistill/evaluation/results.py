@@ -19,7 +19,7 @@ from typing import Any
 from clipdistill.evaluation.datacomp import datacomp_line
 from clipdistill.evaluation.records import Record, main_metric
 from clipdistill.evaluation.robustness import TASK as ROBUSTNESS
-from clipdistill.files import write_json, write_text
+from clipdistill.files import write_json, write_text, writing
 
 FORMAT = 1
 """Of the details; another one when results of the same key may differ."""
@@ -35,7 +35,10 @@ class Place:
 
 
 class Results:
-    """The results of any number of models and sets; one process at a time writes into the folder."""
+    """The results of any number of models and sets; one process at a time writes into the folder.
+
+    What cannot be written is a RunError, one line with the reason.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -48,13 +51,20 @@ class Results:
     def save(self, place: Place, key: str, record: Record, details: dict[str, Any]) -> None:
         """Keep a result, in place of another one of its name."""
         path = self._details(place)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"format": FORMAT, "key": key, "record": record, **details})
+        with writing(f"result {path}", self.root):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, {"format": FORMAT, "key": key, "record": record, **details})
 
-    def write_all(self) -> list[Record]:
-        """Write what comes from the details: records, DataComp's lines, the summary; returns the records."""
+    def write_all(self) -> None:
+        """Write what comes from the details, where there are any: records, DataComp's lines, the summary."""
+        models = sorted({path.parent.parent for path in self.root.glob("*/details/*.json")})
+        if models:
+            with writing(f"the summary of {self.root}", self.root):
+                self._write(models)
+
+    def _write(self, models: Sequence[Path]) -> None:
         everything: list[Record] = []
-        for model in sorted({path.parent.parent for path in self.root.glob("*/details/*.json")}):
+        for model in models:
             found = {path.name: _read(path).get("record") for path in sorted((model / "details").glob("*.json"))}
             records = {name: record for name, record in found.items() if record is not None}
             for name, record in records.items():
@@ -65,7 +75,6 @@ class Results:
             everything += records.values()
         write_json(self.root / "summary.json", {"results": everything})
         write_text(self.root / "summary.md", as_markdown(table_of(everything)))
-        return everything
 
     def _details(self, place: Place) -> Path:
         return self.root / place.model / "details" / f"{place.data}.{place.task}.json"

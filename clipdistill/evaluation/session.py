@@ -31,7 +31,7 @@ from clipdistill.evaluation.results import FORMAT, Place, Results, file_name, re
 from clipdistill.evaluation.robustness import BaselineLine, fit_lines
 from clipdistill.evaluation.samples import EvaluationSet, digest
 from clipdistill.evaluation.sets import open_set
-from clipdistill.files import write_json
+from clipdistill.files import write_json, writing
 from clipdistill.towers import Tower
 
 _GAINS_SHOWN = 5
@@ -56,7 +56,14 @@ class Job:
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """A model that is evaluated, and what its results are filed under."""
+    """A model that is evaluated, and what its results are filed under.
+
+    Attributes:
+        tower: the model.
+        model: what the user called it.
+        pretrained: tag or checkpoint.
+        fingerprint: of its weights; empty where no folder keeps results.
+    """
 
     tower: Tower
     model: str
@@ -67,9 +74,11 @@ class Candidate:
 def evaluate_all(args: argparse.Namespace, device: str) -> None:
     """Run the command; with several processes, all call this together."""
     jobs = _jobs(args)
-    identities = {job: [data.identity() for data in (job.data, *job.others)] for job in jobs}
     lines = _lines(args, jobs)
-    folder = None if args.output is None or args.output.suffix == ".json" else Results(args.output)
+    folder = _folder(args)
+    identities: dict[Job, list[str]] = {}
+    if folder is not None:
+        identities = {job: [data.identity() for data in (job.data, *job.others)] for job in jobs}
     teacher = _load(args, args.teacher, args.teacher_pretrained, device) if args.teacher else None
     with _progress() as report:
         ask = partial(
@@ -84,28 +93,19 @@ def evaluate_all(args: argparse.Namespace, device: str) -> None:
         results: list[tuple[Record, Details]] = []
         for name in args.model:
             candidate = _load(args, name, args.pretrained, device, chosen=True)
-            student = ask(candidate.tower)
-            for job in jobs:
-                place = Place(
-                    model=file_name(f"{candidate.model} {candidate.pretrained}"),
-                    data=file_name(shown(job.location)),
-                    task=job.task,
-                )
-                key = _key(job.task, identities[job], candidate, teacher, lines)
-                kept = None if folder is None else from_first_rank(partial(folder.find, place, key))
-                if kept is not None:
-                    results.append((kept, {}))
-                    continue
-                metrics, details = _measure(job, student, taught, lines)
-                record = benchmark_record(
-                    job.data, metrics, model=candidate.model, pretrained=candidate.pretrained, task=job.task
-                )
-                results.append((record, details))
-                if folder is not None and rank() == 0:
-                    folder.save(place, key, record, details | {"settings": _settings(args, job, device)})
-                    folder.write_all()
+            measure = partial(_measure, candidate=candidate, student=ask(candidate.tower), teacher=taught, lines=lines)
+            if folder is None:
+                results += map(measure, jobs)
+            else:
+                keys = {job: _key(job.task, found, candidate, teacher, lines) for job, found in identities.items()}
+                results += _complete(folder, candidate, keys, measure, partial(_settings, args, device))
     if rank() == 0:
         _show(args, results)
+
+
+def _folder(args: argparse.Namespace) -> Results | None:
+    """The folder that keeps results, where one was asked for."""
+    return None if args.output is None or args.output.suffix == ".json" else Results(args.output)
 
 
 def _jobs(args: argparse.Namespace) -> list[Job]:
@@ -154,9 +154,8 @@ def _load(args: argparse.Namespace, name: str, pretrained: str, device: str, *, 
         step = args.step if args.best is None else best_step(Path(name), args.best)
         pretrained = f"step_{step:08d}"
     tower = load_for_evaluation(name, pretrained, step=step, precision=args.precision, device=device)
-    return Candidate(
-        tower=tower, model=name, pretrained=pretrained, fingerprint=from_first_rank(partial(fingerprint, tower))
-    )
+    of_weights = "" if _folder(args) is None else from_first_rank(partial(fingerprint, tower))
+    return Candidate(tower=tower, model=name, pretrained=pretrained, fingerprint=of_weights)
 
 
 def _key(
@@ -171,7 +170,48 @@ def _key(
     return digest([FORMAT, task, identities, candidate.fingerprint, teacher and teacher.fingerprint, fitted])
 
 
+def _complete(
+    folder: Results,
+    candidate: Candidate,
+    keys: Mapping[Job, str],
+    measure: Callable[[Job], tuple[Record, Details]],
+    settings: Callable[[Job], dict[str, Any]],
+) -> list[tuple[Record, Details]]:
+    """A model's results: those in the folder, without details, and the others, which are measured and kept there."""
+    results: list[tuple[Record, Details]] = []
+    try:
+        for job, key in keys.items():
+            place = Place(
+                model=file_name(f"{candidate.model} {candidate.pretrained}"),
+                data=file_name(shown(job.location)),
+                task=job.task,
+            )
+            kept = from_first_rank(partial(folder.find, place, key))
+            if kept is not None:
+                results.append((kept, {}))
+                continue
+            record, details = measure(job)
+            results.append((record, details))
+            from_first_rank(partial(folder.save, place, key, record, details | {"settings": settings(job)}))
+    finally:
+        if rank() == 0:
+            folder.write_all()
+    return results
+
+
 def _measure(
+    job: Job,
+    candidate: Candidate,
+    student: Examinee,
+    teacher: Examinee | None,
+    lines: Mapping[str, BaselineLine],
+) -> tuple[Record, Details]:
+    metrics, details = _examine(job, student, teacher, lines)
+    record = benchmark_record(job.data, metrics, model=candidate.model, pretrained=candidate.pretrained, task=job.task)
+    return record, details
+
+
+def _examine(
     job: Job, student: Examinee, teacher: Examinee | None, lines: Mapping[str, BaselineLine]
 ) -> tuple[Metrics, Details]:
     if job.task == "linear_probe":
@@ -181,7 +221,7 @@ def _measure(
     return zero_shot(student, job.data, teacher)
 
 
-def _settings(args: argparse.Namespace, job: Job, device: str) -> dict[str, Any]:
+def _settings(args: argparse.Namespace, device: str, job: Job) -> dict[str, Any]:
     """How a result was made, for its reader."""
     return {
         "data": shown(job.location),
@@ -221,7 +261,8 @@ def _show(args: argparse.Namespace, results: Sequence[tuple[Record, Details]]) -
     if args.output is None:
         print(json.dumps(records[0] if len(records) == 1 else records, indent=2, allow_nan=False))
     elif args.output.suffix == ".json":
-        write_json(args.output, records[0])
+        with writing(f"result {args.output}", args.output.parent):
+            write_json(args.output, records[0])
         values = ", ".join(f"{k} {v:.4f}" for k, v in records[0]["metrics"].items() if isinstance(v, float))
         print(f"{args.output}: {values}")
     else:

@@ -12,6 +12,7 @@ import re
 import tempfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
@@ -96,7 +97,9 @@ class ShardReader:
             for position in positions:
                 before, number = number, bisect_right(self._starts, position) - 1
                 if number != before:
-                    shards[number] = replace(shards[number], url=self._at_hand(self._urls[number]))
+                    url = self._urls[number]
+                    with _faults_told(url):
+                        shards[number] = replace(shards[number], url=self._at_hand(url, self._versions[number]))
                 raw = reader.read(number, position - self._starts[number])
                 yield self._sample(raw, f"{shown(self._urls[number])}: sample {raw.key}")
         finally:
@@ -108,19 +111,15 @@ class ShardReader:
         return digest([[index.digest, version.size, version.etag or version.modified] for index, version in shards])
 
     def _index(self, url: str) -> tuple[ShardIndex, Stat]:
-        try:
+        with _faults_told(url):
             version = stat(url)
-            (index,) = index_shards([self._at_hand(url)], cache_dir=self._cache)
-        except InputError:
-            raise
-        except Exception as error:  # each filesystem has errors of its own
-            raise InputError(f"shard {shown(url)}: cannot be read: {one_line(error, url)}") from error
+            (index,) = index_shards([self._at_hand(url, version)], cache_dir=self._cache)
         if index.problems:
             raise InputError(f"shard {shown(url)}: {index.problems[0]}; allowed: a whole tar file")
         return index, version
 
-    def _at_hand(self, url: str) -> str:
-        return str(_copy(url, self._cache)) if self._cache is not None and "://" in url else url
+    def _at_hand(self, url: str, version: Stat) -> str:
+        return str(_copy(url, version, self._cache)) if self._cache is not None and "://" in url else url
 
     def _sample(self, raw: RawSample, where: str) -> EncodedSample:
         if raw.fault is not None:
@@ -206,9 +205,19 @@ def _text(path: str) -> str | None:
         raise InputError(f"{shown(path)}: cannot be read: {one_line(error, path)}") from error
 
 
-def _copy(url: str, cache: Path) -> Path:
-    """The copy of a remote shard in the cache, made when it is not there or the shard is another one since."""
-    version = stat(url)
+@contextmanager
+def _faults_told(url: str) -> Iterator[None]:
+    """A block that reads a shard: whatever goes wrong becomes one line that names the shard."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # each filesystem has errors of its own
+        raise InputError(f"shard {shown(url)}: cannot be read: {one_line(error, url)}") from error
+
+
+def _copy(url: str, version: Stat, cache: Path) -> Path:
+    """The copy of this version of a remote shard in the cache; only where there is none is the network used."""
     name = digest([url, version.size, version.etag or version.modified])
     target = cache.expanduser() / "copies" / f"{name[:32]}.tar"
     if target.is_file():

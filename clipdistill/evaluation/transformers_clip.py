@@ -45,6 +45,8 @@ _TOWERS = {
         "post_layernorm": "visual.ln_post",
     },
 }
+_TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",), ("*.model",))
+"""Of the kinds of tokenizers that transformers loads, what one needs at least."""
 _PROJECTIONS = {"visual_projection.weight": "visual.proj", "text_projection.weight": "text_projection"}
 
 
@@ -52,7 +54,7 @@ def load_transformers_clip(folder: Path, *, precision: str = "fp32", device: tor
     """Load a folder that ``CLIPModel.save_pretrained`` and its processor wrote.
 
     Raises:
-        InputError: another kind of model, one that open_clip cannot express, missing or damaged weights.
+        InputError: another kind of model, one that open_clip cannot express, missing or damaged weights, no tokenizer.
     """
     from transformers import CLIPConfig
 
@@ -70,9 +72,23 @@ def load_transformers_clip(folder: Path, *, precision: str = "fp32", device: tor
         detail = " ".join(str(error).split())[:300]
         raise InputError(f"model {folder}: weights do not match the architecture: {detail}") from error
     set_model_preprocess_cfg(clip, _preprocess_config(folder, config.vision_config.image_size))
-    tokenizer = open_clip.tokenizer.HFTokenizer(str(folder), context_length=config.text_config.max_position_embeddings)
+    tokenizer = _load_tokenizer(folder, config.text_config.max_position_embeddings)
     model_config["text_cfg"]["hf_tokenizer_name"] = str(folder.resolve())
     return Teacher(str(folder), clip, model_config, tokenizer, precision=precision).to(device)
+
+
+def _load_tokenizer(folder: Path, context_length: int) -> Any:
+    """The tokenizer beside the model; where its files are missing, transformers would make one without any words."""
+    allowed = "tokenizer.json, or vocab.json and merges.txt, which its processor's save_pretrained writes"
+    if not any(all(any(folder.glob(name)) for name in names) for names in _TOKENIZER_FILES):
+        raise InputError(f"model {folder}: has no tokenizer; allowed: with {allowed}")
+    try:
+        tokenizer = open_clip.tokenizer.HFTokenizer(str(folder), context_length=context_length)
+    except Exception as error:  # the library tokenizers raises Exception itself
+        raise InputError(f"model {folder}: its tokenizer cannot be loaded: {one_line(error)[:300]}") from error
+    if set(tokenizer.tokenizer.get_vocab()) <= set(tokenizer.tokenizer.all_special_tokens):
+        raise InputError(f"model {folder}: its tokenizer knows no words; allowed: with {allowed}")
+    return tokenizer
 
 
 def _model_config(folder: Path, config: Any) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from clipdistill.arguments import positive
+from clipdistill.arguments import not_negative, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no-teacher", action="store_true", help="do not evaluate the teacher")
     parser.add_argument(
-        "--examples", type=int, default=24, help="test images shown for each set (default: %(default)s)"
+        "--examples", type=not_negative, default=24, help="test images shown for each set (default: %(default)s)"
     )
     parser.add_argument("--batch-size", type=positive, default=256, help="images at once (default: %(default)s)")
     parser.add_argument("--workers", type=positive, default=4, help="decoding threads (default: %(default)s)")
@@ -24,8 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Write the report that the arguments of `add_arguments` ask for."""
+    from clipdistill.distributed import available_device
     from clipdistill.report.page import write_report
 
+    device = available_device(args.device)
     path = write_report(
         args.folder,
         output=args.output,
@@ -34,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
         examples=args.examples,
         batch_size=args.batch_size,
         workers=args.workers,
-        device=args.device,
+        device=device,
         progress=lambda what: print(f"report: {what}", flush=True),
     )
     print(f"{path}: {path.stat().st_size / 1e6:.1f} MB")

@@ -24,7 +24,7 @@ from clipdistill.evaluation.calibration import expected_calibration_error, relia
 from clipdistill.evaluation.classification import Metrics, recall_per_class
 from clipdistill.evaluation.evaluate import Examinee, zero_shot
 from clipdistill.evaluation.records import MEAN
-from clipdistill.files import write_text
+from clipdistill.files import write_text, writing
 from clipdistill.metrics import METRICS_FILE, read_metrics
 
 _CLASSES_SHOWN = 24
@@ -83,6 +83,7 @@ def write_report(
 
     Raises:
         InputError: the folder holds no run, or a test set is broken; or plotly is not installed.
+        RunError: the file could not be written.
     """
     try:
         import jinja2
@@ -95,12 +96,15 @@ def write_report(
     if not records or not (run / "config.yaml").is_file():
         raise InputError(f"run {run}: no config.yaml and {METRICS_FILE} with a record; allowed: the folder of a run")
     path = output or run / "report.html"
+    if path.is_dir():
+        raise InputError(f"--output {path}: a folder; allowed: a file")
     if not path.parent.is_dir():
         raise InputError(f"--output {path}: no folder {path.parent}; allowed: a file in an existing folder")
     config = load_config(run / "config.yaml")
     settings = config.evaluation
+    cache = Path(config.data.cache).expanduser()
     sets = [
-        open_set(folder, split=settings.split, allow_duplicates=settings.allow_duplicate_classes)
+        open_set(folder, split=settings.split, allow_duplicates=settings.allow_duplicate_classes, cache=cache)
         for folder in data or settings.folders
     ]
     steps = [record for record in records if "loss" in record]
@@ -133,7 +137,8 @@ def write_report(
         config=OmegaConf.to_yaml(to_dict(config)),
         plotly=get_plotlyjs(),
     )
-    write_text(path, html)
+    with writing(f"report {path}", path.parent):
+        write_text(path, html)
     return path
 
 
