@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from tests.servers import Server, serving
+
 TOKEN = "hf_the_token_that_must_never_be_printed"
 LARGE = (".safetensors", ".onnx")
 
@@ -214,14 +216,5 @@ def serve() -> Iterator[Hub]:
     """A Hub on a port of its own."""
     hub = Hub()
     handler = type("HandlerOfThisHub", (Handler,), {"hub": hub})
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    server.daemon_threads = True
-    hub.url = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    try:
+    with serving(Server(("127.0.0.1", 0), handler)) as hub.url:
         yield hub
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
