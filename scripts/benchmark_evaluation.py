@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,7 @@ def main() -> None:
         "device": args.device,
         "torch": torch.__version__,
         "open_clip": open_clip.__version__,
+        "clip-benchmark": version("clip-benchmark"),
         "images": args.images,
         "classes": len(names),
         "templates": args.templates,
