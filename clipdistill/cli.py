@@ -15,21 +15,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clipdistill import __version__
-from clipdistill.arguments import positive
-from clipdistill.cache.command import add_arguments as cache_arguments
-from clipdistill.cache.command import run as run_cache
+from clipdistill.distributed.signals import Interruption, exit_now
 from clipdistill.errors import AlreadyToldError, InputError, Interrupted, RunError
-from clipdistill.estimate import add_arguments as estimate_arguments
-from clipdistill.estimate import run as run_estimate
 from clipdistill.evaluation.command import add_arguments as evaluation_arguments
 from clipdistill.evaluation.command import run as run_evaluation
 from clipdistill.export.command import add_arguments as export_arguments
 from clipdistill.export.command import run as run_export
-from clipdistill.interruption import Interruption, exit_now
+from clipdistill.io.arguments import positive
 from clipdistill.report.command import add_arguments as report_arguments
 from clipdistill.report.command import run as run_report
-from clipdistill.shards import add_arguments as shard_arguments
-from clipdistill.shards import run as run_shards
+from clipdistill.shards.command import add_arguments as shard_arguments
+from clipdistill.shards.command import run as run_shards
+from clipdistill.training.cache_command import add_arguments as cache_arguments
+from clipdistill.training.cache_command import run as run_cache
+from clipdistill.training.estimate import add_arguments as estimate_arguments
+from clipdistill.training.estimate import run as run_estimate
 
 if TYPE_CHECKING:
     from clipdistill.config import Config
@@ -184,7 +184,7 @@ def _train(args: argparse.Namespace) -> None:
         if args.profile is not None:
             _profile(config, args.profile, interruption)
             return
-        from clipdistill.trainer import train
+        from clipdistill.training.trainer import train
 
         result = train(config, resume=args.resume, interruption=interruption)
     if int(os.environ.get("RANK", "0")) > 0:
@@ -198,12 +198,8 @@ def _train(args: argparse.Namespace) -> None:
 def _profile(config: "Config", steps: int, interruption: Interruption) -> None:
     from rich.console import Console
 
-    from clipdistill.profiling import profile_steps
+    from clipdistill.training.profiling import profile_steps
 
     profile = profile_steps(config, steps, interruption=interruption)
     if int(os.environ.get("RANK", "0")) == 0:
         profile.print(Console())
-
-
-if __name__ == "__main__":
-    sys.exit(main())

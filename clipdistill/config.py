@@ -16,8 +16,8 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from clipdistill.errors import InputError
-from clipdistill.files import write_text
-from clipdistill.paths import resource
+from clipdistill.io.files import write_text
+from clipdistill.io.resources import resource
 
 OmegaConf.register_resolver("resource", lambda path: str(resource(path)), replace=True)
 

@@ -22,11 +22,11 @@ from clipdistill.evaluation import (
     load_for_evaluation,
     predict,
 )
-from clipdistill.files import write_json
-from clipdistill.icons import render_icons
-from clipdistill.paths import resource
-from clipdistill.towers import Tower
-from clipdistill.trainer import train
+from clipdistill.io.files import write_json
+from clipdistill.io.resources import resource
+from clipdistill.models.towers import Tower
+from clipdistill.shards.icons import render_icons
+from clipdistill.training.trainer import train
 
 
 def quickstart(output: Path, *, overrides: Sequence[str] = ()) -> dict[str, Any]:

@@ -29,10 +29,10 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
 from clipdistill.evaluation import evaluate_sets, open_set
-from clipdistill.profiling import machine
-from clipdistill.prompts import load_prompts
-from clipdistill.shards import Sample, write_classification_folder
-from clipdistill.towers import Tower, load_student
+from clipdistill.models.prompts import load_prompts
+from clipdistill.models.towers import Tower, load_student
+from clipdistill.shards.writing import Sample, write_classification_folder
+from clipdistill.training.profiling import machine
 
 
 def pictures(count: int, *, classes: int, side: int) -> Iterator[Sample]:

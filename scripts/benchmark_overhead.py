@@ -18,9 +18,9 @@ import torch.nn.functional as F
 
 from clipdistill.config import Config, load_config
 from clipdistill.losses import gkl_loss
-from clipdistill.profiling import machine
-from clipdistill.similarity import similarity_logits
-from clipdistill.trainer import Run
+from clipdistill.models.class_embeddings import similarity_logits
+from clipdistill.training.profiling import machine
+from clipdistill.training.trainer import Run
 
 
 def bare_loop(run: Run, config: Config, steps: int) -> float:

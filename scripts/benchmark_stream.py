@@ -40,9 +40,9 @@ from PIL import Image, ImageDraw
 
 from clipdistill.data import Augmentation, ImageTextStream, StreamLoader, expand_urls, index_shards
 from clipdistill.data.image import render
-from clipdistill.icons import render_icons
-from clipdistill.profiling import machine
-from clipdistill.shards import Sample, write_shards
+from clipdistill.shards.icons import render_icons
+from clipdistill.shards.writing import Sample, write_shards
+from clipdistill.training.profiling import machine
 
 MAX_PIXELS = 89_478_485
 PREFETCH = 2

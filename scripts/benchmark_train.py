@@ -35,11 +35,11 @@ import torch
 from PIL import Image
 
 from clipdistill.evaluation import classification_metrics, load_classification_set, load_for_evaluation, predict
-from clipdistill.icons import render_icons
-from clipdistill.metrics import read_metrics
-from clipdistill.paths import resource
-from clipdistill.profiling import machine
-from clipdistill.shards import Sample, write_retrieval_folder
+from clipdistill.io.resources import resource
+from clipdistill.shards.icons import render_icons
+from clipdistill.shards.writing import Sample, write_retrieval_folder
+from clipdistill.training.metrics import read_metrics
+from clipdistill.training.profiling import machine
 
 LEFT_OUT = 3
 """Records at the start of a run, in which memory is found and workers start."""
@@ -58,7 +58,7 @@ main(sys.argv[1:])
 def clipdistill(*arguments: object) -> float:
     """Run a command; its seconds."""
     started = time.perf_counter()
-    command = [sys.executable, "-m", "clipdistill.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "clipdistill", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}: {done.stderr}")

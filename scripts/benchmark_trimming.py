@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from clipdistill.profiling import machine
-from clipdistill.prompts import load_prompts
-from clipdistill.towers import Student, load_student
+from clipdistill.models.prompts import load_prompts
+from clipdistill.models.towers import Student, load_student
+from clipdistill.training.profiling import machine
 
 
 def seconds(student: Student, tokens_NL: Tensor, *, backward: bool, batch_size: int) -> float:

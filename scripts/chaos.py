@@ -41,13 +41,13 @@ from PIL import ImageFont
 from rich.console import Console
 from rich.table import Table
 
-from clipdistill.arguments import positive
-from clipdistill.checkpoint import find_checkpoint, find_damage
-from clipdistill.files import new_folder, write_json
-from clipdistill.icons import FAMILIES, find_classes, find_fonts, read_glyphs, render_glyph, split_of
-from clipdistill.profiling import machine
-from clipdistill.run_folder import SUMMARY_FILE
-from clipdistill.shards import Sample, write_shards
+from clipdistill.io.arguments import positive
+from clipdistill.io.files import new_folder, write_json
+from clipdistill.shards.icons import FAMILIES, find_classes, find_fonts, read_glyphs, render_glyph, split_of
+from clipdistill.shards.writing import Sample, write_shards
+from clipdistill.training.checkpoint import find_checkpoint, find_damage
+from clipdistill.training.profiling import machine
+from clipdistill.training.run_folder import SUMMARY_FILE
 
 TRAIN = Path(__file__).with_name("train.py")
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

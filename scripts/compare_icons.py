@@ -24,10 +24,10 @@ from clipdistill.evaluation import (
     load_for_evaluation,
     predict,
 )
-from clipdistill.files import write_json
-from clipdistill.paths import resource
-from clipdistill.profiling import machine
-from clipdistill.trainer import train
+from clipdistill.io.files import write_json
+from clipdistill.io.resources import resource
+from clipdistill.training.profiling import machine
+from clipdistill.training.trainer import train
 
 TRIALS: dict[str, list[list[str]]] = {
     "icons-kl": [[f"objective.0.temperature={t}"] for t in (0.5, 1, 2, 4)],

@@ -21,9 +21,9 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 
-from clipdistill.checkpoint import find_checkpoint
-from clipdistill.metrics import METRICS_FILE, read_metrics
-from clipdistill.run_folder import SUMMARY_FILE
+from clipdistill.training.checkpoint import find_checkpoint
+from clipdistill.training.metrics import METRICS_FILE, read_metrics
+from clipdistill.training.run_folder import SUMMARY_FILE
 
 TIMINGS = ("samples_per_second", "data_wait_share")
 """Metrics that no two runs share."""

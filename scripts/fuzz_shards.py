@@ -45,8 +45,8 @@ from rich.progress import track
 
 import clipdistill
 from clipdistill.data import ImageTextStream, ShardIndex, StreamLoader, index_shards
-from clipdistill.files import write_json
-from clipdistill.profiling import machine
+from clipdistill.io.files import write_json
+from clipdistill.training.profiling import machine
 
 FAULTS = ("crashes", "hangs", "wrong_samples", "lost_samples", "miscounted", "executed")
 BESIDE = ("beside/0", "beside/1")

@@ -21,7 +21,7 @@ import psutil  # type: ignore[import-untyped]
 import torch
 
 from clipdistill.cli import main
-from clipdistill.metrics import read_metrics
+from clipdistill.training.metrics import read_metrics
 from scripts.compare_runs import left_by
 from tests.conftest import colour_samples, write_tar
 
@@ -32,7 +32,7 @@ ENVIRONMENT = {
 }
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["clipdistill.trainer", "clipdistill.cli", "tests.processes"])
+_context.set_forkserver_preload(["clipdistill.training.trainer", "clipdistill.cli", "tests.processes"])
 
 
 def _train(arguments: Sequence[str], environment: Mapping[str, str], log: str, file_size: int | None) -> None:

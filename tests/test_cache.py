@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from clipdistill.cache.build import CacheBuilder, CacheSettings
 from clipdistill.data import Augmentation, ImageTextStream, LazyIndex, StreamLoader, expand_urls, index_shards
 from clipdistill.data.embeddings import EmbeddingReader, embedding_file, find_fault, pack, unpack
+from clipdistill.distill.teacher_cache import CacheBuilder, CacheSettings
 from clipdistill.errors import InputError
-from clipdistill.towers import load_teacher
+from clipdistill.models.towers import load_teacher
 
 from .conftest import colour_samples, write_tar
 

@@ -14,15 +14,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from clipdistill.checkpoint import find_checkpoint
 from clipdistill.cli import main
 from clipdistill.config import load_config
 from clipdistill.data import Augmentation, ImageTextStream, StreamLoader, expand_urls, index_shards
-from clipdistill.metrics import read_metrics
-from clipdistill.prompts import load_prompts
-from clipdistill.similarity import prompt_bank, similarity_logits
-from clipdistill.towers import load_teacher
-from clipdistill.trainer import train
+from clipdistill.models.class_embeddings import prompt_bank, similarity_logits
+from clipdistill.models.prompts import load_prompts
+from clipdistill.models.towers import load_teacher
+from clipdistill.training.checkpoint import find_checkpoint
+from clipdistill.training.metrics import read_metrics
+from clipdistill.training.trainer import train
 from scripts.compare_runs import TIMINGS
 from tests.conftest import colour_samples, write_tar
 from tests.processes import ENVIRONMENT, Runs, assert_identical, traced, until
@@ -89,10 +89,10 @@ def test_the_teacher_is_not_asked_again(
     assert main(["cache", "--config", str(config), *use, "seed=9"]) == 0
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "embeddings").iterdir()} == before
     program = f"""
-import clipdistill.towers
+import clipdistill.models.towers
 def encode_image(self, image_BCHW):
     raise AssertionError("the teacher was asked")
-clipdistill.towers.Teacher.encode_image = encode_image
+clipdistill.models.towers.Teacher.encode_image = encode_image
 from clipdistill.cli import main
 raise SystemExit(main(["train", "--config", {str(config)!r}, *{[*use, "seed=9"]!r}]))
 """
@@ -300,7 +300,7 @@ def test_a_killed_build_goes_on(write_config: Callable[..., Path], tmp_path: Pat
         write_tar(tmp_path / "many" / f"{number}.tar", colour_samples(12, first=100 * number))
     config, folder = write_config(), tmp_path / "embeddings"
     command = ["--config", str(config), *VIEWS, f"data.shards=[{tmp_path}/many]", f"teacher_cache.folder={folder}"]
-    program = [sys.executable, "-m", "clipdistill.cli", "cache", *command]
+    program = [sys.executable, "-m", "clipdistill", "cache", *command]
     process = subprocess.Popen(program, env=os.environ | ENVIRONMENT)
     until(lambda: len(list(folder.glob("*.safetensors"))) >= 5)
     process.send_signal(signal.SIGKILL)
@@ -319,7 +319,7 @@ def test_a_build_names_a_worker_that_dies(write_config: Callable[..., Path], tmp
         write_tar(tmp_path / "many" / f"{number}.tar", colour_samples(12, first=100 * number))
     folder = tmp_path / "embeddings"
     command = ["--config", str(write_config()), *VIEWS, f"data.shards=[{tmp_path}/many]", "data.workers=2"]
-    program = [sys.executable, "-m", "clipdistill.cli", "cache", *command, f"teacher_cache.folder={folder}"]
+    program = [sys.executable, "-m", "clipdistill", "cache", *command, f"teacher_cache.folder={folder}"]
     process = subprocess.Popen(program, env=os.environ | ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     until(lambda: len(list(folder.glob("*.safetensors"))) >= 5)
     victim = psutil.Process(process.pid).children()[0]

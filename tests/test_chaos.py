@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from clipdistill.checkpoint import find_checkpoint
+from clipdistill.training.checkpoint import find_checkpoint
 from scripts.compare_runs import compare_runs
 
 pytestmark = pytest.mark.slow

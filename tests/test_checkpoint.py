@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from clipdistill.checkpoint import (
+from clipdistill.errors import InputError, RunError
+from clipdistill.training.checkpoint import (
     find_checkpoint,
     find_damage,
     load_checkpoint,
@@ -17,7 +18,6 @@ from clipdistill.checkpoint import (
     resolve_resume,
     save_checkpoint,
 )
-from clipdistill.errors import InputError, RunError
 from tests.processes import Runs, assert_identical, until
 
 FILES = ("ema.safetensors", "manifest.json", "optimizer.pt", "rank_00000.pt", "student.safetensors")

@@ -201,7 +201,7 @@ def test_export_reloads_and_refuses_an_existing_folder(
 
 def test_bad_input_in_a_real_process(tmp_path: Path) -> None:
     """No traceback, no warning of a library, code 2: what a shell script sees."""
-    command = [sys.executable, "-m", "clipdistill.cli", "train", "--config", str(tmp_path / "none.yaml")]
+    command = [sys.executable, "-m", "clipdistill", "train", "--config", str(tmp_path / "none.yaml")]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 2
     assert result.stdout == ""

@@ -8,8 +8,8 @@ import pytest
 
 from clipdistill.config import load_config, save_config
 from clipdistill.errors import InputError
-from clipdistill.paths import resource
-from clipdistill.prompts import load_prompts
+from clipdistill.io.resources import resource
+from clipdistill.models.prompts import load_prompts
 
 RUN_CONFIGS = sorted(resource("configs").glob("*.yaml"))
 
@@ -88,7 +88,7 @@ def test_every_shipped_config_loads_and_says_how_to_run_it(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted(resource("configs", "models").glob("*.json")), ids=lambda path: path.stem)
 def test_every_shipped_model_config_builds(path: Path) -> None:
-    from clipdistill.towers import load_student
+    from clipdistill.models.towers import load_student
 
     student = load_student(str(path))
     assert student.embed_dim == json.loads(path.read_text())["embed_dim"]

@@ -15,9 +15,9 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from clipdistill.data import ImageTextStream, StreamLoader, expand_urls, index_shards
-from clipdistill.data.retries import Retries
-from clipdistill.data.urls import ShardChangedError, ShardFile, one_line, shown, stat
 from clipdistill.errors import InputError
+from clipdistill.io.retries import Retries
+from clipdistill.io.urls import ShardChangedError, ShardFile, one_line, shown, stat
 from tests.servers import (
     Faulty,
     Hub,

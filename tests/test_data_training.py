@@ -8,7 +8,7 @@ import pytest
 
 from clipdistill.config import load_config
 from clipdistill.errors import InputError
-from clipdistill.trainer import train
+from clipdistill.training.trainer import train
 
 from .conftest import colour_samples, write_tar
 

@@ -24,14 +24,14 @@ from clipdistill.errors import InputError, RunError
 from clipdistill.evaluation import EvaluationSet, evaluate_sets, load_for_evaluation, open_set, session
 from clipdistill.evaluation.command import add_arguments, run
 from clipdistill.evaluation.results import file_name
-from clipdistill.paths import resource
+from clipdistill.io.resources import resource
 from tests.conftest import CLASSES, colour_samples
 from tests.test_evaluation_sets import npy, shard_set
 
 ICONS_TEACHER = f"local-dir:{resource('weights', 'icons-teacher')}"
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["clipdistill.trainer", "clipdistill.cli", "clipdistill.evaluation.session"])
+_context.set_forkserver_preload(["clipdistill.training.trainer", "clipdistill.cli", "clipdistill.evaluation.session"])
 
 
 def evaluate(*arguments: object) -> None:

@@ -15,9 +15,9 @@ from clipdistill.config import load_config
 from clipdistill.errors import InputError
 from clipdistill.evaluation import evaluate_sets, load_for_evaluation, open_set, predict
 from clipdistill.evaluation.models import best_step, fingerprint
-from clipdistill.paths import resource
-from clipdistill.towers import Tower
-from clipdistill.trainer import train
+from clipdistill.io.resources import resource
+from clipdistill.models.towers import Tower
+from clipdistill.training.trainer import train
 
 TEXTS = ["a photo of a cat", "arrow left circle", "two", "a picture of many more words than the others"]
 TOKENIZER = resource("weights", "icons-teacher")

@@ -13,10 +13,10 @@ import pytest
 from PIL import Image, ImageFont
 
 from clipdistill.evaluation import evaluate_sets, load_for_evaluation, open_set
-from clipdistill.icons import FAMILIES, find_fonts, read_glyphs, render_glyph
-from clipdistill.paths import resource
-from clipdistill.prompts import load_prompts
-from clipdistill.shards import Sample, write_classification_folder, write_retrieval_folder
+from clipdistill.io.resources import resource
+from clipdistill.models.prompts import load_prompts
+from clipdistill.shards.icons import FAMILIES, find_fonts, read_glyphs, render_glyph
+from clipdistill.shards.writing import Sample, write_classification_folder, write_retrieval_folder
 from tests.conftest import write_tar
 
 TEACHER = f"local-dir:{resource('weights', 'icons-teacher')}"

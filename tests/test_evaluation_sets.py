@@ -14,8 +14,8 @@ from PIL import Image
 
 from clipdistill.errors import InputError
 from clipdistill.evaluation import EvaluationSet, evaluate_sets, load_for_evaluation, open_set, predict
-from clipdistill.evaluation.hub_sets import Columns
-from clipdistill.towers import Tower
+from clipdistill.evaluation.sets.hub import Columns
+from clipdistill.models.towers import Tower
 from tests.conftest import CLASSES, colour_samples, write_tar
 from tests.servers import Hub, Ranges, files, serving
 

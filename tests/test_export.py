@@ -35,10 +35,10 @@ from clipdistill.export.onnx_format import load_onnx
 from clipdistill.export.parity import ParityError, image_features, smooth_pictures, text_features, transformed
 from clipdistill.export.tokenizer_files import write_tokenizer
 from clipdistill.export.transformers_format import load_transformers, unmapped, write_transformers
-from clipdistill.paths import resource
-from clipdistill.prompts import load_prompts, shipped_prompt_sets
-from clipdistill.towers import Student, Tower, load_student, load_teacher
-from clipdistill.trainer import train
+from clipdistill.io.resources import resource
+from clipdistill.models.prompts import load_prompts, shipped_prompt_sets
+from clipdistill.models.towers import Student, Tower, load_student, load_teacher
+from clipdistill.training.trainer import train
 from tests.conftest import CLASSES, TINY_MODEL, colour_samples
 
 TEMPLATES = ("a {c} picture", "{c}")

@@ -11,11 +11,11 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-from clipdistill.data.retries import Retries
 from clipdistill.errors import InputError
 from clipdistill.export.command import add_arguments, run
 from clipdistill.export.hub import PushError, check_token, push
 from clipdistill.export.parity import smooth_pictures
+from clipdistill.io.retries import Retries
 from tests.hub_server import TOKEN, Fault, Hub, Repo, serve
 
 QUICK = Retries(attempts=4, first_wait=0.01, longest_wait=0.05, seconds=60)

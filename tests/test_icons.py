@@ -13,9 +13,9 @@ import webdataset
 from PIL import Image
 
 from clipdistill.errors import InputError
-from clipdistill.icons import Glyph, find_fonts, render_icons
-from clipdistill.paths import resource
-from clipdistill.shards import add_arguments, run
+from clipdistill.io.resources import resource
+from clipdistill.shards.command import add_arguments, run
+from clipdistill.shards.icons import Glyph, find_fonts, render_icons
 
 SIZE = 32
 GROUPS = {"fa5s": "fa", "fa5r": "fa", "fa6s": "fa", "fa6r": "fa", "fa6b": "fa"}
@@ -208,7 +208,7 @@ def test_every_process_renders_the_same_bytes(icons, tmp_path):
     """With another hash seed, and without importing qtawesome."""
     folder, _ = icons
     script = (
-        "import sys; from pathlib import Path; from clipdistill.icons import render_icons\n"
+        "import sys; from pathlib import Path; from clipdistill.shards.icons import render_icons\n"
         f"render_icons(Path('icons'), size={SIZE})\n"
         "assert 'qtawesome' not in sys.modules"
     )

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from clipdistill.cli import main
 from clipdistill.config import load_config
-from clipdistill.profiling import Stopwatch, profile_steps
+from clipdistill.training.profiling import Stopwatch, profile_steps
 from tests.conftest import colour_samples, write_tar
 
 
@@ -114,5 +114,5 @@ def test_a_fault_of_one_process_is_a_line(write_config: Callable[..., Path], tmp
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("clipdistill: ")]
     assert "0 to 3" in line
-    assert "clipdistill/trainer.py" not in done.stderr
+    assert "clipdistill/training/trainer.py" not in done.stderr
     assert set(tmp_path.iterdir()) == before

@@ -57,8 +57,8 @@ def test_an_unpacked_wheel_finds_its_prompts_and_configs(wheel: Path, tmp_path: 
         archive.extractall(tmp_path / "site")
     program = """
 from clipdistill.config import load_config
-from clipdistill.paths import resource
-from clipdistill.prompts import load_prompts
+from clipdistill.io.resources import resource
+from clipdistill.models.prompts import load_prompts
 assert "site" in str(resource("configs")), resource("configs")
 config = load_config(resource("configs", "icons-gkl.yaml"))
 print(load_prompts("imagenet-1k").num_classes, load_prompts(config.prompts).num_classes)
@@ -73,7 +73,7 @@ print(load_prompts("imagenet-1k").num_classes, load_prompts(config.prompts).num_
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_of_every_command(command: str) -> None:
-    done = run(sys.executable, "-m", "clipdistill.cli", *command.split(), "--help")
+    done = run(sys.executable, "-m", "clipdistill", *command.split(), "--help")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"usage: clipdistill {command}".rstrip())
     assert all(name in done.stdout for name in (COMMANDS if not command else ()))

@@ -9,8 +9,8 @@ from timm.data import ImageNetInfo
 from torchvision.datasets import Flowers102
 
 from clipdistill.errors import InputError
-from clipdistill.paths import resource
-from clipdistill.prompts import PromptSet, load_prompts, shipped_prompt_sets
+from clipdistill.io.resources import resource
+from clipdistill.models.prompts import PromptSet, load_prompts, shipped_prompt_sets
 
 PUBLISHED_CLASS_COUNTS = {
     "caltech101": 102,

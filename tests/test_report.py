@@ -14,8 +14,8 @@ from omegaconf import OmegaConf
 
 from clipdistill.cli import main
 from clipdistill.config import load_config
-from clipdistill.metrics import read_metrics
-from clipdistill.trainer import train
+from clipdistill.training.metrics import read_metrics
+from clipdistill.training.trainer import train
 from tests.conftest import CLASSES, colour_samples, write_tar
 from tests.servers import files, serving
 

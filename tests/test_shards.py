@@ -19,19 +19,10 @@ from PIL import Image, ImageOps
 from torchvision.datasets import ImageFolder
 
 from clipdistill.errors import InputError
-from clipdistill.prompts import load_prompts
-from clipdistill.shards import (
-    Sample,
-    add_arguments,
-    encode_image,
-    from_csv,
-    from_hf_dataset,
-    from_image_folder,
-    run,
-    write_classification_folder,
-    write_retrieval_folder,
-    write_shards,
-)
+from clipdistill.models.prompts import load_prompts
+from clipdistill.shards.command import add_arguments, run
+from clipdistill.shards.sources import encode_image, from_csv, from_hf_dataset, from_image_folder
+from clipdistill.shards.writing import Sample, write_classification_folder, write_retrieval_folder, write_shards
 
 
 def picture(seed=0, mode="RGB"):
@@ -135,7 +126,7 @@ def test_an_error_in_the_source_leaves_nothing(tmp_path):
 
 def test_a_killed_process_leaves_no_data_set(tmp_path):
     script = (
-        "import sys, time\nfrom pathlib import Path\nfrom clipdistill.shards import Sample, write_shards\n"
+        "import sys, time\nfrom pathlib import Path\nfrom clipdistill.shards.writing import Sample, write_shards\n"
         "def samples():\n"
         "    for n in range(4):\n"
         "        yield Sample(key=str(n), image=b'x', image_extension='png')\n"

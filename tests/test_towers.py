@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from clipdistill.errors import InputError
-from clipdistill.prompts import PromptSet
-from clipdistill.similarity import class_prompt_tokens, prompt_bank
-from clipdistill.towers import PixelTransform, Student, load_student, load_teacher
+from clipdistill.models.class_embeddings import class_prompt_tokens, prompt_bank
+from clipdistill.models.prompts import PromptSet
+from clipdistill.models.towers import PixelTransform, Student, load_student, load_teacher
 from tests.conftest import TINY_MODEL
 
 

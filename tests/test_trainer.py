@@ -12,16 +12,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from clipdistill.checkpoint import find_checkpoint
 from clipdistill.config import load_config
 from clipdistill.data import Augmentation, ImageTextStream, StreamLoader, expand_urls, index_shards
 from clipdistill.errors import InputError
-from clipdistill.metrics import read_metrics
-from clipdistill.moving_average import MovingAverage
-from clipdistill.prompts import load_prompts
-from clipdistill.similarity import prompt_bank, similarity_logits
-from clipdistill.towers import load_student, load_teacher
-from clipdistill.trainer import train
+from clipdistill.models.class_embeddings import prompt_bank, similarity_logits
+from clipdistill.models.prompts import load_prompts
+from clipdistill.models.towers import load_student, load_teacher
+from clipdistill.training.checkpoint import find_checkpoint
+from clipdistill.training.ema import MovingAverage
+from clipdistill.training.metrics import read_metrics
+from clipdistill.training.trainer import train
 from tests.conftest import TINY_MODEL, colour_samples, write_tar
 from tests.processes import Job, Runs, assert_identical, traced, until
 

@@ -22,7 +22,7 @@ a URL.
 from clipdistill.data.image import Augmentation
 from clipdistill.data.index import LazyIndex, ShardIndex, index_shards
 from clipdistill.data.stream import Batch, ImageTextStream, StreamLoader
-from clipdistill.data.urls import expand_urls
+from clipdistill.io.urls import expand_urls
 
 __all__ = [
     "Augmentation",

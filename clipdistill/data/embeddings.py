@@ -28,9 +28,9 @@ from torch import Tensor
 
 from clipdistill.data.index import ShardIndex
 from clipdistill.data.sample import IMAGE_EXTENSIONS, RawSample
-from clipdistill.data.urls import file_name, shown
 from clipdistill.errors import InputError
-from clipdistill.files import new_file, writing
+from clipdistill.io.files import new_file, writing
+from clipdistill.io.urls import file_name, shown
 
 EMBEDDING_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 """How embeddings may be stored."""

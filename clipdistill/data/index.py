@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clipdistill.data.tar import Damage, Member, walk
-from clipdistill.data.urls import ShardFile, Stat, locate, one_line, shown, stat
 from clipdistill.errors import InputError
-from clipdistill.files import write_text
+from clipdistill.io.files import write_text
+from clipdistill.io.urls import ShardFile, Stat, locate, one_line, shown, stat
 
 logger = logging.getLogger(__name__)
 

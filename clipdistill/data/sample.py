@@ -13,8 +13,8 @@ from PIL import UnidentifiedImageError
 from clipdistill.data.image import Augmentation, Pixels, TooManyPixelsError, render
 from clipdistill.data.index import ShardIndex, split_name
 from clipdistill.data.tar import Damage, walk
-from clipdistill.data.urls import ShardFile, one_line, shown
 from clipdistill.errors import InputError
+from clipdistill.io.urls import ShardFile, one_line, shown
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 """The members that are decoded as images, the first that a sample has. Nothing else but text and json is

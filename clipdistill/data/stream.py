@@ -23,9 +23,9 @@ from clipdistill.data.index import LazyIndex, ShardIndex
 from clipdistill.data.plan import Layout, Past, Plan, ResampledPlan
 from clipdistill.data.reading import Given, Views, read_draws, read_share
 from clipdistill.data.sample import BadSampleError, Decoder, SampleReader
-from clipdistill.data.urls import file_name, shown
 from clipdistill.data.workers import from_workers, start_worker
 from clipdistill.errors import InputError
+from clipdistill.io.urls import file_name, shown
 
 logger = logging.getLogger(__name__)
 

@@ -1,11 +1,11 @@
 """Measuring a model as the field does: CLIP_benchmark's sets, metrics and records, and agreement with a teacher.
 
-    sets.py (shard_sets, image_sets, hub_sets) ──> EvaluationSet ─┐
+    sets/ (shards, images, hub) ──> EvaluationSet ─┐
     models.py (transformers_clip) ──> Tower ──────────────────────┴─ encoding.py ─> Features, by all ranks together
         ├─ predictions.py ─> classification.py, calibration.py, agreement.py, robustness.py
         ├─ retrieval.py
         └─ linear_probe.py
-    evaluate.py: tasks, and evaluate_sets for the trainer ─> records.py, datacomp.py
+    evaluate.py: tasks, and evaluate_sets for the trainer ─> benchmark_format.py, datacomp.py
     command.py, session.py, results.py: ``clipdistill evaluate``
 
 The names below are imported from their modules when they are first used, as ``--help`` needs none of them.
@@ -15,14 +15,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from clipdistill.evaluation.benchmark_format import benchmark_record, main_metric, mean_main_metric
     from clipdistill.evaluation.classification import classification_metrics
     from clipdistill.evaluation.cost import image_tower_cost, images_per_second
     from clipdistill.evaluation.evaluate import evaluate_sets
     from clipdistill.evaluation.models import load_for_evaluation
     from clipdistill.evaluation.predictions import Predictions, predict
-    from clipdistill.evaluation.records import benchmark_record, main_metric, mean_main_metric
-    from clipdistill.evaluation.samples import EncodedSample, EvaluationSet
-    from clipdistill.evaluation.sets import load_classification_set, open_set
+    from clipdistill.evaluation.sets.open import load_classification_set, open_set
+    from clipdistill.evaluation.sets.samples import EncodedSample, EvaluationSet
 
 _HOMES = {
     "classification_metrics": "classification",
@@ -32,13 +32,13 @@ _HOMES = {
     "load_for_evaluation": "models",
     "Predictions": "predictions",
     "predict": "predictions",
-    "benchmark_record": "records",
-    "main_metric": "records",
-    "mean_main_metric": "records",
-    "EncodedSample": "samples",
-    "EvaluationSet": "samples",
-    "load_classification_set": "sets",
-    "open_set": "sets",
+    "benchmark_record": "benchmark_format",
+    "main_metric": "benchmark_format",
+    "mean_main_metric": "benchmark_format",
+    "EncodedSample": "sets.samples",
+    "EvaluationSet": "sets.samples",
+    "load_classification_set": "sets.open",
+    "open_set": "sets.open",
 }
 
 __all__ = [

@@ -3,8 +3,8 @@
 import argparse
 from pathlib import Path
 
-from clipdistill.arguments import positive
 from clipdistill.errors import InputError
+from clipdistill.io.arguments import positive
 
 TASKS = ("auto", "zeroshot_classification", "zeroshot_retrieval", "linear_probe", "robustness")
 
@@ -96,7 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Evaluate what the arguments of `add_arguments` ask for, by all processes of `torchrun` or `accelerate launch`."""
     _check(args)
-    from clipdistill.distributed import launched
+    from clipdistill.distributed.collectives import launched
 
     with launched(args.device) as device:
         from clipdistill.evaluation.session import evaluate_all

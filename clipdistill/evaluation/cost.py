@@ -5,7 +5,7 @@ import time
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from clipdistill.towers import Tower
+from clipdistill.models.towers import Tower
 
 
 def images_per_second(tower: Tower, *, batch_size: int, seconds: float = 1.0) -> float:

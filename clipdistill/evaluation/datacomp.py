@@ -7,7 +7,7 @@ as far as its sets are classification and retrieval.
 from collections.abc import Mapping
 from typing import Any
 
-from clipdistill.evaluation.records import main_metric
+from clipdistill.evaluation.benchmark_format import main_metric
 
 _SETS = {
     "vtab/caltech101": "Caltech-101",

@@ -17,13 +17,13 @@ import torch.nn.functional as F
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import Tensor
 
-from clipdistill.distributed import rank, world_size
+from clipdistill.distributed.collectives import rank, world_size
 from clipdistill.errors import InputError
 from clipdistill.evaluation.ranks import on_all_ranks
-from clipdistill.evaluation.samples import EncodedSample, EvaluationSet, Kind, UnreadableImageError
-from clipdistill.prompts import PromptSet
-from clipdistill.similarity import prompt_bank
-from clipdistill.towers import Tower
+from clipdistill.evaluation.sets.samples import EncodedSample, EvaluationSet, Kind, UnreadableImageError
+from clipdistill.models.class_embeddings import prompt_bank
+from clipdistill.models.prompts import PromptSet
+from clipdistill.models.towers import Tower
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +121,7 @@ def encode_set(
 def encode_classes(
     tower: Tower, prompts: PromptSet, *, cache: Path | None = None, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Class features (C, D), unit norm, on ``device``; see `clipdistill.similarity.prompt_bank`.
+    """Class features (C, D), unit norm, on ``device``; see `clipdistill.models.class_embeddings.prompt_bank`.
 
     Raises:
         InputError: features that are not finite.

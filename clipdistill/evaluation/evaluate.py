@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from clipdistill.distributed import world_size
+from clipdistill.distributed.collectives import world_size
 from clipdistill.errors import InputError
 from clipdistill.evaluation.agreement import class_gains
+from clipdistill.evaluation.benchmark_format import Record, benchmark_record
 from clipdistill.evaluation.calibration import reliability
 from clipdistill.evaluation.classification import (
     Metrics,
@@ -26,11 +27,10 @@ from clipdistill.evaluation.encoding import Features, encode_classes, encode_set
 from clipdistill.evaluation.linear_probe import linear_probe
 from clipdistill.evaluation.predictions import Predictions, predictions_of
 from clipdistill.evaluation.ranks import copy_from_first_rank, from_first_rank
-from clipdistill.evaluation.records import Record, benchmark_record
 from clipdistill.evaluation.retrieval import retrieval_metrics
 from clipdistill.evaluation.robustness import BaselineLine, robustness_metrics
-from clipdistill.evaluation.samples import EvaluationSet
-from clipdistill.towers import Tower
+from clipdistill.evaluation.sets.samples import EvaluationSet
+from clipdistill.models.towers import Tower
 
 Details = dict[str, Any]
 """What no single number says, as JSON."""

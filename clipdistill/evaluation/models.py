@@ -7,15 +7,15 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from clipdistill.checkpoint import find_damage
 from clipdistill.config import load_config
-from clipdistill.data.urls import one_line
 from clipdistill.errors import InputError
-from clipdistill.evaluation.records import MEAN
-from clipdistill.evaluation.samples import digest
+from clipdistill.evaluation.benchmark_format import MEAN
+from clipdistill.evaluation.sets.samples import digest
 from clipdistill.evaluation.transformers_clip import load_transformers_clip
-from clipdistill.metrics import METRICS_FILE, read_metrics
-from clipdistill.towers import Teacher, Tower, load_student, load_teacher
+from clipdistill.io.urls import one_line
+from clipdistill.models.towers import Teacher, Tower, load_student, load_teacher
+from clipdistill.training.checkpoint import find_damage
+from clipdistill.training.metrics import METRICS_FILE, read_metrics
 
 ALLOWED = (
     "a run's folder, an export, a transformers CLIP folder, hf-hub:OWNER/NAME, local-dir:FOLDER, or an open_clip name"

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from clipdistill.evaluation.encoding import Features, encode_classes, encode_set
-from clipdistill.evaluation.samples import EvaluationSet
-from clipdistill.similarity import similarity_logits
-from clipdistill.towers import Tower
+from clipdistill.evaluation.sets.samples import EvaluationSet
+from clipdistill.models.class_embeddings import similarity_logits
+from clipdistill.models.towers import Tower
 
 
 @dataclass(frozen=True, kw_only=True)

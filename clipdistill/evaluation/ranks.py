@@ -6,7 +6,7 @@ from typing import TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
-from clipdistill.distributed import gather_objects, rank, world_size
+from clipdistill.distributed.collectives import gather_objects, rank, world_size
 from clipdistill.errors import InputError, RunError
 
 T = TypeVar("T")

@@ -16,10 +16,10 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from clipdistill.evaluation.benchmark_format import Record, main_metric
 from clipdistill.evaluation.datacomp import datacomp_line
-from clipdistill.evaluation.records import Record, main_metric
 from clipdistill.evaluation.robustness import TASK as ROBUSTNESS
-from clipdistill.files import write_json, write_text, writing
+from clipdistill.io.files import write_json, write_text, writing
 
 FORMAT = 1
 """Of the details; another one when results of the same key may differ."""

@@ -18,21 +18,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from clipdistill import __version__
-from clipdistill.data.urls import shown
-from clipdistill.distributed import rank, world_size
+from clipdistill.distributed.collectives import rank, world_size
 from clipdistill.errors import InputError
+from clipdistill.evaluation.benchmark_format import TASKS, Record, benchmark_record
 from clipdistill.evaluation.classification import Metrics
 from clipdistill.evaluation.evaluate import Details, Examinee, probe, robustness, zero_shot
-from clipdistill.evaluation.hub_sets import Columns
 from clipdistill.evaluation.models import best_step, fingerprint, load_for_evaluation
 from clipdistill.evaluation.ranks import from_first_rank
-from clipdistill.evaluation.records import TASKS, Record, benchmark_record
 from clipdistill.evaluation.results import FORMAT, Place, Results, file_name, read_records, table_of
 from clipdistill.evaluation.robustness import BaselineLine, fit_lines
-from clipdistill.evaluation.samples import EvaluationSet, digest
-from clipdistill.evaluation.sets import open_set
-from clipdistill.files import write_json, writing
-from clipdistill.towers import Tower
+from clipdistill.evaluation.sets.hub import Columns
+from clipdistill.evaluation.sets.open import open_set
+from clipdistill.evaluation.sets.samples import EvaluationSet, digest
+from clipdistill.io.files import write_json, writing
+from clipdistill.io.urls import shown
+from clipdistill.models.towers import Tower
 
 _GAINS_SHOWN = 5
 

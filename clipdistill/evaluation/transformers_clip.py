@@ -11,9 +11,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from clipdistill.data.urls import one_line
 from clipdistill.errors import InputError
-from clipdistill.towers import Teacher
+from clipdistill.io.urls import one_line
+from clipdistill.models.towers import Teacher
 
 _WEIGHTS = "model.safetensors"
 _ACTIVATIONS: dict[str, dict[str, str]] = {

@@ -24,11 +24,11 @@ from clipdistill.export.parity import (
 )
 from clipdistill.export.tokenizer_files import TOKENIZER_FILE, write_tokenizer
 from clipdistill.export.transformers_format import ProcessorParity
-from clipdistill.files import write_json, write_text
-from clipdistill.profiling import machine
-from clipdistill.prompts import CLASSNAMES_FILE, TEMPLATE_FILES, PromptSet
-from clipdistill.similarity import prompt_bank
-from clipdistill.towers import Tower
+from clipdistill.io.files import write_json, write_text
+from clipdistill.models.class_embeddings import prompt_bank
+from clipdistill.models.prompts import CLASSNAMES_FILE, TEMPLATE_FILES, PromptSet
+from clipdistill.models.towers import Tower
+from clipdistill.training.profiling import machine
 
 log = logging.getLogger(__name__)
 

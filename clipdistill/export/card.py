@@ -24,12 +24,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from clipdistill import __version__
 from clipdistill.errors import InputError
-from clipdistill.evaluation.records import TASKS, main_metric
+from clipdistill.evaluation.benchmark_format import TASKS, main_metric
 from clipdistill.export.build import Exported
-from clipdistill.files import write_text
-from clipdistill.prompts import PromptSet, load_prompts
-from clipdistill.records import read_records
-from clipdistill.towers import Tower
+from clipdistill.io.files import write_text
+from clipdistill.io.jsonl import read_records
+from clipdistill.models.prompts import PromptSet, load_prompts
+from clipdistill.models.towers import Tower
 
 CARD_FILE = "README.md"
 RESULTS_FOLDER = ".eval_results"

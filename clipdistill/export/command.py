@@ -4,10 +4,10 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clipdistill.arguments import positive
+from clipdistill.io.arguments import positive
 
 if TYPE_CHECKING:
-    from clipdistill.prompts import PromptSet
+    from clipdistill.models.prompts import PromptSet
 
 _FORMATS = "open_clip, transformers, onnx"
 
@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> None:
     from clipdistill.export.build import write_formats
     from clipdistill.export.card import Statement, check_repo_id, read_run, write_card
     from clipdistill.export.hub import check_token, push
-    from clipdistill.files import new_folder, writing
+    from clipdistill.io.files import new_folder, writing
 
     if args.output.exists():
         raise InputError(f"--output {args.output}: exists; allowed: a new folder")
@@ -143,7 +143,7 @@ def run(args: argparse.Namespace) -> None:
 def _prompts(chosen: str | None, of_run: str | None, *, allow_duplicates: bool) -> "PromptSet | None":
     """The prompt set that was asked for; else the run's, if it is still where it was."""
     from clipdistill.errors import InputError
-    from clipdistill.prompts import load_prompts
+    from clipdistill.models.prompts import load_prompts
 
     if chosen:
         return load_prompts(chosen, allow_duplicates=allow_duplicates)

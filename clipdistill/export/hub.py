@@ -13,8 +13,8 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationCopy, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-from clipdistill.data.retries import Retries, may_pass, status_of
 from clipdistill.errors import InputError, RunError
+from clipdistill.io.retries import Retries, may_pass, status_of
 
 log = logging.getLogger(__name__)
 

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from clipdistill.errors import InputError
 from clipdistill.export.parity import Runnable
-from clipdistill.prompts import PromptSet
-from clipdistill.towers import Tower
+from clipdistill.models.prompts import PromptSet
+from clipdistill.models.towers import Tower
 
 OPSET = 18
 """Of the default domain; onnxruntime and onnxruntime-web know it since 1.14."""

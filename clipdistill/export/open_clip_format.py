@@ -21,8 +21,8 @@ from clipdistill.export.parity import (
     synthetic_probe,
     text_features,
 )
-from clipdistill.files import new_folder, write_json
-from clipdistill.towers import Tower, load_teacher
+from clipdistill.io.files import new_folder, write_json
+from clipdistill.models.towers import Tower, load_teacher
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"

@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from clipdistill.errors import InputError, RunError
-from clipdistill.towers import Tower
+from clipdistill.models.towers import Tower
 
 FEATURE_BOUND = 1e-4
 """Largest difference of unit-norm features, in float32, between a model and another runtime."""

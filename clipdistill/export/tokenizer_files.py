@@ -14,7 +14,7 @@ from open_clip.tokenizer import HFTokenizer
 from tokenizers import Tokenizer
 from transformers import CLIPTokenizer
 
-from clipdistill.towers import Tower
+from clipdistill.models.towers import Tower
 
 TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"

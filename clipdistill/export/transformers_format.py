@@ -28,8 +28,8 @@ from clipdistill.export.parity import (
     smooth_pictures,
     transformed,
 )
-from clipdistill.files import write_json
-from clipdistill.towers import Tower
+from clipdistill.io.files import write_json
+from clipdistill.models.towers import Tower
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"

@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from clipdistill.arguments import not_negative, positive
+from clipdistill.io.arguments import not_negative, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Write the report that the arguments of `add_arguments` ask for."""
-    from clipdistill.distributed import available_device
+    from clipdistill.distributed.collectives import available_device
     from clipdistill.report.page import write_report
 
     device = available_device(args.device)

@@ -20,12 +20,12 @@ from clipdistill.config import Config, load_config, to_dict
 from clipdistill.errors import InputError
 from clipdistill.evaluation import EvaluationSet, Predictions, classification_metrics, load_for_evaluation, open_set
 from clipdistill.evaluation.agreement import class_gains
+from clipdistill.evaluation.benchmark_format import MEAN
 from clipdistill.evaluation.calibration import expected_calibration_error, reliability
 from clipdistill.evaluation.classification import Metrics, recall_per_class
 from clipdistill.evaluation.evaluate import Examinee, zero_shot
-from clipdistill.evaluation.records import MEAN
-from clipdistill.files import write_text, writing
-from clipdistill.metrics import METRICS_FILE, read_metrics
+from clipdistill.io.files import write_text, writing
+from clipdistill.training.metrics import METRICS_FILE, read_metrics
 
 _CLASSES_SHOWN = 24
 _THUMBNAIL = 112

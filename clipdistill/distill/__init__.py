@@ -1,0 +1,1 @@
+"""One optimizer step of distillation: teachers, objective and the teacher cache."""

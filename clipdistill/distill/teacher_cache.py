@@ -1,0 +1,356 @@
+"""Building the files of the teacher cache.
+
+Each shard gets a file of its own (data/embeddings.py), written when it is complete: a build that was stopped goes on
+with the shards that have none, and the files of several machines can be copied together.
+
+Shapes: N samples of a shard, n samples of a chunk, K views, S side in pixels, L tokens, D dimensions of a teacher.
+"""
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from clipdistill.data import Augmentation, ShardIndex
+from clipdistill.data.embeddings import (
+    bytes_per_sample,
+    content_digest,
+    embedding_file,
+    find_fault,
+    pack,
+    write_embeddings,
+)
+from clipdistill.data.plan import view_pixels
+from clipdistill.data.sample import BadSampleError, Decoder, SampleReader
+from clipdistill.data.workers import from_workers, start_worker, told_of_worker
+from clipdistill.errors import InputError, RunError
+from clipdistill.io.urls import shown
+from clipdistill.models.towers import Teacher
+
+_PROBE = ("a photo of a dog", "Größe 42, naïve café!", "zwölf 猫 \u1f98a <b>2.5</b>")
+"""Texts whose tokens tell one tokenizer from another."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheSettings:
+    """What the stored numbers depend on, beside the shards and the teachers."""
+
+    views: int
+    """K, the stored augmentations of each sample."""
+    seed: int
+    image_size: int
+    """S, the side of the pixels that teachers and student see."""
+    augmentation: Augmentation | None
+    max_pixels: int
+    caption_key: str
+    label_key: str
+    captions: bool
+    """Whether the captions' text embeddings are stored."""
+    precision: str = "bf16"
+    """How embeddings are stored: fp32, bf16, or int8 with a factor a row."""
+
+    def __post_init__(self) -> None:
+        if self.views < 1:
+            raise InputError(f"data.views: {self.views} is not allowed; allowed: 1 or more")
+
+    def key(self, teachers: Sequence[Teacher]) -> dict[str, Any]:
+        """The identity of a file's numbers."""
+        identities = []
+        for teacher in teachers:
+            identity = {"dimensions": teacher.embed_dim, "image": teacher.image_fingerprint()}
+            if self.captions:
+                identity["text"] = teacher.text_fingerprint()
+                identity["tokens"] = teacher.tokenize(_PROBE).tolist()
+            identities.append(identity)
+        return {"teachers": identities, **asdict(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheEstimate:
+    """What a build will take."""
+
+    samples: int
+    """Of the shards that have no file yet."""
+    shards: int
+    bytes_per_sample: int
+    seconds_per_sample: float
+    """Measured on the first chunk, all its views."""
+
+    @property
+    def bytes(self) -> int:
+        """Disk that the build will fill."""
+        return self.samples * self.bytes_per_sample
+
+    @property
+    def seconds(self) -> float:
+        """Time that the build will take one process."""
+        return self.samples * self.seconds_per_sample
+
+
+@dataclass(kw_only=True)
+class CacheBuild:
+    """What a build did."""
+
+    written: int = 0
+    """Files."""
+    samples: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    """Bad samples by reason."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Chunk:
+    """Some samples of a shard, decoded in every view."""
+
+    shard: int
+    start: int
+    pixels: Tensor
+    """(n, K, 3, S, S) uint8."""
+    captions: list[str]
+    labels_n: Tensor
+    content_n: Tensor
+    valid_n: Tensor
+    skips: list[tuple[str, str, str]]
+    """Key, reason and detail of each bad sample."""
+
+
+class CacheBuilder:
+    """Builds the files of shards.
+
+    Args:
+        index: All shards.
+        teachers: Who speaks.
+        settings: What is stored.
+        folder: Where the files go.
+        batch_size: Samples decoded and encoded at once, each in all its views.
+        workers: Decoding processes; 0: none.
+        device: Where the teachers are.
+    """
+
+    def __init__(
+        self,
+        index: Sequence[ShardIndex],
+        teachers: Sequence[Teacher],
+        settings: CacheSettings,
+        *,
+        folder: Path,
+        batch_size: int,
+        workers: int,
+        device: torch.device | str,
+    ) -> None:
+        self.index = index
+        self.teachers = teachers
+        self.settings = settings
+        self.folder = folder
+        self.batch_size = batch_size
+        self.workers = workers
+        self.device = torch.device(device)
+        self.key = settings.key(teachers)
+
+    def missing(self, numbers: Sequence[int] | None = None) -> list[int]:
+        """Those of the numbered shards (None: of all) that have no whole file with this key; what is stale or damaged
+        is named in the log."""
+        missing = []
+        for number in range(len(self.index)) if numbers is None else numbers:
+            shard = self.index[number]
+            path = embedding_file(self.folder, shard)
+            fault = find_fault(path, self.key, samples=len(shard), thorough=True)
+            if fault:
+                missing.append(number)
+                if path.exists():
+                    log.warning("%s is %s: it will be replaced", path, fault)
+        return missing
+
+    def estimate(self, numbers: Sequence[int]) -> CacheEstimate:
+        """Disk and time for shards, from one chunk of the first that has samples.
+
+        Raises:
+            InputError: That shard cannot be read.
+        """
+        per_sample = bytes_per_sample(
+            [teacher.embed_dim for teacher in self.teachers],
+            views=self.settings.views,
+            captions=self.settings.captions,
+            precision=self.settings.precision,
+        )
+        seconds = 0.0
+        for number in [number for number in numbers if len(self.index[number])][:1]:
+            self._encode(_good(next(iter(_Chunks(self, [number])))))
+            started = time.perf_counter()
+            chunk = _good(next(iter(_Chunks(self, [number]))))
+            decoded = time.perf_counter()
+            self._encode(chunk)
+            decoding, encoding = decoded - started, time.perf_counter() - decoded
+            seconds = max(decoding / self.workers, encoding) if self.workers else decoding + encoding
+            seconds /= len(chunk.labels_n)
+        return CacheEstimate(
+            samples=sum(len(self.index[number]) for number in numbers),
+            shards=len(numbers),
+            bytes_per_sample=per_sample,
+            seconds_per_sample=seconds,
+        )
+
+    def build(self, numbers: Sequence[int], *, progress: Callable[[int], None] = lambda _: None) -> CacheBuild:
+        """Write the files of shards, one after another.
+
+        Args:
+            numbers: Of the shards.
+            progress: Called with the number of samples done.
+
+        Raises:
+            InputError: A shard cannot be read: it gets no file, those before it are whole.
+            RunError: The disk is full, or a decoding process is gone.
+        """
+        try:
+            return self._build(numbers, progress)
+        except RuntimeError as error:
+            gone = told_of_worker(error)
+            if gone is None:
+                raise
+            raise RunError(f"{gone}; the files that are there are whole") from error
+
+    def _build(self, numbers: Sequence[int], progress: Callable[[int], None]) -> CacheBuild:
+        done = CacheBuild()
+        loader = DataLoader(
+            _Chunks(self, numbers),
+            batch_size=None,
+            num_workers=self.workers,
+            worker_init_fn=partial(start_worker, max_pixels=self.settings.max_pixels),
+            generator=torch.Generator(),
+        )
+        chunks = from_workers(loader, self.workers)
+        for number in numbers:
+            shard = self.index[number]
+            parts: list[dict[str, Tensor]] = []
+            for start in range(0, len(shard), self.batch_size):
+                chunk = _good(next(chunks))
+                assert (chunk.shard, chunk.start) == (number, start)
+                for key, reason, detail in chunk.skips:
+                    done.skipped[reason] += 1
+                    log.warning("skipped %r in %s: %s %s", key, shown(shard.url), reason, detail)
+                parts.append(self._encode(chunk))
+                done.samples += len(chunk.labels_n)
+                progress(done.samples)
+            if not parts:
+                parts = [self._encode(_no_samples(number, self.settings))]
+            tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            write_embeddings(embedding_file(self.folder, shard), tensors, self.key)
+            done.written += 1
+        return done
+
+    @torch.no_grad()
+    def _encode(self, chunk: _Chunk) -> dict[str, Tensor]:
+        """A chunk's rows as they are stored, by name."""
+        tensors = {"valid": chunk.valid_n, "content": chunk.content_n, "label": chunk.labels_n}
+        rows, views = chunk.pixels.shape[:2]
+        image_BCHW = chunk.pixels.flatten(0, 1).to(self.device, non_blocking=True)
+        for number, teacher in enumerate(self.teachers):
+            parts = [teacher.encode_image(part) for part in image_BCHW.split(self.batch_size)] if rows else []
+            image_nKD = torch.cat(parts) if parts else torch.empty(0, teacher.embed_dim)
+            stored = {f"image.{number}": image_nKD.view(rows, views, teacher.embed_dim)}
+            if self.settings.captions:
+                tokens_nL = teacher.tokenize(chunk.captions).to(self.device) if rows else None
+                stored[f"captions.{number}"] = (
+                    torch.empty(0, teacher.embed_dim) if tokens_nL is None else teacher.encode_tokens(tokens_nL)
+                )
+            for name, values in stored.items():
+                packed = pack(values, self.settings.precision)
+                tensors |= {name + suffix: tensor for suffix, tensor in packed.items()}
+        return tensors
+
+
+class _Chunks(IterableDataset["_Chunk | InputError"]):
+    """The chunks of shards in their order; worker w of W makes those of number w, w + W, ..."""
+
+    def __init__(self, builder: CacheBuilder, numbers: Sequence[int]) -> None:
+        super().__init__()
+        self.index, self.settings, self.batch_size = builder.index, builder.settings, builder.batch_size
+        self.numbers = numbers
+
+    def __iter__(self) -> Iterator[_Chunk | InputError]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        settings = self.settings
+        decoder = Decoder(
+            image_size=settings.image_size,
+            augmentation=settings.augmentation,
+            caption_key=settings.caption_key,
+            label_key=settings.label_key,
+            require_captions=settings.captions,
+            max_pixels=settings.max_pixels,
+        )
+        reader = SampleReader(self.index, decoder.wanted)
+        starts = [
+            (number, start) for number in self.numbers for start in range(0, len(self.index[number]), self.batch_size)
+        ]
+        try:
+            for number, start in starts[worker::workers]:
+                yield self._chunk(reader, decoder, number, start)
+        except InputError as error:
+            yield error
+        finally:
+            reader.close()
+
+    def _chunk(self, reader: SampleReader, decoder: Decoder, number: int, start: int) -> _Chunk:
+        shard, settings = self.index[number], self.settings
+        samples = range(start, min(start + self.batch_size, len(shard)))
+        pixels = np.zeros((len(samples), settings.views, 3, settings.image_size, settings.image_size), np.uint8)
+        valid, content, labels = (np.zeros(len(samples), dtype) for dtype in (np.uint8, np.int64, np.int64))
+        captions = [""] * len(samples)
+        skips = []
+        for at, sample in enumerate(samples):
+            raw = reader.read(number, sample)
+            try:
+                for view in range(settings.views):
+                    decoded = decoder.decode(raw, view_pixels(settings.seed, shard.digest, sample, view))
+                    pixels[at, view] = decoded.pixels
+            except BadSampleError as bad:
+                if bad.reason == "shard unreadable":  # it may be readable another time
+                    raise InputError(
+                        f"shard {shown(shard.url)}: {bad.detail}; allowed: a shard that can be read, and is as it was"
+                    ) from bad
+                skips.append((raw.key, bad.reason, bad.detail))
+                continue
+            valid[at], content[at], labels[at] = 1, content_digest(raw, settings.caption_key), decoded.label
+            captions[at] = decoded.caption
+        return _Chunk(
+            shard=number,
+            start=start,
+            pixels=torch.from_numpy(pixels),
+            captions=captions,
+            labels_n=torch.from_numpy(labels),
+            content_n=torch.from_numpy(content),
+            valid_n=torch.from_numpy(valid),
+            skips=skips,
+        )
+
+
+def _good(chunk: _Chunk | InputError) -> _Chunk:
+    """A chunk, if that is what came of it."""
+    if isinstance(chunk, InputError):
+        raise chunk
+    return chunk
+
+
+def _no_samples(number: int, settings: CacheSettings) -> _Chunk:
+    return _Chunk(
+        shard=number,
+        start=0,
+        pixels=torch.zeros(0, settings.views, 3, settings.image_size, settings.image_size, dtype=torch.uint8),
+        captions=[],
+        labels_n=torch.zeros(0, dtype=torch.int64),
+        content_n=torch.zeros(0, dtype=torch.int64),
+        valid_n=torch.zeros(0, dtype=torch.uint8),
+        skips=[],
+    )

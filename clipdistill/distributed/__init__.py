@@ -1,0 +1,1 @@
+"""Several processes as one run: collectives, the watchdog that reports a dead rank, and signals."""

@@ -1,0 +1,1 @@
+"""Test sets: opened from shards, class folders or Hugging Face data sets."""

@@ -1,0 +1,200 @@
+"""Test sets of the library ``datasets``: of the Hugging Face Hub, saved by the library, or files that it reads."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clipdistill.errors import InputError
+from clipdistill.evaluation.sets.samples import EncodedSample, EvaluationSet, Kind, digest, name_classes
+from clipdistill.io.urls import one_line
+from clipdistill.models.prompts import PromptSet
+
+_SAVED = ("state.json", "dataset_dict.json")
+_SUFFIXES = (".parquet", ".csv", ".json", ".jsonl", ".arrow")
+_LABELS = ("label", "labels", "cls", "class", "fine_label")
+_CAPTIONS = ("caption", "captions", "text", "txt", "sentences")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Columns:
+    """What is read of a data set; None: the column whose type or usual name says what it is."""
+
+    image: str | None = None
+    label: str | None = None
+    caption: str | None = None
+    subset: str | None = None
+    """Configuration, of a data set that has several."""
+
+
+def is_dataset(folder: Path) -> bool:
+    """Whether the library can load a local folder."""
+    return _is_saved(folder) or any(path.suffix in _SUFFIXES for path in folder.rglob("*"))
+
+
+def open_dataset(location: str, *, split: str, name: str, prompts: PromptSet | None, columns: Columns) -> EvaluationSet:
+    """Open a data set.
+
+    Args:
+        location: name on the Hub, or a folder.
+        split: in the library's notation; a saved ``Dataset`` is taken whole.
+        name: of the set, in results.
+        prompts: asked for by the user, see `samples.name_classes`; needed where the labels are
+            bare numbers.
+        columns: which are read.
+
+    Raises:
+        InputError: no such data set, split or column, or classes without names.
+    """
+    dataset = _load(location, split, columns.subset)
+    features: Mapping[str, Any] = dataset.features
+    image = columns.image or next((key for key, kind in features.items() if type(kind).__name__ == "Image"), "image")
+    annotation, kind = _annotation(name, features, columns)
+    for column in (image, annotation):
+        if column not in features:
+            raise InputError(f"data {name}: no column {column!r}; allowed: {', '.join(features)}")
+    numbers: dict[Any, int] | None = None
+    if kind == "retrieval":
+        prompts = PromptSet(name=name, classnames=(), templates=())
+    elif (names := _class_names(dataset, annotation)) is not None:
+        prompts, in_prompts = name_classes(name, names, prompts)
+        numbers = {**in_prompts, **{number: in_prompts[each] for number, each in enumerate(names)}}
+    elif prompts is None:
+        raise InputError(f"data {name}: the classes in column {annotation!r} have no names; allowed: with --prompts")
+    reader = DatasetReader(dataset, name=name, kind=kind, image=image, annotation=annotation, numbers=numbers)
+    return EvaluationSet(name=name, kind=kind, prompts=prompts, reader=reader)
+
+
+class DatasetReader:
+    """Rows of a data set; see `clipdistill.evaluation.sets.samples.Reader`. Keys are row numbers.
+
+    Args:
+        dataset: of the library.
+        name: for messages.
+        kind: of the annotations.
+        image: column of the images.
+        annotation: column of labels, of lists of labels, or of captions (a string or a list of them).
+        numbers: the class that a label, a name or a number, stands for; None: labels are the classes' numbers.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        *,
+        name: str,
+        kind: Kind,
+        image: str,
+        annotation: str,
+        numbers: Mapping[Any, int] | None,
+    ) -> None:
+        import datasets
+
+        dataset = dataset.select_columns([image, annotation])
+        if isinstance(dataset.features[image], datasets.Image):
+            dataset = dataset.cast_column(image, datasets.Image(decode=False))
+        self._dataset = dataset
+        self._name = name
+        self._kind = kind
+        self._image = image
+        self._annotation = annotation
+        self._numbers = numbers
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def read(self, positions: range) -> Iterator[EncodedSample]:
+        """The samples of a range."""
+        for position in positions:
+            row = self._dataset[position]
+            where = f"{self._name}, row {position}"
+            annotation = self._read_annotation(row[self._annotation], where)
+            yield EncodedSample(key=str(position), where=where, data=_file(row[self._image], where), **annotation)
+
+    def identity(self) -> str:
+        """The library's own fingerprint of the data set, and what is read of it."""
+        numbers = None if self._numbers is None else sorted(map(str, self._numbers.items()))
+        return digest([self._dataset._fingerprint, self._kind, self._image, self._annotation, numbers])
+
+    def _read_annotation(self, value: Any, where: str) -> dict[str, Any]:
+        if self._kind == "classification":
+            return {"label": self._number(value, where)}
+        if self._kind == "multilabel":
+            return {"classes": tuple(self._number(label, where) for label in value or ())}
+        captions = (value,) if isinstance(value, str) else tuple(value or ())
+        if not captions or not all(isinstance(caption, str) for caption in captions):
+            raise InputError(f"{where}: {self._annotation} {str(value)[:40]!r}; allowed: captions")
+        return {"captions": captions}
+
+    def _number(self, label: Any, where: str) -> int:
+        if self._numbers is not None and isinstance(label, int | str) and label in self._numbers:
+            return self._numbers[label]
+        if isinstance(label, int):
+            return label
+        raise InputError(f"{where}: {self._annotation} {str(label)[:40]!r}; allowed: a class")
+
+
+def _is_saved(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in _SAVED)
+
+
+def _load(location: str, split: str, subset: str | None) -> Any:
+    import datasets
+
+    try:
+        if not _is_saved(Path(location)):
+            return datasets.load_dataset(location, subset, split=split)
+        saved = datasets.load_from_disk(location)
+        return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
+    except Exception as error:  # of the library, of the Hub's client, of the network
+        raise InputError(f"data {location}, split {split}: cannot be loaded: {one_line(error)[:300]}") from error
+
+
+def _annotation(name: str, features: Mapping[str, Any], columns: Columns) -> tuple[str, Kind]:
+    """The column of the annotations, and their kind: what was asked for, else labels, else captions."""
+    if columns.caption is not None and columns.label is None:
+        return columns.caption, "retrieval"
+    label = columns.label or next((key for key, kind in features.items() if _has_names(kind)), None)
+    label = label or next((key for key in _LABELS if key in features), None)
+    if label is not None:
+        return label, "multilabel" if _is_list(features.get(label)) else "classification"
+    caption = next((key for key in _CAPTIONS if key in features), None)
+    if caption is None:
+        raise InputError(
+            f"data {name}: columns {', '.join(features)}; allowed: with --label-column or --caption-column"
+        )
+    return caption, "retrieval"
+
+
+def _class_names(dataset: Any, column: str) -> list[str] | None:
+    """Names of the classes: those of the column's type, or the distinct strings in it, sorted; None: bare numbers."""
+    kind = dataset.features[column]
+    inner = kind.feature if _is_list(kind) else kind
+    if _has_names(inner):
+        return list(inner.names)
+    if "string" not in str(getattr(inner, "dtype", "")):
+        return None
+    values = dataset[column]
+    return sorted({name for value in values for name in (value if _is_list(kind) else [value]) if name is not None})
+
+
+def _has_names(kind: Any) -> bool:
+    inner = kind.feature if _is_list(kind) else kind
+    return getattr(inner, "names", None) is not None
+
+
+def _is_list(kind: Any) -> bool:
+    return hasattr(kind, "feature")
+
+
+def _file(value: Any, where: str) -> bytes:
+    """The file of a cell of an undecoded image column: bytes, a path, or a dict of both."""
+    if isinstance(value, dict):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, bytes):
+        return value
+    if not value:
+        raise InputError(f"{where}: no image; allowed: an image in every row")
+    try:
+        return Path(value).read_bytes()
+    except OSError as error:
+        raise InputError(f"{where}: {value} cannot be read: {error.strerror}; allowed: an image") from error

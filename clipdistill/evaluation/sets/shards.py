@@ -1,0 +1,258 @@
+"""Test sets in WebDataset shards: CLIP_benchmark's and DataComp's folders, local or remote.
+
+FOLDER/dataset_type.txt                         retrieval or multilabel; not there: classification
+FOLDER/classnames.txt                           not for retrieval
+FOLDER/zeroshot_classification_templates.txt    not for retrieval
+FOLDER/SPLIT/nshards.txt
+FOLDER/SPLIT/0.tar ..                           samples of webp, png, jpg or jpeg, and cls, npy or txt
+"""
+
+import io
+import re
+import tempfile
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clipdistill.data import ShardIndex, index_shards
+from clipdistill.data.sample import RawSample, SampleReader
+from clipdistill.distributed.collectives import rank, world_size
+from clipdistill.errors import InputError
+from clipdistill.evaluation.ranks import in_step, on_all_ranks
+from clipdistill.evaluation.sets.samples import EncodedSample, EvaluationSet, Kind, digest
+from clipdistill.io.files import new_file
+from clipdistill.io.retries import may_pass
+from clipdistill.io.urls import ShardFile, Stat, one_line, shown, stat
+from clipdistill.models.prompts import CLASSNAMES_FILE, TEMPLATE_FILES, PromptSet
+
+_IMAGES = ("webp", "png", "jpg", "jpeg")
+"""Members that hold the image; the first that a sample has, as in CLIP_benchmark."""
+
+_ANNOTATION: dict[Kind, str] = {"classification": "cls", "multilabel": "npy", "retrieval": "txt"}
+_TEXT_BYTES = 64 << 20
+_DOWNLOAD_BYTES = 8 << 20
+
+
+def is_shard_set(folder: Path, split: str) -> bool:
+    """Whether a local folder has the split in shards."""
+    return (folder / split / "nshards.txt").is_file()
+
+
+def open_shard_set(
+    root: str, *, split: str, prompts: PromptSet | None, load: Callable[[str | Path], PromptSet], cache: Path | None
+) -> EvaluationSet:
+    """Open a folder of shards; every rank calls this, and the shards are indexed by all ranks together.
+
+    Args:
+        root: path or URL; a page of a data set on the Hugging Face Hub means its files.
+        split: which split.
+        prompts: in place of the folder's own.
+        load: reads a folder's own prompts.
+        cache: folder for indexes and copies of remote shards; None: neither is kept.
+
+    Raises:
+        InputError: a file that is missing, damaged or out of reach.
+    """
+    root = _hub_files(root).rstrip("/")
+    found = in_step(lambda: _describe(root, split=split, prompts=prompts, load=load))
+    reader = ShardReader(found.urls, kind=found.kind, cache=cache)
+    return EvaluationSet(name=found.name, kind=found.kind, prompts=found.prompts, reader=reader)
+
+
+class ShardReader:
+    """Samples of shards; see `clipdistill.evaluation.sets.samples.Reader`.
+
+    Every rank makes one at the same time. Each indexes its share of the shards; a remote shard is copied to the cache
+    by the rank that indexes it.
+
+    Raises:
+        InputError: a shard that is missing or damaged.
+    """
+
+    def __init__(self, urls: tuple[str, ...], *, kind: Kind, cache: Path | None) -> None:
+        self._urls = urls
+        self._kind = kind
+        self._cache = cache
+        shares = on_all_ranks(lambda: [self._index(url) for url in urls[rank() :: world_size()]])
+        found = [shares[number % world_size()][number // world_size()] for number in range(len(urls))]
+        self._shards = [index for index, _ in found]
+        self._versions = [version for _, version in found]
+        self._starts = list(accumulate((len(shard) for shard in self._shards), initial=0))
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def read(self, positions: range) -> Iterator[EncodedSample]:
+        """The samples of a range."""
+        shards = list(self._shards)
+        reader = SampleReader(shards, frozenset((*_IMAGES, _ANNOTATION[self._kind])))
+        number = -1
+        try:
+            for position in positions:
+                before, number = number, bisect_right(self._starts, position) - 1
+                if number != before:
+                    url = self._urls[number]
+                    with _faults_told(url):
+                        shards[number] = replace(shards[number], url=self._at_hand(url, self._versions[number]))
+                raw = reader.read(number, position - self._starts[number])
+                yield self._sample(raw, f"{shown(self._urls[number])}: sample {raw.key}")
+        finally:
+            reader.close()
+
+    def identity(self) -> str:
+        """Of the tar headers, sizes and times (or ETags) of the shards."""
+        shards = zip(self._shards, self._versions, strict=True)
+        return digest([[index.digest, version.size, version.etag or version.modified] for index, version in shards])
+
+    def _index(self, url: str) -> tuple[ShardIndex, Stat]:
+        with _faults_told(url):
+            version = stat(url)
+            (index,) = index_shards([self._at_hand(url, version)], cache_dir=self._cache)
+        if index.problems:
+            raise InputError(f"shard {shown(url)}: {index.problems[0]}; allowed: a whole tar file")
+        return index, version
+
+    def _at_hand(self, url: str, version: Stat) -> str:
+        return str(_copy(url, version, self._cache)) if self._cache is not None and "://" in url else url
+
+    def _sample(self, raw: RawSample, where: str) -> EncodedSample:
+        if raw.fault is not None:
+            raise InputError(f"{where}: {raw.fault.reason}: {raw.fault.detail}")
+        image = next((name for name in _IMAGES if name in raw.members), None)
+        member = _ANNOTATION[self._kind]
+        if image is None or member not in raw.members:
+            raise InputError(f"{where}: has {sorted(raw.members)}; allowed: an image and {member}")
+        annotation = _read_annotation(self._kind, raw.members[member], where)
+        return EncodedSample(key=raw.key, where=where, data=raw.members[image], **annotation)
+
+
+@dataclass(frozen=True)
+class _Description:
+    name: str
+    urls: tuple[str, ...]
+    kind: Kind
+    prompts: PromptSet
+
+
+def _describe(
+    root: str, *, split: str, prompts: PromptSet | None, load: Callable[[str | Path], PromptSet]
+) -> _Description:
+    listing = f"{root}/{split}/nshards.txt"
+    text = (_text(listing) or "").strip()
+    if not text.isdigit() or int(text) == 0:
+        raise InputError(f"{shown(listing)}: {text!r}; allowed: a positive number of shards")
+    urls = tuple(f"{root}/{split}/{number}.tar" for number in range(int(text)))
+    for url in urls:
+        if "://" not in url and not Path(url).is_file():
+            raise InputError(f"{listing}: says {text} shards, but {url} is missing")
+    kind: Kind = "classification"
+    match (_text(f"{root}/dataset_type.txt") or "").strip().lower():
+        case "retrieval":
+            kind = "retrieval"
+        case "multilabel":
+            kind = "multilabel"
+    name = Path(root).resolve().name if "://" not in root else root.rpartition("/")[2].partition("@")[0]
+    if kind == "retrieval":
+        prompts = PromptSet(name=name, classnames=(), templates=())
+    elif prompts is None:
+        prompts = load(root) if "://" not in root else _remote_prompts(root, load)
+    return _Description(name, urls, kind, prompts)
+
+
+def _hub_files(root: str) -> str:
+    """The files behind a page that CLIP_benchmark and DataComp give as the address of a set on the Hub."""
+    page = re.fullmatch(r"https://huggingface\.co/datasets/([^/]+/[^/]+)(?:/tree/([^/]+)(/.+?)?)?/?", root)
+    if page is None:
+        return root
+    repository, revision, path = page.groups()
+    return f"hf://datasets/{repository}@{revision or 'main'}{path or ''}"
+
+
+def _remote_prompts(root: str, load: Callable[[str | Path], PromptSet]) -> PromptSet:
+    """A remote folder's own prompt set; what is wrong with it is said of the remote files."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name in (CLASSNAMES_FILE, *TEMPLATE_FILES):
+            text = _text(f"{root}/{name}")
+            if text is not None:
+                Path(folder, name).write_text(text, encoding="utf-8")
+        try:
+            return load(folder)
+        except InputError as error:
+            raise InputError(str(error).replace(folder, shown(root))) from None
+
+
+def _text(path: str) -> str | None:
+    """The content of a text file, local or remote; None where there is none."""
+    try:
+        if "://" not in path:
+            return Path(path).read_text(encoding="utf-8")
+        file = ShardFile(path)
+        try:
+            return file.read_at(0, _TEXT_BYTES).decode("utf-8")
+        finally:
+            file.close()
+    except InputError:
+        raise
+    except Exception as error:  # each filesystem has errors of its own
+        if isinstance(error, FileNotFoundError) and not may_pass(error):
+            return None
+        raise InputError(f"{shown(path)}: cannot be read: {one_line(error, path)}") from error
+
+
+@contextmanager
+def _faults_told(url: str) -> Iterator[None]:
+    """A block that reads a shard: whatever goes wrong becomes one line that names the shard."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # each filesystem has errors of its own
+        raise InputError(f"shard {shown(url)}: cannot be read: {one_line(error, url)}") from error
+
+
+def _copy(url: str, version: Stat, cache: Path) -> Path:
+    """The copy of this version of a remote shard in the cache; only where there is none is the network used."""
+    name = digest([url, version.size, version.etag or version.modified])
+    target = cache.expanduser() / "copies" / f"{name[:32]}.tar"
+    if target.is_file():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shard = ShardFile(url, stat=version)
+    try:
+        with new_file(target) as temporary, temporary.open("wb") as file:
+            while data := shard.read_at(file.tell(), _DOWNLOAD_BYTES):
+                file.write(data)
+            if file.tell() != version.size:
+                raise InputError(f"shard {shown(url)}: ends at byte {file.tell():,}; allowed: {version.size:,} bytes")
+    finally:
+        shard.close()
+    return target
+
+
+def _read_annotation(kind: Kind, content: bytes, where: str) -> dict[str, Any]:
+    if kind == "retrieval":
+        try:
+            captions = tuple(content.decode("utf-8").splitlines())
+        except UnicodeDecodeError as error:
+            raise InputError(f"{where}: txt: {one_line(error)}; allowed: captions in UTF-8") from error
+        if not any(caption.strip() for caption in captions):
+            raise InputError(f"{where}: txt has no caption; allowed: one or more, one a line")
+        return {"captions": captions}
+    if kind == "multilabel":
+        try:
+            marks_C = np.load(io.BytesIO(content), allow_pickle=False)
+        except (ValueError, OSError, EOFError) as error:
+            raise InputError(f"{where}: npy: {one_line(error)}; allowed: an array of 0 and 1") from error
+        if marks_C.ndim != 1:
+            raise InputError(f"{where}: npy of shape {marks_C.shape}; allowed: one number a class")
+        return {"classes": tuple(np.flatnonzero(marks_C).tolist())}
+    try:
+        return {"label": int(content)}
+    except ValueError as error:
+        raise InputError(f"{where}: label {content[:20]!r}; allowed: an integer") from error

@@ -1,0 +1,391 @@
+"""Finding shards and reading them: local files and what fsspec opens (http, S3, the Hugging Face Hub).
+
+A remote shard is read forward in blocks, one request each. A request that fails is made again (`Retries`), from
+the same byte and for half the length, so that even connections that never last bring the shard home.
+"""
+
+import glob
+import logging
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import aiohttp
+import fsspec
+from braceexpand import braceexpand
+from fsspec.implementations.http import HTTPFileSystem
+from fsspec.implementations.local import LocalFileSystem
+
+from clipdistill.errors import InputError
+from clipdistill.io.retries import DEFAULT_RETRIES, Retries, status_of
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_BLOCK = 4 << 20
+_LEAST_BLOCK = 64 << 10
+_ETAGS = ("ETag", "etag", "blob_id")
+_TIMES = ("mtime", "Last-Modified", "LastModified", "last_modified")
+
+_kept: dict[int, Any] = {}
+"""Every filesystem that may hold connections, for good. fsspec drops its own references in a forked worker; were a
+filesystem collected there, closing its connections would take them off the parent's event loop (the two
+processes share one epoll), and the parent would wait for their answers for ever."""
+
+
+class ShardChangedError(Exception):
+    """The shard was overwritten since it was looked up."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stat:
+    """What tells one version of a shard from another."""
+
+    size: int
+    """Bytes."""
+    etag: str | None = None
+    """The store's own name of the content, where it has one."""
+    modified: str | None = None
+    """When it was written, where that is known."""
+
+    def agrees(self, other: "Stat") -> bool:
+        """Whether both may be of one version: the times count where the store has no name for the content."""
+        if self.size != other.size:
+            return False
+        if self.etag and other.etag:
+            return self.etag == other.etag
+        return not (self.modified and other.modified) or self.modified == other.modified
+
+
+def expand_urls(patterns: Sequence[str], *, retries: Retries = DEFAULT_RETRIES) -> list[str]:
+    """The shards that patterns name, in order: the patterns' own, and numeric order within a pattern.
+
+    Args:
+        patterns: Each a path or URL (`http(s)://`, `s3://`, `hf://`, what fsspec knows), with braces
+            (`{000..012}.tar`) or wildcards (`*.tar`), or a folder: all its `*.tar`.
+        retries: Of listing a remote folder.
+
+    Raises:
+        InputError: A pattern names nothing, a local file is missing, a shard is named twice, or a pattern
+            asks for a shell (`pipe:`), which is never run.
+    """
+    urls: dict[str, None] = {}
+    for pattern in patterns:
+        if any(part.startswith("pipe:") for part in pattern.split("::")):
+            raise InputError(f"shards: {pattern!r} asks for a shell, which is never run; allowed: a path or a URL")
+        for url in _expand(pattern, retries):
+            if url in urls:
+                raise InputError(f"shards: {shown(url)!r} is named twice (again by {shown(pattern)!r})")
+            urls[url] = None
+    return list(urls)
+
+
+def shown(url: str) -> str:
+    """A URL as it may be logged: without the password, key or signature that it may carry."""
+    if "://" not in url:
+        return url
+    return re.sub(r"(://)[^/]*@", r"\1", url).split("?", 1)[0]
+
+
+def file_name(url: str) -> str:
+    """The last part of a path or URL, without what it may carry."""
+    return shown(url).replace("\\", "/").rsplit("/", 1)[-1]
+
+
+def one_line(error: BaseException, url: str = "") -> str:
+    """An exception's type and message on one line; the URLs in it as they may be logged."""
+    if error.__cause__ and (isinstance(error, FileNotFoundError) or not str(error)):
+        error = error.__cause__  # fsspec's lookups over HTTP call any fault so; its time-outs have no message
+    message = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
+    if url:
+        message = message.replace(url, shown(url))
+    return re.sub(r"\w+://[^\s'\"]+", lambda found: shown(found[0]), message)
+
+
+def locate(url: str, *, retries: Retries = DEFAULT_RETRIES) -> tuple[Any, str]:
+    """The fsspec filesystem of a URL, and the path there.
+
+    Credentials and proxies come from the environment and the usual files: `~/.netrc`, `~/.aws`, the token of
+    `hf auth login`, fsspec's configuration.
+
+    Args:
+        url: A path or URL.
+        retries: Its time-outs hold for every request over HTTP and to S3.
+
+    Raises:
+        InputError: No such protocol, or its package is not installed.
+    """
+    try:
+        fs, path = fsspec.core.url_to_fs(url, **_options(url, retries))
+    except (ImportError, ValueError) as error:
+        raise InputError(f"shards: {shown(url)!r} cannot be opened: {one_line(error, url)}") from error
+    if not isinstance(fs, LocalFileSystem):
+        _kept[id(fs)] = fs
+    if "s3" in fs.protocol:
+        fs.retries = 1  # else each of our attempts would be five of s3fs
+    return fs, path
+
+
+def stat(url: str, *, retries: Retries = DEFAULT_RETRIES) -> Stat:
+    """Look a shard up.
+
+    Raises:
+        InputError: It is no file of known size, or no filesystem knows its URL.
+        Exception: What the filesystem raises where the shard is missing or out of reach.
+    """
+    fs, path = locate(url, retries=retries)
+    return _retried(fs, url, retries, lambda: _look(fs, path, url))
+
+
+class ShardFile:
+    """An open shard. Reading at rising offsets is cheap everywhere: a server without ranges is read through.
+
+    Shards on one's own disk are only read where asked. Not safe for threads.
+
+    What is read of a remote shard is of one version: over HTTP each answer must have the size and the ETag (or
+    time) of the first; of S3 no other ETag is accepted; elsewhere the shard is looked up again with each new
+    connection, so that a `hf://` shard should name its revision (`hf://datasets/owner/name@revision/...`).
+
+    Args:
+        url: A path or URL.
+        stat: The version to read, as `stat` gives it; on one's own disk its size only. None: the present one.
+        retries: Of remote reads.
+
+    Raises:
+        ShardChangedError: Here or while reading: the shard is another version, or has become one.
+        InputError: As for `stat`.
+        Exception: What the filesystem raises, after the last attempt.
+    """
+
+    def __init__(self, url: str, *, stat: Stat | None = None, retries: Retries = DEFAULT_RETRIES) -> None:
+        self._url = url
+        self._retries = retries
+        self._fs, self._path = locate(url, retries=retries)
+        self._local = isinstance(self._fs, LocalFileSystem)
+        self._stat = stat or _retried(self._fs, url, retries, self._look)
+        self._file: Any = None
+        self._ranges = True
+        self._block = _BLOCK
+        self._buffer, self._start = b"", 0
+        _retried(self._fs, url, retries, lambda: self._open(check=stat is not None))
+
+    def read_at(self, offset: int, size: int) -> bytes:
+        """`size` bytes from `offset`; fewer where the shard ends."""
+        if self._local:
+            self._file.seek(offset)
+            return self._file.read(size)
+        size = max(0, min(size, self._stat.size - offset))
+        data = self._buffered(offset, size)
+        while len(data) < size:
+            data += self._buffered(offset + len(data), size - len(data))
+        return data
+
+    def close(self) -> None:
+        """Close the file or connection."""
+        if self._file:
+            self._file.close()
+        self._file, self._buffer = None, b""
+
+    def _buffered(self, offset: int, size: int) -> bytes:
+        """At least one and at most `size` bytes from `offset`."""
+        skip = offset - self._start
+        if size and not 0 <= skip < len(self._buffer):
+            self._buffer = _retried(self._fs, self._url, self._retries, lambda: self._request(offset), offset)
+            self._start, skip = offset, 0
+        return self._buffer[skip : skip + size]
+
+    def _request(self, offset: int) -> bytes:
+        """One attempt to read a block."""
+        try:
+            if not self._file:
+                self._fs.invalidate_cache(self._path)
+                self._open(check=True)
+            read = self._read_range if self._ranges else self._read_through
+            data = read(offset, min(self._block, self._stat.size - offset))
+            if not data:
+                raise OSError(f"nothing came, with {self._stat.size - offset:,} bytes to come")
+        except _NoRangesError:
+            self.close()
+            self._ranges = False
+            return self._request(offset)
+        except Exception as error:
+            self.close()
+            self._block = max(_LEAST_BLOCK, self._block // 2)
+            if status_of(error) in (412, 416):
+                raise self._changed() from error
+            if isinstance(error, IndexError):  # s3fs trips over a time-out
+                raise TimeoutError("no answer in time") from None
+            raise
+        self._block = min(_BLOCK, 2 * self._block)
+        return data
+
+    def _read_range(self, offset: int, size: int) -> bytes:
+        self._file.seek(offset)
+        return self._file.read(size)
+
+    def _read_through(self, offset: int, size: int) -> bytes:
+        if offset < self._file.tell():
+            self.close()
+            self._open(check=True)
+        while self._file.tell() < offset and self._file.read(min(_BLOCK, offset - self._file.tell())):
+            pass
+        data = b""
+        while len(data) < size and (more := self._file.read(size - len(data))):
+            data += more
+        return data
+
+    def _open(self, *, check: bool) -> None:
+        if isinstance(self._fs, HTTPFileSystem):
+            self._file = self._fs.open(
+                self._path,
+                "rb",
+                block_size=_BLOCK if self._ranges else 0,
+                cache_type="none",
+                size=self._stat.size,
+                headers={"Accept-Encoding": "identity"},
+                raise_for_status=self._check,
+            )
+            return
+        self._file = self._fs.open(self._path, "rb", block_size=_BLOCK, cache_type="none")
+        if not check:
+            return
+        now = self._look()
+        if not (now.size == self._stat.size if self._local else now.agrees(self._stat)):
+            self.close()
+            raise self._changed()
+
+    async def _check(self, response: aiohttp.ClientResponse) -> None:
+        """Called by aiohttp with every answer, before its body: raise unless it is the part that was asked for,
+        of the right version."""
+        response.raise_for_status()
+        asked = re.match(r"bytes=(\d+)-", response.request_info.headers.get("Range", "bytes=0-"))
+        sent = re.match(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
+        whole = response.content_length if response.status == 200 else None
+        size = int(sent[2]) if sent else self._stat.size if whole is None else whole
+        etag, modified = response.headers.get("ETag"), response.headers.get("Last-Modified")
+        first = int(asked[1]) if asked else 0
+        error: Exception | None = None
+        if not self._stat.agrees(Stat(size=size, etag=etag, modified=modified)):
+            error = self._changed()
+        elif sent and int(sent[1]) != first:
+            error = OSError(f"the server sent byte {int(sent[1]):,} for {first:,}")
+        elif first and not sent and response.status != 206:
+            error = _NoRangesError()
+        if error:
+            response.close()
+            raise error
+
+    def _look(self) -> Stat:
+        return _look(self._fs, self._path, self._url)
+
+    def _changed(self) -> ShardChangedError:
+        was = f"{self._stat.size:,} bytes, ETag {self._stat.etag}, written {self._stat.modified}"
+        return ShardChangedError(f"{shown(self._url)} was overwritten: it is not what it was ({was})")
+
+
+class _NoRangesError(Exception):
+    """The server answers a range with the whole file."""
+
+
+def _options(url: str, retries: Retries) -> dict[str, Any]:
+    """Settings for the filesystems of a URL, by protocol; the user's own (fsspec's configuration) come first."""
+    timeout = aiohttp.ClientTimeout(connect=retries.connect_timeout, sock_read=retries.read_timeout)
+    http = "client_kwargs", {"trust_env": True, "timeout": timeout}
+    s3_timeouts = {"connect_timeout": retries.connect_timeout, "read_timeout": retries.read_timeout}
+    s3 = "config_kwargs", {**s3_timeouts, "retries": {"mode": "standard", "total_max_attempts": 1}}
+    options = {}
+    for protocol, (name, values) in {"http": http, "https": http, "s3": s3, "s3a": s3}.items():
+        if f"{protocol}://" in str(url):
+            options[protocol] = {name: values | fsspec.config.conf.get(protocol, {}).get(name, {})}
+    return options
+
+
+def _retried(fs: Any, url: str, retries: Retries, request: Callable[[], T], offset: int | None = None) -> T:
+    """What a request gives, made again where it fails and the filesystem is a remote one."""
+    if isinstance(fs, LocalFileSystem):
+        return request()
+
+    def report(error: Exception, wait: str) -> None:
+        place = shown(url) if offset is None else f"{shown(url)}: byte {offset:,}"
+        logger.warning("shard %s: %s; %s", place, one_line(error, url), wait)
+
+    return retries.run(request, report)
+
+
+def _look(fs: Any, path: str, url: str) -> Stat:
+    info = fs.info(path)
+    if info["type"] != "file" or info["size"] is None:
+        raise InputError(f"shard {shown(url)!r}: not a file of known size")
+    etag, modified = (next((str(info[name]) for name in names if info.get(name)), None) for names in (_ETAGS, _TIMES))
+    return Stat(size=int(info["size"]), etag=etag, modified=modified)
+
+
+def _expand(pattern: str, retries: Retries) -> list[str]:
+    if "://" not in pattern and _exists(Path(pattern).expanduser()):
+        return _local(pattern, pattern)
+    try:
+        pieces = list(braceexpand(pattern))
+    except ValueError as error:
+        raise InputError(f"shards: {shown(pattern)!r}: unbalanced braces; allowed: as {{000..012}}") from error
+    found = []
+    for piece in pieces:
+        found += _remote(piece, pattern, retries) if "://" in piece else _local(piece, pattern)
+    return found
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a name too long, a folder that may not be searched
+        return False
+
+
+def _local(piece: str, pattern: str) -> list[str]:
+    path = Path(piece).expanduser()
+    if _exists(path):
+        if not path.is_dir():
+            return [str(path)]
+        return _sorted([str(tar) for tar in path.glob("*.tar")], pattern, "a folder with *.tar files")
+    if glob.has_magic(piece):
+        found = glob.glob(str(path), recursive=True)  # noqa: PTH207 (Path.glob takes no absolute pattern)
+        return _sorted(found, pattern, "a pattern that matches files")
+    raise InputError(f"shards: {piece!r} (from {pattern!r}) does not exist")
+
+
+def _remote(piece: str, pattern: str, retries: Retries) -> list[str]:
+    if "::" in piece:
+        return [piece]
+    fs, path = locate(piece, retries=retries)
+    wild = re.search(r"[*\[]", path)
+    http = isinstance(fs, HTTPFileSystem)
+    if not wild and path.endswith(".tar"):
+        return [piece]
+
+    def is_folder() -> bool:
+        return piece.endswith("/") or (not http and fs.isdir(path))
+
+    def find() -> list[str]:
+        errors = {"on_error": "raise"} if http else {}  # else a folder that cannot be reached is an empty one
+        return fs.glob(path if wild else path.rstrip("/") + "/*.tar", **errors)
+
+    try:
+        if not wild and not _retried(fs, piece, retries, is_folder):
+            return [piece]
+        found = _retried(fs, piece, retries, find)
+    except Exception as error:  # each filesystem has errors of its own
+        raise InputError(f"shards: {shown(piece)!r} cannot be listed: {one_line(error, piece)}") from error
+    return _sorted([fs.unstrip_protocol(name) for name in found], pattern, "a pattern that matches files")
+
+
+def _sorted(found: list[str], pattern: str, allowed: str) -> list[str]:
+    if not found:
+        raise InputError(f"shards: nothing found at {shown(pattern)!r}; allowed: {allowed}")
+    return sorted(found, key=_numeric)
+
+
+def _numeric(text: str) -> list[tuple[int, str]]:
+    """Key that sorts 2.tar before 10.tar."""
+    return [(int(part), "") if number % 2 else (-1, part) for number, part in enumerate(re.split("([0-9]+)", text))]

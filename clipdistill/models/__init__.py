@@ -1,0 +1,1 @@
+"""Frozen and trained towers, prompt sets and class embeddings."""

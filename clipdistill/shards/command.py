@@ -1,0 +1,169 @@
+"""``clipdistill shards``: its arguments, and the shards they ask for."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from clipdistill.errors import InputError
+from clipdistill.models.prompts import load_prompts
+from clipdistill.shards.icons import render_icons
+from clipdistill.shards.sources import Source, from_csv, from_hf_dataset, from_image_folder
+from clipdistill.shards.writing import (
+    DEFAULT_TEMPLATES,
+    check_new,
+    write_classification_folder,
+    write_retrieval_folder,
+    write_split,
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add one sub-command for each source."""
+    sources = parser.add_subparsers(dest="source", required=True, metavar="SOURCE")
+
+    icons = sources.add_parser(
+        "icons",
+        help="the icon fonts of the package qtawesome: the data of the quickstart",
+        description="Render open icon fonts: DIR/train, DIR/val (a fifth of the drawings of 240 classes) and "
+        "DIR/test (the same classes in a font held out). A folder that holds them already is kept.",
+    )
+    icons.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write")
+    icons.add_argument(
+        "--size", type=int, default=64, metavar="PIXELS", help="width and height, 32 to 512 (default: 64)"
+    )
+
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="folder to write, or to add the split to"
+    )
+    common.add_argument("--split", default="train", metavar="NAME", help="the shards go to DIR/NAME (default: train)")
+    common.add_argument(
+        "--samples-per-shard",
+        type=int,
+        default=1000,
+        metavar="N",
+        help="samples in one tar file (default: 1000)",
+    )
+    common.add_argument(
+        "--prompts",
+        metavar="SET",
+        help="class names and templates: a shipped set such as imagenet-1k, or a folder with classnames.txt "
+        f"and templates.txt (default: the source's own names, and {DEFAULT_TEMPLATES[0]!r})",
+    )
+    common.add_argument(
+        "--keep-order",
+        action="store_true",
+        help="keep the order of the source (default: a fixed shuffle, so that each shard is a mixture)",
+    )
+    common.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="pass over bad rows and list them (default: stop at the first)",
+    )
+    columns = argparse.ArgumentParser(add_help=False)
+    columns.add_argument(
+        "--image-column", default="image", metavar="NAME", help="column of the images (default: image)"
+    )
+    columns.add_argument("--caption-column", metavar="NAME", help="column of the captions (default: no captions)")
+    columns.add_argument(
+        "--label-column", metavar="NAME", help="column of class names or indices from 0 (default: no labels)"
+    )
+
+    folder = sources.add_parser(
+        "folder",
+        parents=[common],
+        help="an image folder with one folder a class",
+        description="Make shards of ROOT/<class>/**/<image>, as torchvision's ImageFolder reads it.",
+    )
+    folder.add_argument("root", type=Path, metavar="ROOT", help="the image folder")
+
+    table = sources.add_parser(
+        "csv",
+        parents=[common, columns],
+        help="a CSV or TSV table with paths of images",
+        description="Make shards of a UTF-8 table with a header line, one row an image file.",
+    )
+    table.add_argument("table", type=Path, metavar="TABLE", help="the table")
+    table.add_argument(
+        "--root",
+        type=Path,
+        metavar="DIR",
+        help="where relative paths of images start (default: the table's folder)",
+    )
+    table.add_argument(
+        "--delimiter", metavar="CHARACTER", help="between columns (default: a tab for .tsv, else a comma)"
+    )
+
+    hub = sources.add_parser(
+        "hf",
+        parents=[common, columns],
+        help="a dataset of the Hugging Face Hub, or a local one",
+        description="Make shards of a dataset that the library `datasets` can load. Private ones need `hf auth login`.",
+    )
+    hub.add_argument("name", metavar="NAME", help="name on the Hub, local folder, or folder of save_to_disk")
+    hub.add_argument("--subset", metavar="NAME", help="configuration of the dataset, where it has several")
+    hub.add_argument(
+        "--source-split",
+        metavar="SPLIT",
+        help="split to read, such as 'train[:10%%]' (default: that of --split)",
+    )
+    hub.add_argument("--streaming", action="store_true", help="do not download the dataset first; keeps its order")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Make the shards that the arguments of `add_arguments` ask for, and print one line about them."""
+    if args.source == "icons":
+        _run_icons(args)
+        return
+    check_new(args.output / args.split)
+    source = _open_source(args)
+    options: dict[str, Any] = {
+        "split": args.split,
+        "samples_per_shard": args.samples_per_shard,
+        "progress": _show if sys.stderr.isatty() else None,
+    }
+    if source.classnames is not None:
+        templates = load_prompts(args.prompts).templates if args.prompts else DEFAULT_TEMPLATES
+        summary = write_classification_folder(
+            source.samples, args.output, classnames=source.classnames, templates=templates, **options
+        )
+        content = f", {len(source.classnames)} classes"
+    elif args.caption_column is not None and args.label_column is None:
+        summary = write_retrieval_folder(source.samples, args.output, **options)
+        content = " with captions"
+    else:
+        summary = write_split(source.samples, args.output, shared_files={}, **options)
+        content = ""
+    for line in source.skipped:
+        print(f"skipped: {line}", file=sys.stderr)
+    skipped = f"; {len(source.skipped)} bad rows skipped" if source.skipped else ""
+    print(f"{summary.folder}: {summary.samples} samples in {summary.shards} shards{content}{skipped}")
+
+
+def _open_source(args: argparse.Namespace) -> Source:
+    common: dict[str, Any] = {
+        "classnames": load_prompts(args.prompts).classnames if args.prompts else None,
+        "shuffle_seed": None if args.keep_order or getattr(args, "streaming", False) else 0,
+        "skip_bad": args.skip_bad,
+    }
+    if args.source == "folder":
+        return from_image_folder(args.root, **common)
+    if args.prompts and args.label_column is None:
+        raise InputError("--prompts: names the classes of --label-column, which is not given")
+    common |= {name: getattr(args, name) for name in ("image_column", "caption_column", "label_column")}
+    if args.source == "csv":
+        return from_csv(args.table, root=args.root, delimiter=args.delimiter, **common)
+    split = args.source_split or args.split
+    return from_hf_dataset(args.name, split=split, subset=args.subset, streaming=args.streaming, **common)
+
+
+def _run_icons(args: argparse.Namespace) -> None:
+    summary = render_icons(args.output, size=args.size, progress=_show if sys.stderr.isatty() else None)
+    counts = ", ".join(f"{count} {split}" for split, count in summary.samples.items())
+    print(f"{args.output}: {counts} icons of {summary.size} px, {summary.classes} classes")
+
+
+def _show(done: int, total: int | None = None) -> None:
+    """A count on a terminal, which the next line printed writes over."""
+    print(f"{done}{f' of {total}' if total else ''}", end="\r", file=sys.stderr, flush=True)

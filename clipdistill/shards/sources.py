@@ -1,0 +1,392 @@
+"""Read samples from image folders, tables and Hugging Face data sets."""
+
+import csv
+import io
+import os
+import random
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import fsspec
+from PIL import Image
+
+from clipdistill.errors import InputError
+from clipdistill.shards.writing import Sample
+
+READABLE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
+"""What Pillow may open here; none of these runs a program, as its EPS reader does."""
+
+FOLDER_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+"""Files that count as images in an image folder; the list of torchvision's ImageFolder."""
+
+Row = TypeVar("Row")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Samples to be read once, in order, and what is known about all of them."""
+
+    samples: Iterator[Sample]
+    classnames: list[str] | None = None
+    """What the labels index; None where there are no labels, or bare numbers."""
+    skipped: list[str] = field(default_factory=list)
+    """With ``skip_bad``: one line for each row passed over, naming row and file. It grows as samples are
+    read."""
+
+
+def from_image_folder(
+    root: Path,
+    *,
+    classnames: Sequence[str] | None = None,
+    shuffle_seed: int | None = None,
+    skip_bad: bool = False,
+) -> Source:
+    """Samples of ``root/<class>/**/<image>``, with the classes and the order of torchvision's ImageFolder.
+
+    Args:
+        root: its folders, sorted, are the classes.
+        classnames: names for the classes in that order; the folders' own by default.
+        shuffle_seed: mix the images by this seed; by default they stay sorted, so a shard may hold a single
+            class.
+        skip_bad: pass over unreadable images and list them in `Source.skipped`, instead of raising.
+
+    A key is the image's number in ImageFolder's order; the metadata holds its path below ``root``.
+
+    Raises:
+        InputError: no such folder, no class in it, a class without images, or a wrong number of class names;
+            while samples are read, an unreadable image.
+    """
+    if not root.is_dir():
+        raise InputError(f"{root}: no such folder")
+    folders = sorted(path.name for path in root.iterdir() if path.is_dir())
+    if not folders:
+        raise InputError(f"{root}: no folder in it; an image folder holds one folder a class")
+    if classnames is not None and len(classnames) != len(folders):
+        raise InputError(f"{root}: {len(folders)} class folders, but {len(classnames)} class names were given")
+    images: list[tuple[Path, int]] = []
+    for label, name in enumerate(folders):
+        files = _image_files(root / name)
+        if not files:
+            raise InputError(f"{root / name}: no image in this class; allowed are {', '.join(FOLDER_SUFFIXES)}")
+        images += [(file, label) for file in files]
+
+    def convert(index: int) -> Sample:
+        file, label = images[index]
+        image, extension = encode_image(_read(str(file), where=str(root)), where=str(file))
+        path = file.relative_to(root).as_posix()
+        return Sample(key=_key(index), image=image, image_extension=extension, label=label, metadata={"path": path})
+
+    order = _order(len(images), shuffle_seed)
+    return _source(order, convert, classnames=list(classnames or folders), skip_bad=skip_bad)
+
+
+def from_csv(
+    path: Path,
+    *,
+    image_column: str = "image",
+    caption_column: str | None = None,
+    label_column: str | None = None,
+    root: Path | None = None,
+    delimiter: str | None = None,
+    classnames: Sequence[str] | None = None,
+    shuffle_seed: int | None = None,
+    skip_bad: bool = False,
+) -> Source:
+    """Samples of a table in UTF-8 with a header line, one row an image file.
+
+    Args:
+        path: the table.
+        image_column: holds the path of the image file, absolute or below ``root``.
+        caption_column: holds the caption; none by default.
+        label_column: holds a class name, or an index from 0; none by default.
+        root: the table's own folder by default.
+        delimiter: by default a tab where the table's name ends in .tsv, else a comma.
+        classnames: what the labels index. By default a column of whole numbers holds bare indices, and any
+            other one makes its distinct values, sorted, the classes.
+        shuffle_seed: mix the rows by this seed; by default they stay in order.
+        skip_bad: pass over bad rows and list them in `Source.skipped`, instead of raising.
+
+    A key is the row's number, from 0; the metadata holds the image's path as the table has it.
+
+    Raises:
+        InputError: no such file or column, or a table that is not UTF-8; while samples are read, a row
+            without caption or label, or an image that is missing or unreadable.
+    """
+    folder = path.parent if root is None else root
+    used = [name for name in (image_column, caption_column, label_column) if name is not None]
+    rows = _read_table(path, used, "\t" if path.suffix == ".tsv" and delimiter is None else delimiter or ",")
+    if label_column is not None and classnames is None:
+        classnames = _distinct_names(row[label_column] for _, row in rows)
+    labels = _Labels(classnames)
+
+    def convert(index: int) -> Sample:
+        line, row = rows[index]
+        where = f"{path}, line {line}"
+        if not row[image_column]:
+            raise InputError(f"{where}: there is no path of an image")
+        file = str(folder / row[image_column])
+        image, extension = encode_image(_read(file, where=where), where=f"{where}: {file}")
+        return Sample(
+            key=_key(index),
+            image=image,
+            image_extension=extension,
+            caption=_caption(row[caption_column], where=where) if caption_column else None,
+            label=labels.index(row[label_column], where=where) if label_column else None,
+            metadata={"path": row[image_column]},
+        )
+
+    order = _order(len(rows), shuffle_seed)
+    return _source(order, convert, classnames=labels.names, skip_bad=skip_bad)
+
+
+def from_hf_dataset(
+    name_or_path: str,
+    *,
+    split: str = "train",
+    subset: str | None = None,
+    image_column: str = "image",
+    caption_column: str | None = None,
+    label_column: str | None = None,
+    classnames: Sequence[str] | None = None,
+    streaming: bool = False,
+    shuffle_seed: int | None = None,
+    skip_bad: bool = False,
+) -> Source:
+    """Samples of a dataset that the library ``datasets`` can load.
+
+    Args:
+        name_or_path: a dataset of the Hub, a local folder of data files, or a folder written by
+            ``save_to_disk``.
+        split: which split, in the library's notation ("train[:10%]"). A saved ``Dataset`` has one split only,
+            which is taken whatever its name; of a saved ``DatasetDict``, the name of a split.
+        subset: the configuration, for datasets that have several.
+        image_column: an ``Image`` column, or one of encoded bytes or paths.
+        caption_column: strings, or lists of strings, of which the first is taken; none by default.
+        label_column: a ``ClassLabel``, an index from 0, or a class name; none by default.
+        classnames: what the labels index; by default those of the ``ClassLabel``, or for a column of strings
+            its distinct values, sorted.
+        streaming: read rows as they arrive, without downloading the dataset first. The order stays the
+            source's.
+        shuffle_seed: mix the rows by this seed; by default they stay in order.
+        skip_bad: pass over bad rows and list them in `Source.skipped`, instead of raising.
+
+    A key is the row's number, from 0. The encoded image is copied, not decoded and encoded again.
+
+    Raises:
+        InputError: no such dataset, split or column, or ``shuffle_seed`` with ``streaming``; while samples
+            are read, a row without caption or label, or an image that is missing or unreadable.
+    """
+    import datasets  # takes seconds, which the other sources need not spend
+
+    if streaming and shuffle_seed is not None:
+        raise InputError("streaming: rows that arrive one by one cannot be shuffled; leave out one of the two")
+    dataset = _load_hf_dataset(name_or_path, split=split, subset=subset, streaming=streaming)
+    used = [name for name in (image_column, caption_column, label_column) if name is not None]
+    columns = dataset.column_names or list(next(iter(dataset), {}))
+    for name in used:
+        if name not in columns:
+            raise InputError(f"{name_or_path}: no column {name!r}; it has {', '.join(columns)}")
+    dataset = dataset.select_columns(sorted(set(used)))
+    if dataset.features is not None:  # None in some streams, whose rows come as the files hold them
+        dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
+    if label_column is not None:
+        feature = (dataset.features or {}).get(label_column)
+        own_names = getattr(feature, "names", None)
+        if classnames is None:
+            classnames = own_names
+        elif own_names and len(own_names) != len(classnames):
+            raise InputError(
+                f"{name_or_path}: column {label_column!r} has {len(own_names)} classes, but {len(classnames)}"
+                " class names were given"
+            )
+        if classnames is None and not streaming and "string" in str(getattr(feature, "dtype", "")):
+            classnames = _distinct_names(value for value in dataset.unique(label_column) if value)
+    labels = _Labels(classnames)
+
+    def convert(numbered_row: tuple[int, dict[str, Any]]) -> Sample:
+        index, row = numbered_row
+        where = f"{name_or_path}, row {index}"
+        image, extension = _stored_image(row[image_column], where=where)
+        return Sample(
+            key=_key(index),
+            image=image,
+            image_extension=extension,
+            caption=_caption(row[caption_column], where=where) if caption_column else None,
+            label=labels.index(row[label_column], where=where) if label_column else None,
+        )
+
+    rows: Iterable[tuple[int, dict[str, Any]]] = enumerate(dataset)
+    if shuffle_seed is not None:
+        rows = ((index, dataset[index]) for index in _order(len(dataset), shuffle_seed))
+    return _source(rows, convert, classnames=labels.names, skip_bad=skip_bad)
+
+
+def encode_image(content: bytes, *, where: str) -> tuple[bytes, str]:
+    """The file to put into a shard, and its extension: JPEG, PNG and WebP as they are, other formats as PNG.
+
+    The image is decoded in full, so that a damaged file is found here rather than in training.
+
+    Raises:
+        InputError: not a readable image, or one so large that Pillow takes it for a decompression bomb;
+            begins with ``where``.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image: Image.Image = Image.open(io.BytesIO(content), formats=READABLE_FORMATS)
+            image.load()
+    except Exception as error:  # Pillow's decoders raise many kinds
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"{where}: not a readable image ({reason}); allowed are {', '.join(READABLE_FORMATS)}"
+        ) from None
+    extension = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}.get(image.format or "")
+    if extension is not None:
+        return content, extension
+    if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"):
+        image = image.convert("RGB")
+    encoded = io.BytesIO()
+    image.save(encoded, format="PNG")
+    return encoded.getvalue(), "png"
+
+
+class _Labels:
+    """Turns what stands in a label column into class indices."""
+
+    def __init__(self, names: Sequence[str] | None) -> None:
+        self.names = None if names is None else list(names)
+        self._indices = {name: index for index, name in enumerate(names or ())}
+
+    def index(self, value: Any, *, where: str) -> int:
+        if isinstance(value, str) and value in self._indices:
+            return self._indices[value]
+        if isinstance(value, int) or (isinstance(value, str) and _is_number(value)):
+            index = int(value)
+            if index >= 0 and (self.names is None or index < len(self.names)):
+                return index
+        if self.names is None:
+            raise InputError(f"{where}: label {value!r} is not an index from 0; names need a list of the classes")
+        raise InputError(f"{where}: label {value!r} is no class name and no index from 0 to {len(self.names) - 1}")
+
+
+def _source(
+    rows: Iterable[Row],
+    convert: Callable[[Row], Sample],
+    *,
+    classnames: list[str] | None,
+    skip_bad: bool,
+) -> Source:
+    """A source of converted rows, of which the bad ones are raised or listed."""
+    skipped: list[str] = []
+
+    def samples() -> Iterator[Sample]:
+        for row in rows:
+            try:
+                sample = convert(row)
+            except InputError as error:
+                if not skip_bad:
+                    raise
+                skipped.append(str(error))
+            else:
+                yield sample
+
+    return Source(samples=samples(), classnames=classnames, skipped=skipped)
+
+
+def _order(length: int, seed: int | None) -> list[int]:
+    order = list(range(length))
+    if seed is not None:
+        random.Random(seed).shuffle(order)
+    return order
+
+
+def _key(index: int) -> str:
+    return f"{index:09d}"
+
+
+def _caption(value: Any, *, where: str) -> str:
+    """A caption as one line of text, since CLIP_benchmark reads several lines as several captions."""
+    if isinstance(value, list):
+        value = next(iter(value), None)
+    if not isinstance(value, str) or not value.strip():
+        raise InputError(f"{where}: caption {value!r} is not a text")
+    return " ".join(value.split())
+
+
+def _distinct_names(values: Iterable[str]) -> list[str] | None:
+    """The class names of a label column, sorted; None if it holds numbers only."""
+    names = sorted(set(values) - {""})
+    return None if all(map(_is_number, names)) else names
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit()
+
+
+def _image_files(folder: Path) -> list[Path]:
+    return [
+        Path(parent, name)
+        for parent, _, names in sorted(os.walk(folder, followlinks=True))
+        for name in sorted(names)
+        if name.lower().endswith(FOLDER_SUFFIXES)
+    ]
+
+
+def _read(path: str, *, where: str) -> bytes:
+    """The content of a local file, or of a URL that fsspec knows."""
+    try:
+        if "://" in path:
+            with fsspec.open(path, "rb") as file:
+                return file.read()
+        return Path(path).read_bytes()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise InputError(f"{where}: cannot read {path} ({reason})") from None
+
+
+def _read_table(path: Path, used: Sequence[str], delimiter: str) -> list[tuple[int, dict[str, str]]]:
+    """The rows of a table, each with the number of the line where it ends; only the columns in use."""
+    if len(delimiter) != 1:
+        raise InputError(f"delimiter: {delimiter!r} is not a single character")
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, delimiter=delimiter)
+            columns = reader.fieldnames or []
+            for name in used:
+                if name not in columns:
+                    raise InputError(f"{path}: no column {name!r}; it has {', '.join(columns)}")
+            return [(reader.line_num, {name: row[name] or "" for name in used}) for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path}: not a readable table in UTF-8 ({error})") from None
+
+
+def _stored_image(value: Any, *, where: str) -> tuple[bytes, str]:
+    """File and extension of a cell of an undecoded image column: a path, encoded bytes or a dict of both."""
+    if not isinstance(value, dict):
+        value = {"bytes" if isinstance(value, bytes) else "path": value}
+    content, path = value.get("bytes"), value.get("path")
+    if content is None:
+        if not path:
+            raise InputError(f"{where}: there is no image")
+        content = _read(path, where=where)
+    return encode_image(content, where=f"{where}: {path or 'image'}")
+
+
+def _load_hf_dataset(name_or_path: str, *, split: str, subset: str | None, streaming: bool) -> Any:
+    import datasets
+
+    saved = any((Path(name_or_path) / file).is_file() for file in ("state.json", "dataset_dict.json"))
+    try:
+        if not saved:
+            return datasets.load_dataset(name_or_path, subset, split=split, streaming=streaming)
+        dataset = datasets.load_from_disk(name_or_path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{name_or_path}: cannot load this dataset ({str(error).splitlines()[0]})") from None
+    if not isinstance(dataset, datasets.DatasetDict):
+        return dataset
+    if split not in dataset:
+        raise InputError(f"{name_or_path}: no split {split!r}; it has {', '.join(dataset)}")
+    return dataset[split]

@@ -1,0 +1,120 @@
+"""``clipdistill cache``: its arguments, and what it does in which order."""
+
+import argparse
+import re
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from clipdistill.io.arguments import positive
+
+if TYPE_CHECKING:
+    from clipdistill.distill.teacher_cache import CacheBuild, CacheBuilder, CacheEstimate
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what ``run`` reads."""
+    parser.add_argument("--config", required=True, type=Path, help="the config that will train from the cache")
+    parser.add_argument("--dry-run", action="store_true", help="say what the build will take; build nothing")
+    parser.add_argument(
+        "--part",
+        type=_part,
+        default=(1, 1),
+        metavar="I/N",
+        help="of N machines that share the work, this is number I: it builds every N-th shard's file (the files can "
+        "be copied together)",
+    )
+    parser.add_argument(
+        "--batch-size", type=positive, metavar="N", help="samples at once, each in all its views (default: the config)"
+    )
+    parser.add_argument("--device", help="such as cuda or cpu (default: cuda where there is one)")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as teacher_cache.precision=int8")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Build what is missing; the processes of a launcher take turns with the shards.
+
+    Raises:
+        InputError: whatever is wrong with the config, the models or the shards.
+        RunError: the disk is full. The files that are there are whole.
+    """
+    from clipdistill.config import load_config
+    from clipdistill.distributed.collectives import launched
+
+    config = load_config(args.config, args.overrides)
+    with launched(args.device) as device:
+        from clipdistill.distill.teacher_cache import CacheBuilder
+        from clipdistill.distributed.collectives import gather_objects, rank, world_size
+        from clipdistill.errors import InputError
+        from clipdistill.training.build import cache_settings, index_all, open_student, open_teachers
+
+        if not config.teacher_cache.folder:
+            raise InputError("teacher_cache.folder: empty; allowed: the folder for the cache's files")
+        teachers = open_teachers(config)
+        settings = cache_settings(config, open_student(config, teachers), teachers)
+        for teacher in teachers:
+            teacher.to(device)
+        builder = CacheBuilder(
+            index_all(config),
+            teachers,
+            settings,
+            folder=Path(config.teacher_cache.folder),
+            batch_size=args.batch_size or config.data.batch_size,
+            workers=config.data.workers,
+            device=device,
+        )
+        part, parts = args.part
+        mine = range(part - 1, len(builder.index), parts)[rank() :: world_size()]
+        missing = builder.missing(mine)
+        estimates = gather_objects(builder.estimate(missing))
+        if rank() == 0:
+            print(_forecast(builder, estimates, shards=len(range(part - 1, len(builder.index), parts))), flush=True)
+        if args.dry_run:
+            return
+        done = gather_objects(_build(builder, missing, sum(estimate.samples for estimate in estimates)))
+        if rank() == 0:
+            print(_result(builder, done))
+
+
+def _build(builder: "CacheBuilder", missing: list[int], samples: int) -> "CacheBuild":
+    """With a bar of all processes' samples on a terminal, of which this one counts its own."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+
+    from clipdistill.distributed.collectives import rank, world_size
+
+    console = Console(stderr=True)
+    if rank() > 0 or not console.is_terminal:
+        return builder.build(missing)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("", total=samples)
+        return builder.build(missing, progress=lambda done: progress.update(bar, completed=done * world_size()))
+
+
+def _forecast(builder: "CacheBuilder", estimates: list["CacheEstimate"], *, shards: int) -> str:
+    samples, missing = (sum(getattr(each, name) for each in estimates) for name in ("samples", "shards"))
+    size = sum(each.bytes for each in estimates)
+    seconds = max(each.seconds for each in estimates)
+    return (
+        f"{builder.folder}: {shards - missing} of {shards} shards are there; to build: {missing} shards, "
+        f"{samples:,} samples of {estimates[0].bytes_per_sample:,} bytes ({builder.settings.views} views, "
+        f"{builder.settings.precision}), {size / 1e6:,.1f} MB, about {timedelta(seconds=round(seconds))}"
+    )
+
+
+def _result(builder: "CacheBuilder", done: list["CacheBuild"]) -> str:
+    skipped = sum((each.skipped for each in done), start=type(done[0].skipped)())
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(skipped.items()))
+    return (
+        f"{builder.folder}: {sum(each.written for each in done)} files written, "
+        f"{sum(each.samples for each in done):,} samples" + (f"; bad samples: {reasons}" if reasons else "")
+    )
+
+
+def _part(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    part, parts = map(int, found.groups()) if found else (0, 0)
+    if not 1 <= part <= parts:
+        raise argparse.ArgumentTypeError(f"{text} is not allowed; allowed: I/N with I from 1 to N, such as 2/4")
+    return part, parts

@@ -1,0 +1,298 @@
+"""Checkpoints: a folder a step, written aside and renamed, with the sha256 of every file; the newest whole is found.
+
+RUN/checkpoints/step_00000500/
+    student.safetensors    weights and buffers
+    ema.safetensors        their moving average, where there is one
+    priors.safetensors     class priors, where there are any
+    optimizer.pt           loaded with weights_only
+    rank_00000.pt          one a rank: random state, position in the stream, sums under way
+    manifest.json          step, number of ranks, evaluation, size and sha256 of every file above, sha256 of itself
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from clipdistill.distributed.collectives import gather_objects, rank, world_size
+from clipdistill.errors import InputError, RunError
+from clipdistill.io.files import sync, sync_tree, why, write_text, writing
+
+log = logging.getLogger(__name__)
+
+FORMAT = 2
+_MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingState:
+    """Everything that a run needs to go on as if it had never stopped.
+
+    Attributes:
+        step: optimizer steps taken.
+        tensors: name -> state dict of tensors, each saved as ``<name>.safetensors`` (``student``, ``ema``, ...).
+        optimizer: state dict of the optimizer.
+        rank_states: of each rank that wrote the checkpoint, in their order, what is its own (tensors and plain values).
+        evaluations: what the evaluation of the step found; None where there was none.
+    """
+
+    step: int
+    tensors: Mapping[str, Mapping[str, Tensor]]
+    optimizer: Mapping[str, Any]
+    rank_states: Sequence[Mapping[str, Any]]
+    evaluations: list[dict[str, Any]] | None = None
+
+
+def save_checkpoint(
+    root: Path,
+    *,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    optimizer: Mapping[str, Any],
+    rank_state: Mapping[str, Any],
+    keep: int = 1,
+    keep_best: int = 0,
+) -> Path:
+    """Write ``root/step_XXXXXXXX``; called by every rank, over a file system they share.
+
+    Args:
+        root: folder of the checkpoints.
+        step: see `TrainingState`.
+        tensors: rank 0's are written.
+        optimizer: rank 0's is written.
+        rank_state: of this rank; every rank's is written.
+        keep: this many newest checkpoints stay, and besides
+        keep_best: this many of the best metric; others are deleted once the new one is in place. Those of later steps,
+            damaged or of a branch that was left, are set aside under the name ``abandoned_step_XXXXXXXX``.
+
+    Raises:
+        RunError: on all ranks, if one of them could not write. Nothing of the new checkpoint is left, and all older
+            ones are as they were.
+    """
+    path = _folder(root, step)
+    temporary = root / f".{path.name}.tmp"
+    with _together(path, temporary):
+        if rank() == 0:
+            for stale in root.glob(".step_*.tmp"):
+                shutil.rmtree(stale)
+            temporary.mkdir(parents=True)
+    with _together(path, temporary):
+        _save(dict(rank_state), temporary / f"rank_{rank():05d}.pt")
+    with _together(path, temporary):
+        if rank() == 0:
+            for name, state in tensors.items():
+                save_file({key: value.contiguous() for key, value in state.items()}, temporary / f"{name}.safetensors")
+            _save(dict(optimizer), temporary / "optimizer.pt")
+            files = {file.name: _fingerprint(file) for file in sorted(temporary.iterdir())}
+            manifest = {"format": FORMAT, "step": step, "ranks": world_size(), "metric": None, "evaluations": None}
+            write_text(temporary / _MANIFEST, _render(manifest | {"files": files}))
+            sync_tree(temporary)
+            for later in [other for other in _checkpoints(root) if other.name >= path.name]:
+                shutil.rmtree(root / f"abandoned_{later.name}", ignore_errors=True)
+                later.rename(root / f"abandoned_{later.name}")
+            temporary.rename(path)
+            sync(root)
+            _prune(root, keep=keep, keep_best=keep_best)
+    return path
+
+
+def rate_checkpoint(
+    root: Path, step: int, *, evaluations: list[dict[str, Any]], metric: float, keep: int = 1, keep_best: int = 0
+) -> None:
+    """Add to a step's checkpoint, if it is there, what its evaluation found; delete those no longer among the best.
+
+    Raises:
+        RunError: it cannot be written; the checkpoint is as it was.
+    """
+    path = _folder(root, step)
+    if not path.is_dir():
+        return
+    manifest = _read_manifest(path) | {"metric": metric, "evaluations": evaluations}
+    with writing(f"the evaluation in checkpoint {path.name}", path):
+        write_text(path / _MANIFEST, _render(manifest))
+        sync(path)
+        _prune(root, keep=keep, keep_best=keep_best)
+
+
+def find_checkpoint(root: Path, *, contents: bool = True) -> Path | None:
+    """The newest checkpoint whose files are all as they were written; damaged ones are named in the log.
+
+    Args:
+        root: folder of the checkpoints.
+        contents: whether to read all files, rather than only their sizes.
+    """
+    for path in _checkpoints(root):
+        damage = find_damage(path, contents=contents)
+        if damage is None:
+            return path
+        log.warning("checkpoint %s passed over: %s", path, damage)
+    return None
+
+
+def find_damage(path: Path, *, contents: bool = True) -> str | None:
+    """What is wrong with a checkpoint's files, in words; None if nothing is."""
+    try:
+        files = _read_manifest(path)["files"]
+    except InputError as error:
+        return str(error)
+    for name, expected in files.items():
+        try:
+            size = (path / name).stat().st_size
+            if size != expected["bytes"]:
+                return f"{name} has {size} bytes, {expected['bytes']} were written"
+            if contents and _fingerprint(path / name) != expected:
+                return f"{name} differs from what was written"
+        except OSError as error:
+            return f"{name} cannot be read: {why(error)}"
+    return None
+
+
+def load_checkpoint(path: Path) -> TrainingState:
+    """Read a checkpoint that `find_checkpoint` or `resolve_resume` has found whole; any number of ranks may."""
+    manifest = _read_manifest(path)
+    files = [path / name for name in manifest["files"]]
+    return TrainingState(
+        step=manifest["step"],
+        tensors={file.stem: load_file(file) for file in files if file.suffix == ".safetensors"},
+        optimizer=torch.load(path / "optimizer.pt", weights_only=True),
+        rank_states=[
+            torch.load(path / f"rank_{number:05d}.pt", mmap=True, weights_only=True)  # each rank touches little of them
+            for number in range(manifest["ranks"])
+        ],
+        evaluations=manifest["evaluations"],
+    )
+
+
+def resolve_resume(resume: str, root: Path) -> Path | None:
+    """The checkpoint that ``--resume`` names: ``auto`` is the newest whole one under ``root``, if any.
+
+    Raises:
+        InputError: the one that it names is not whole.
+    """
+    if resume == "auto":
+        return find_checkpoint(root)
+    path = Path(resume)
+    damage = find_damage(path)
+    if damage is not None:
+        raise InputError(f"--resume {resume}: {damage}; allowed: auto, or the folder of a whole checkpoint")
+    return path
+
+
+def own_part(parts: Sequence[Tensor]) -> Tensor:
+    """Of a sum in parts, one for each rank that wrote them, this rank's; if the ranks are others, the first has all."""
+    if len(parts) == world_size():
+        return parts[rank()].clone()
+    total = torch.stack(list(parts)).sum(dim=0)
+    return total if rank() == 0 else torch.zeros_like(total)
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """The states of torch's generators, of the CPU and of a GPU."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
+    """Go on with a ``random_state``."""
+    torch.set_rng_state(state["cpu"].clone())
+    if "cuda" in state and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"].clone(), device)
+
+
+@contextmanager
+def _together(path: Path, temporary: Path) -> Iterator[None]:
+    """A part of the writing that every rank has done when the block ends, or none goes on."""
+    fault = ""
+    try:
+        with writing(f"checkpoint {path.name}", path.parent):
+            yield
+    except RunError as error:
+        fault = str(error)
+    for number, other in enumerate(gather_objects(fault)):
+        if other:
+            if rank() == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise RunError(f"rank {number}: {other}" if world_size() > 1 else other)
+
+
+def _save(state: Mapping[str, Any], file: Path) -> None:
+    try:
+        with file.open("wb") as stream:
+            torch.save(state, stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+    except RuntimeError as error:  # torch's own, in place of the error of the disk
+        raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+
+
+def _prune(root: Path, *, keep: int, keep_best: int) -> None:
+    """Delete all but the newest and the best; each vanishes at once, should the deletion be cut short."""
+    paths = _checkpoints(root)
+    rated = sorted(((metric, path) for path in paths if (metric := _metric(path)) is not None), reverse=True)
+    kept = {*paths[:keep], *(path for _, path in rated[:keep_best])}
+    for old in (path for path in paths if path not in kept):
+        hidden = root / f".{old.name}.tmp"
+        shutil.rmtree(hidden, ignore_errors=True)
+        old.rename(hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _metric(path: Path) -> float | None:
+    try:
+        metric: float | None = _read_manifest(path)["metric"]
+    except InputError:
+        return None
+    return metric
+
+
+def _folder(root: Path, step: int) -> Path:
+    return root / f"step_{step:08d}"
+
+
+def _checkpoints(root: Path) -> list[Path]:
+    """Newest first."""
+    return sorted(root.glob("step_????????"), reverse=True)
+
+
+def _fingerprint(file: Path) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+
+
+def _render(manifest: Mapping[str, Any]) -> str:
+    """A manifest as text, with a digest of itself."""
+    body = {key: value for key, value in manifest.items() if key != "sha256"}
+    digest = hashlib.sha256(json.dumps(body, allow_nan=False).encode()).hexdigest()
+    return json.dumps(body | {"sha256": digest}, indent=2) + "\n"
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """Read a checkpoint's manifest.
+
+    Raises:
+        InputError: there is none, or it is not byte for byte what was written.
+    """
+    try:
+        text = (path / _MANIFEST).read_bytes()
+        manifest: dict[str, Any] = json.loads(text)
+        if manifest["format"] != FORMAT:
+            raise InputError(f"format {manifest['format']}, this version reads {FORMAT}")
+        if text != _render(manifest).encode():
+            raise InputError(f"{_MANIFEST} differs from what was written")
+    except OSError as error:
+        raise InputError(f"{_MANIFEST} cannot be read: {why(error)}") from error
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise InputError(f"{_MANIFEST} differs from what was written: {error}") from error
+    return manifest

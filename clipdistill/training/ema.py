@@ -1,0 +1,29 @@
+"""An exponential moving average of a student."""
+
+import copy
+
+import torch
+
+from clipdistill.models.towers import Student
+
+
+class MovingAverage:
+    """The average of a student's weights and of its buffers, such as batch-norm statistics.
+
+    It starts fast: the decay of update n, from 0, is min(decay, (1 + n) / (10 + n)).
+    """
+
+    def __init__(self, student: Student, *, decay: float) -> None:
+        self.average = copy.deepcopy(student).eval().requires_grad_(False)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, student: Student, number: int) -> None:
+        """Take in the weights after optimizer step ``number``."""
+        share = 1 - min(self.decay, (1 + number) / (10 + number))
+        pairs = list(zip(self.average.state_dict().values(), student.state_dict().values(), strict=True))
+        floating = [(mean, current) for mean, current in pairs if mean.is_floating_point()]
+        torch._foreach_lerp_([mean for mean, _ in floating], [current for _, current in floating], share)
+        for mean, current in pairs:
+            if not mean.is_floating_point():
+                mean.copy_(current)

@@ -1,0 +1,115 @@
+"""The folder of a run: whose it is, where the run in it stands, and what it has left.
+
+RUN/
+    config.yaml       the resolved config
+    metrics.jsonl     one record a line
+    checkpoints/      see clipdistill.training.checkpoint
+    samples/          with train.trace: see clipdistill.training.sample_log
+    student/          the exported student of a finished run
+    summary.json      steps, skipped samples, evaluations of a finished run
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clipdistill.config import Config, check_same_run, load_config
+from clipdistill.errors import InputError
+from clipdistill.io.files import write_json
+from clipdistill.training.checkpoint import find_checkpoint, resolve_resume
+
+SUMMARY_FILE = "summary.json"
+STUDENT_FOLDER = "student"
+"""Written when a run has ended."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """What a finished run leaves.
+
+    Attributes:
+        output: the run's folder.
+        student: the exported student's folder.
+        steps: optimizer steps taken in all.
+        evaluations: one CLIP_benchmark record a set, of the final student.
+        skipped: bad samples by reason.
+    """
+
+    output: Path
+    student: Path
+    steps: int
+    evaluations: list[dict[str, Any]]
+    skipped: Mapping[str, int]
+
+    def save(self) -> None:
+        """Write the summary, which makes the run a finished one."""
+        summary = {"steps": self.steps, "skipped": dict(self.skipped), "evaluations": self.evaluations}
+        write_json(self.output / SUMMARY_FILE, summary)
+
+
+def finished_run(config: Config) -> RunResult | None:
+    """What a run left, if it has ended.
+
+    Raises:
+        InputError: it had other settings.
+    """
+    output = Path(config.output)
+    if not (output / SUMMARY_FILE).is_file():
+        return None
+    check_same_run(load_config(output / "config.yaml"), config)
+    summary = json.loads((output / SUMMARY_FILE).read_text(encoding="utf-8"))
+    return RunResult(
+        output=output,
+        student=output / STUDENT_FOLDER,
+        steps=summary["steps"],
+        evaluations=summary["evaluations"],
+        skipped=summary["skipped"],
+    )
+
+
+def find_start(config: Config, resume: str | None) -> Path | None:
+    """The whole checkpoint to resume from; None: the run starts afresh.
+
+    Raises:
+        InputError: the folder holds another run or other files, or the checkpoint named is not whole.
+    """
+    output = Path(config.output)
+    if output.exists() and not output.is_dir():
+        raise InputError(f"output: {output} is a file; allowed: a folder")
+    taken = output.is_dir() and any(not _is_leftover(path) for path in output.iterdir())
+    if taken and resume is None:
+        raise InputError(f"output: {output} holds another run; allowed: a new folder, or --resume auto to go on")
+    if taken and not (output / "config.yaml").is_file():
+        raise InputError(f"output: {output} holds other files; allowed: a new folder, or the folder of this run")
+    if resume is None:
+        return None
+    checkpoint = resolve_resume(resume, output / "checkpoints")
+    started = output if checkpoint is None else checkpoint.parent.parent
+    if (started / "config.yaml").is_file():
+        check_same_run(load_config(started / "config.yaml"), config)
+    return checkpoint
+
+
+def clear_leftovers(output: Path, *, finished: bool) -> None:
+    """Delete what a killed run was writing; and, of a run that goes back, what belongs to its end."""
+    if not finished:
+        (output / SUMMARY_FILE).unlink(missing_ok=True)
+        shutil.rmtree(output / STUDENT_FOLDER, ignore_errors=True)
+    for path in filter(_is_leftover, output.iterdir()):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _is_leftover(path: Path) -> bool:
+    return path.name.startswith(".") and path.suffix == ".tmp"
+
+
+def whole_checkpoint(output: Path) -> str:
+    """What the next run will find, in words."""
+    path = find_checkpoint(output / "checkpoints", contents=False)
+    return "no checkpoint yet" if path is None else f"checkpoint {path.name} is whole; --resume auto goes on"

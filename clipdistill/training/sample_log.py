@@ -1,0 +1,45 @@
+"""Which samples a run saw, in which order, with which pixels: for whoever wants to prove it."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from clipdistill.data import Batch
+from clipdistill.distributed.collectives import rank
+from clipdistill.io.jsonl import RecordWriter, keep_records
+
+FOLDER = "samples"
+
+
+class Trace:
+    """Writes ``samples/rank_00000.jsonl``, one file a rank: for each optimizer step the keys of its samples in their
+    order, and a digest of their pixels (BLAKE2b of the uint8 crops, all micro-batches one after another).
+
+    Args:
+        output: the run's folder.
+    """
+
+    def __init__(self, output: Path) -> None:
+        self._writer = RecordWriter(output / FOLDER / f"rank_{rank():05d}.jsonl")
+
+    def write(self, step: int, batches: Sequence[Batch]) -> None:
+        """Append what optimizer step ``step``, counted from 1, has seen."""
+        digest = hashlib.blake2b(digest_size=16)
+        for batch in batches:
+            digest.update(batch.image_BCHW.contiguous().numpy().data)
+        keys = [key for batch in batches for key in batch.keys]
+        self._writer.write({"step": step, "keys": keys, "pixels": digest.hexdigest()})
+
+    def sync(self) -> None:
+        """Wait until all is on the disk."""
+        self._writer.sync()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._writer.close()
+
+
+def drop_later(output: Path, step: int) -> None:
+    """Cut the traces of all ranks of an interrupted run back to what was seen up to a step."""
+    for path in sorted((output / FOLDER).glob("rank_*.jsonl")):
+        keep_records(path, lambda record: record["step"] <= step)
