@@ -29,10 +29,10 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 
 from clipdistill.evaluation import evaluate_sets, open_set
+from clipdistill.io.machine import describe_machine
 from clipdistill.models.prompts import load_prompts
 from clipdistill.models.towers import Tower, load_student
 from clipdistill.shards.writing import Sample, write_classification_folder
-from clipdistill.training.profiling import machine
 
 
 def pictures(count: int, *, classes: int, side: int) -> Iterator[Sample]:
@@ -113,7 +113,7 @@ def main() -> None:
     work = args.images + len(names)
     result: dict[str, Any] = {
         "command": " ".join(sys.argv),
-        "machine": machine(),
+        "machine": describe_machine(),
         "device": args.device,
         "torch": torch.__version__,
         "open_clip": open_clip.__version__,

@@ -39,9 +39,8 @@ from rich.table import Table
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from clipdistill.io.machine import describe_machine, matmul_rate
 from clipdistill.losses import gkl_loss, gkl_loss_from_features
-from clipdistill.training.profiling import machine as describe_machine
-from clipdistill.training.profiling import matmul_rate
 
 TEACHER_SCALE = 30.0
 QUICK_BYTES = 2**31

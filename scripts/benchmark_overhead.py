@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 
 from clipdistill.config import Config, load_config
+from clipdistill.io.machine import describe_machine
 from clipdistill.losses import gkl_loss
 from clipdistill.models.class_embeddings import similarity_logits
-from clipdistill.training.profiling import machine
 from clipdistill.training.trainer import Run
 
 
@@ -89,7 +89,7 @@ def main() -> None:
         ratios = [r["trainer"] / r["bare"] for r in rounds]
     result = {
         "command": " ".join(sys.argv),
-        "machine": machine(),
+        "machine": describe_machine(),
         "torch": torch.__version__,
         "rounds": rounds,
         "ratio": statistics.median(ratios),

@@ -40,9 +40,9 @@ from PIL import Image, ImageDraw
 
 from clipdistill.data import Augmentation, ImageTextStream, StreamLoader, expand_urls, index_shards
 from clipdistill.data.image import render
+from clipdistill.io.machine import describe_machine
 from clipdistill.shards.icons import render_icons
 from clipdistill.shards.writing import Sample, write_shards
-from clipdistill.training.profiling import machine
 
 MAX_PIXELS = 89_478_485
 PREFETCH = 2
@@ -196,7 +196,7 @@ def main() -> None:
     names = ("torch", "webdataset", "pillow", "numpy", "clipdistill")
     result: dict[str, Any] = {
         "command": shlex.join(sys.argv),
-        "machine": f"{machine()}, load {os.getloadavg()[0]:.1f}",
+        "machine": f"{describe_machine()}, load {os.getloadavg()[0]:.1f}",
         "versions": {"python": platform.python_version(), **{name: version(name) for name in names}},
     }
     with tempfile.TemporaryDirectory() as name:

@@ -35,11 +35,11 @@ import torch
 from PIL import Image
 
 from clipdistill.evaluation import classification_metrics, load_classification_set, load_for_evaluation, predict
+from clipdistill.io.jsonl import read_jsonl
+from clipdistill.io.machine import describe_machine
 from clipdistill.io.resources import resource
 from clipdistill.shards.icons import render_icons
 from clipdistill.shards.writing import Sample, write_retrieval_folder
-from clipdistill.training.metrics import read_metrics
-from clipdistill.training.profiling import machine
 
 LEFT_OUT = 3
 """Records at the start of a run, in which memory is found and workers start."""
@@ -67,7 +67,7 @@ def clipdistill(*arguments: object) -> float:
 
 def throughput(run: Path) -> dict[str, float]:
     """Of a run of ours: medians over its records."""
-    records = [record for record in read_metrics(run / "metrics.jsonl") if "loss" in record][LEFT_OUT:]
+    records = [record for record in read_jsonl(run / "metrics.jsonl") if "loss" in record][LEFT_OUT:]
     names = ("samples_per_second", "data_wait_share")
     return {name: statistics.median(record[name] for record in records) for name in names}
 
@@ -210,7 +210,7 @@ def main() -> None:
         args.seeds, args.rounds, args.steps, args.peer_steps = 1, 1, 200, 10
     result: dict[str, Any] = {
         "command": " ".join(sys.argv),
-        "machine": machine(),
+        "machine": describe_machine(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "versions": {"torch": torch.__version__, "open_clip": open_clip.__version__},
     }

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from clipdistill.io.machine import describe_machine
 from clipdistill.models.prompts import load_prompts
 from clipdistill.models.towers import Student, load_student
-from clipdistill.training.profiling import machine
 
 
 def seconds(student: Student, tokens_NL: Tensor, *, backward: bool, batch_size: int) -> float:
@@ -48,7 +48,7 @@ def main() -> None:
         difference = (student.encode_tokens(trimmed[:50]) - student.encode_tokens(full[:50])).abs().max().item()
     result: dict[str, object] = {
         "command": " ".join(sys.argv),
-        "machine": machine(),
+        "machine": describe_machine(),
         "torch": torch.__version__,
         "texts": len(texts),
         "columns": {"trimmed": trimmed.shape[1], "full": full.shape[1]},

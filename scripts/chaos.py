@@ -43,11 +43,11 @@ from rich.table import Table
 
 from clipdistill.io.arguments import positive
 from clipdistill.io.files import new_folder, write_json
+from clipdistill.io.machine import describe_machine
+from clipdistill.io.run_files import SUMMARY_FILE
 from clipdistill.shards.icons import FAMILIES, find_classes, find_fonts, read_glyphs, render_glyph, split_of
 from clipdistill.shards.writing import Sample, write_shards
 from clipdistill.training.checkpoint import find_checkpoint, find_damage
-from clipdistill.training.profiling import machine
-from clipdistill.training.run_folder import SUMMARY_FILE
 
 TRAIN = Path(__file__).with_name("train.py")
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -639,7 +639,7 @@ def _result(args: argparse.Namespace, campaign: Campaign, comparisons: Sequence[
         "steps": args.steps,
         "processes": args.processes,
         "workers": args.workers,
-        "machine": f"{machine()}, {platform.system()} {platform.release()}",
+        "machine": f"{describe_machine()}, {platform.system()} {platform.release()}",
         "versions": f"python {platform.python_version()}, torch {torch.__version__}",
     }
 

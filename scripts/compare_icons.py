@@ -25,8 +25,8 @@ from clipdistill.evaluation import (
     predict,
 )
 from clipdistill.io.files import write_json
+from clipdistill.io.machine import describe_machine
 from clipdistill.io.resources import resource
-from clipdistill.training.profiling import machine
 from clipdistill.training.trainer import train
 
 TRIALS: dict[str, list[list[str]]] = {
@@ -63,7 +63,7 @@ def main() -> None:
     started = time.perf_counter()
 
     results: dict[str, Any] = {
-        "machine": machine(),
+        "machine": describe_machine(),
         "torch": torch.__version__,
     }
     results["teacher"] = accuracy(resource("weights", "icons-teacher"), args.data / "test")

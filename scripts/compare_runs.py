@@ -21,9 +21,9 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 
+from clipdistill.io.jsonl import read_jsonl
+from clipdistill.io.run_files import METRICS_FILE, SUMMARY_FILE
 from clipdistill.training.checkpoint import find_checkpoint
-from clipdistill.training.metrics import METRICS_FILE, read_metrics
-from clipdistill.training.run_folder import SUMMARY_FILE
 
 TIMINGS = ("samples_per_second", "data_wait_share")
 """Metrics that no two runs share."""
@@ -71,7 +71,7 @@ def _places(run: Path) -> Counter[tuple[str, int, int, str, str]]:
     return Counter(
         (file.stem, record["step"], place, key, record["pixels"])
         for file in (run / "samples").glob("rank_*.jsonl")
-        for record in read_metrics(file)
+        for record in read_jsonl(file)
         for place, key in enumerate(record["keys"])
     )
 
@@ -95,7 +95,7 @@ def _values(run: Path) -> Iterator[tuple[str, object]]:
                 yield f"{name}: evaluations", _of_any_folder(manifest["evaluations"] or [])
             else:
                 yield name, file.read_bytes()
-    for number, record in enumerate(read_metrics(run / METRICS_FILE)):
+    for number, record in enumerate(read_jsonl(run / METRICS_FILE)):
         for key, value in record.items():
             if key not in TIMINGS:
                 yield f"{METRICS_FILE}: record {number}: {key}", repr(value)

@@ -46,7 +46,7 @@ from rich.progress import track
 import clipdistill
 from clipdistill.data import ImageTextStream, ShardIndex, StreamLoader, index_shards
 from clipdistill.io.files import write_json
-from clipdistill.training.profiling import machine
+from clipdistill.io.machine import describe_machine
 
 FAULTS = ("crashes", "hangs", "wrong_samples", "lost_samples", "miscounted", "executed")
 BESIDE = ("beside/0", "beside/1")
@@ -348,7 +348,7 @@ def main() -> int:
         "slowest_shard_seconds": round(slowest, 2),
         "peak_memory_mib": peak,
         "seconds": round(time.perf_counter() - started, 1),
-        "machine": f"{machine()}, {args.processes} processes",
+        "machine": f"{describe_machine()}, {args.processes} processes",
         "versions": {
             "python": platform.python_version(),
             "clipdistill": clipdistill.__version__,

@@ -21,7 +21,7 @@ import psutil  # type: ignore[import-untyped]
 import torch
 
 from clipdistill.cli import main
-from clipdistill.training.metrics import read_metrics
+from clipdistill.io.jsonl import read_jsonl
 from scripts.compare_runs import left_by
 from tests.conftest import colour_samples, write_tar
 
@@ -184,7 +184,7 @@ def long_set(colours: Path, folder: Path, shards: int) -> Path:
 
 def traced(run: Path, rank: int = 0) -> int:
     """The last step in a rank's trace."""
-    records = read_metrics(run / "samples" / f"rank_{rank:05d}.jsonl")
+    records = read_jsonl(run / "samples" / f"rank_{rank:05d}.jsonl")
     return int(records[-1]["step"]) if records else 0
 
 
@@ -196,4 +196,4 @@ def assert_identical(run: Path, other: Path) -> None:
 
 
 def _traces(run: Path) -> dict[str, Any]:
-    return {file.name: read_metrics(file) for file in (run / "samples").glob("*")}
+    return {file.name: read_jsonl(file) for file in (run / "samples").glob("*")}

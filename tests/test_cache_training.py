@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 from clipdistill.cli import main
 from clipdistill.config import load_config
 from clipdistill.data import Augmentation, ImageTextStream, StreamLoader, expand_urls, index_shards
+from clipdistill.io.jsonl import read_jsonl
 from clipdistill.models.class_embeddings import prompt_bank, similarity_logits
 from clipdistill.models.prompts import load_prompts
 from clipdistill.models.towers import load_teacher
 from clipdistill.training.checkpoint import find_checkpoint
-from clipdistill.training.metrics import read_metrics
 from clipdistill.training.trainer import train
 from scripts.compare_runs import TIMINGS
 from tests.conftest import colour_samples, write_tar
@@ -53,7 +53,7 @@ def cached(write_config: Callable[..., Path], tmp_path: Path) -> Callable[..., l
 def losses(run: Path) -> list[dict[str, float]]:
     return [
         {name: value for name, value in record.items() if name not in TIMINGS}
-        for record in read_metrics(run / "metrics.jsonl")
+        for record in read_jsonl(run / "metrics.jsonl")
         if "loss" in record
     ]
 

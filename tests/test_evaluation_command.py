@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from clipdistill.errors import InputError, RunError
 from clipdistill.evaluation import EvaluationSet, evaluate_sets, load_for_evaluation, open_set, session
 from clipdistill.evaluation.command import add_arguments, run
-from clipdistill.evaluation.results import file_name
+from clipdistill.evaluation.results import slug
 from clipdistill.io.resources import resource
 from tests.conftest import CLASSES, colour_samples
 from tests.test_evaluation_sets import npy, shard_set
@@ -373,7 +373,7 @@ def test_every_process_tells_that_a_result_cannot_be_written(
 ) -> None:
     output = tmp_path / "results"
     output.mkdir()
-    (output / file_name(str(models[0]))).write_text("where the model's folder would be")
+    (output / slug(str(models[0]))).write_text("where the model's folder would be")
     command = ["--model", models[0], "--data", sets / "marks", "--batch-size", 4, "--output", output]
     assert codes(start(command, tmp_path / "logs", ranks=2)) == [1, 1]
     for log in (tmp_path / "logs").iterdir():

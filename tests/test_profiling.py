@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from clipdistill.cli import main
 from clipdistill.config import load_config
-from clipdistill.training.profiling import Stopwatch, profile_steps
+from clipdistill.training.profiling import profile_steps
+from clipdistill.training.stopwatch import Stopwatch
 from tests.conftest import colour_samples, write_tar
 
 

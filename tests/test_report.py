@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from clipdistill.cli import main
 from clipdistill.config import load_config
-from clipdistill.training.metrics import read_metrics
+from clipdistill.io.jsonl import read_jsonl
 from clipdistill.training.trainer import train
 from tests.conftest import CLASSES, colour_samples, write_tar
 from tests.servers import files, serving
@@ -84,7 +84,7 @@ def test_a_finished_run(trained: Path, colours: Path, tmp_path: Path) -> None:
     assert f"21 samples, {len(CLASSES)} classes" in text
     assert 4 <= len(page.pictures) <= 8
     assert all(picture.startswith("data:image/png;base64,") for picture in page.pictures)
-    losses = [record["loss"] for record in read_metrics(trained / "metrics.jsonl") if "loss" in record]
+    losses = [record["loss"] for record in read_jsonl(trained / "metrics.jsonl") if "loss" in record]
     (total,) = [trace for trace in plots(page) if trace.get("name") == "weighted total"]
     assert total["y"] == pytest.approx(losses)
 

@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from clipdistill.config import load_config
 from clipdistill.data import Augmentation, ImageTextStream, StreamLoader, expand_urls, index_shards
 from clipdistill.errors import InputError
+from clipdistill.io.jsonl import read_jsonl
 from clipdistill.models.class_embeddings import prompt_bank, similarity_logits
 from clipdistill.models.prompts import load_prompts
 from clipdistill.models.towers import load_student, load_teacher
 from clipdistill.training.checkpoint import find_checkpoint
 from clipdistill.training.ema import MovingAverage
-from clipdistill.training.metrics import read_metrics
 from clipdistill.training.trainer import train
 from tests.conftest import TINY_MODEL, colour_samples, write_tar
 from tests.processes import Job, Runs, assert_identical, traced, until
@@ -41,7 +41,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 def steps(run: Path) -> list[dict[str, Any]]:
-    return [record for record in read_metrics(run / "metrics.jsonl") if "loss" in record]
+    return [record for record in read_jsonl(run / "metrics.jsonl") if "loss" in record]
 
 
 def launch(config: Path, *arguments: str, processes: int = 1) -> None:
@@ -164,7 +164,7 @@ def test_killed_and_resumed_run_is_bit_identical(runs: Runs, ranks: int, workers
     summaries = [json.loads((run / "summary.json").read_text()) for run in (runs.folder / name, expected)]
     assert [e["metrics"] for e in summaries[0]["evaluations"]] == [e["metrics"] for e in summaries[1]["evaluations"]]
     assert [record["step"] for record in steps(expected)] == [5, 10, 15, 16]
-    assert [r["step"] for r in read_metrics(expected / "metrics.jsonl") if "evaluation/mean" in r] == [
+    assert [r["step"] for r in read_jsonl(expected / "metrics.jsonl") if "evaluation/mean" in r] == [
         4,
         8,
         12,
@@ -214,7 +214,7 @@ def test_resume_with_another_number_of_ranks(
 
     records, expected = steps(tmp_path / "run"), steps(whole)
     assert len(records) == expected_steps
-    traces = [read_metrics(path) for path in sorted((tmp_path / "run" / "samples").iterdir())]
+    traces = [read_jsonl(path) for path in sorted((tmp_path / "run" / "samples").iterdir())]
     epochs = {record["step"]: record["epoch"] for record in records}
     for epoch in (0, 1):
         keys = [key for trace in traces for line in trace if epochs[line["step"]] == epoch for key in line["keys"]]
@@ -240,7 +240,7 @@ def test_trace_holds_what_the_stream_gives_out(write_config: Callable[..., Path]
     index = index_shards(expand_urls(config.data.shards), cache_dir=None)
     stream = ImageTextStream(index, batch_size=8, image_size=16, augmentation=augmentation, shuffle=16)
     batches = list(itertools.islice(StreamLoader(stream), 4))
-    records = read_metrics(tmp_path / "run" / "samples" / "rank_00000.jsonl")
+    records = read_jsonl(tmp_path / "run" / "samples" / "rank_00000.jsonl")
     assert [record["step"] for record in records] == [1, 2]
     for record, pair in zip(records, (batches[:2], batches[2:]), strict=True):
         assert record["keys"] == pair[0].keys + pair[1].keys

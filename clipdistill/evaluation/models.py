@@ -12,10 +12,18 @@ from clipdistill.errors import InputError
 from clipdistill.evaluation.benchmark_format import MEAN
 from clipdistill.evaluation.sets.samples import digest
 from clipdistill.evaluation.transformers_clip import load_transformers_clip
+from clipdistill.io.jsonl import read_jsonl
+from clipdistill.io.manifest import find_damage
+from clipdistill.io.run_files import (
+    CHECKPOINTS_FOLDER,
+    CONFIG_FILE,
+    METRICS_FILE,
+    STUDENT_FOLDER,
+    checkpoint_folder,
+    checkpoint_folders,
+)
 from clipdistill.io.urls import one_line
 from clipdistill.models.towers import Teacher, Tower, load_student, load_teacher
-from clipdistill.training.checkpoint import find_damage
-from clipdistill.training.metrics import METRICS_FILE, read_metrics
 
 ALLOWED = (
     "a run's folder, an export, a transformers CLIP folder, hf-hub:OWNER/NAME, local-dir:FOLDER, or an open_clip name"
@@ -46,7 +54,7 @@ def load_for_evaluation(
     folder = Path(model)
     if step is not None:
         return _load_checkpoint(folder, step, precision=precision, device=device)
-    for candidate in (folder / "student", folder):
+    for candidate in (folder / STUDENT_FOLDER, folder):
         if (candidate / "open_clip_config.json").is_file():
             return load_teacher(f"local-dir:{candidate}", precision=precision, device=device)
     if (folder / "config.json").is_file():
@@ -71,8 +79,8 @@ def best_step(run: Path, metric: str = MEAN) -> int:
     """
     scores = {
         record["step"]: record[metric]
-        for record in read_metrics(run / METRICS_FILE)
-        if record.get(metric) is not None and _checkpoint(run, record["step"]).is_dir()
+        for record in read_jsonl(run / METRICS_FILE)
+        if record.get(metric) is not None and checkpoint_folder(run / CHECKPOINTS_FOLDER, record["step"]).is_dir()
     }
     if not scores:
         raise InputError(
@@ -89,22 +97,18 @@ def fingerprint(tower: Tower) -> str:
     return digest([tower.image_fingerprint(), tower.text_fingerprint(), logits, tokens])
 
 
-def _checkpoint(run: Path, step: int) -> Path:
-    return run / "checkpoints" / f"step_{step:08d}"
-
-
 def _load_checkpoint(run: Path, step: int, *, precision: str, device: torch.device | str) -> Tower:
     """A run's student as a checkpoint has it: the moving average where there is one."""
-    checkpoint = _checkpoint(run, step)
+    checkpoint = checkpoint_folder(run / CHECKPOINTS_FOLDER, step)
     if not checkpoint.is_dir():
-        steps = sorted(int(path.name[5:]) for path in run.glob("checkpoints/step_????????"))
+        steps = sorted(int(path.name[5:]) for path in checkpoint_folders(run / CHECKPOINTS_FOLDER))
         raise InputError(f"model {run}: no checkpoint of step {step}; allowed: {', '.join(map(str, steps)) or 'none'}")
     damage = find_damage(checkpoint)
     if damage is not None:
         raise InputError(f"checkpoint {checkpoint}: {damage}; allowed: a complete, unchanged checkpoint")
     averaged = checkpoint / "ema.safetensors"
     weights = averaged if averaged.is_file() else checkpoint / "student.safetensors"
-    settings: Any = load_config(run / "config.yaml")
+    settings: Any = load_config(run / CONFIG_FILE)
     teacher = None
     if settings.student.text == "teacher":
         teacher = load_teacher(settings.teachers[0].model, pretrained=settings.teachers[0].pretrained)

@@ -80,12 +80,12 @@ class Results:
         return self.root / place.model / "details" / f"{place.data}.{place.task}.json"
 
 
-def file_name(text: str) -> str:
+def slug(text: str) -> str:
     """A name that a file can have, of a path, URL or model name."""
     return re.sub(r"[^A-Za-z0-9.@-]+", "_", text).strip("_.") or "_"
 
 
-def read_records(paths: list[Path]) -> list[Record]:
+def load_results(paths: list[Path]) -> list[Record]:
     """The records in files and in folders, such as this module writes them; other JSON files are passed over."""
     files = [file for path in paths for file in (sorted(path.rglob("*.json")) if path.is_dir() else [path])]
     found = [_read(file) for file in files if file.parent.name != "details"]

@@ -25,7 +25,7 @@ from clipdistill.evaluation.classification import Metrics
 from clipdistill.evaluation.evaluate import Details, Examinee, probe, robustness, zero_shot
 from clipdistill.evaluation.models import best_step, fingerprint, load_for_evaluation
 from clipdistill.evaluation.ranks import from_first_rank
-from clipdistill.evaluation.results import FORMAT, Place, Results, file_name, read_records, table_of
+from clipdistill.evaluation.results import FORMAT, Place, Results, load_results, slug, table_of
 from clipdistill.evaluation.robustness import BaselineLine, fit_lines
 from clipdistill.evaluation.sets.hub import Columns
 from clipdistill.evaluation.sets.open import open_set
@@ -140,7 +140,7 @@ def _jobs(args: argparse.Namespace) -> list[Job]:
 def _lines(args: argparse.Namespace, jobs: Sequence[Job]) -> dict[str, BaselineLine]:
     if not args.baseline:
         return {}
-    return fit_lines(read_records(args.baseline), jobs[0].data.name, [data.name for data in jobs[0].others])
+    return fit_lines(load_results(args.baseline), jobs[0].data.name, [data.name for data in jobs[0].others])
 
 
 def _load(args: argparse.Namespace, name: str, pretrained: str, device: str, *, chosen: bool = False) -> Candidate:
@@ -182,8 +182,8 @@ def _complete(
     try:
         for job, key in keys.items():
             place = Place(
-                model=file_name(f"{candidate.model} {candidate.pretrained}"),
-                data=file_name(shown(job.location)),
+                model=slug(f"{candidate.model} {candidate.pretrained}"),
+                data=slug(shown(job.location)),
                 task=job.task,
             )
             kept = from_first_rank(partial(folder.find, place, key))

@@ -25,10 +25,10 @@ from clipdistill.export.parity import (
 from clipdistill.export.tokenizer_files import TOKENIZER_FILE, write_tokenizer
 from clipdistill.export.transformers_format import ProcessorParity
 from clipdistill.io.files import write_json, write_text
+from clipdistill.io.machine import describe_machine
 from clipdistill.models.class_embeddings import prompt_bank
 from clipdistill.models.prompts import CLASSNAMES_FILE, TEMPLATE_FILES, PromptSet
 from clipdistill.models.towers import Tower
-from clipdistill.training.profiling import machine
 
 log = logging.getLogger(__name__)
 
@@ -186,7 +186,7 @@ def write_formats(
         texts=len(probe.texts),
         classes=len(reference.bank_CD),
         processor=processor,
-        machine=machine(),
+        machine=describe_machine(),
         versions=_versions(wanted),
     )
     write_json(folder / PARITY_FILE, asdict(exported))

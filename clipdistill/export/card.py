@@ -27,7 +27,7 @@ from clipdistill.errors import InputError
 from clipdistill.evaluation.benchmark_format import TASKS, main_metric
 from clipdistill.export.build import Exported
 from clipdistill.io.files import write_text
-from clipdistill.io.jsonl import read_records
+from clipdistill.io.jsonl import read_jsonl
 from clipdistill.models.prompts import PromptSet, load_prompts
 from clipdistill.models.towers import Tower
 
@@ -189,7 +189,7 @@ def read_run(checkpoint: str) -> Run:
         name=found.resolve().name,
         config=config if isinstance(config, dict) else {},
         summary=summary,
-        records=read_records(found / "metrics.jsonl"),
+        records=read_jsonl(found / "metrics.jsonl"),
     )
 
 

@@ -11,7 +11,7 @@ from clipdistill.io.files import write_text, writing
 Record = dict[str, Any]
 
 
-def read_records(path: Path) -> list[Record]:
+def read_jsonl(path: Path) -> list[Record]:
     """The records of a file, none if there is no file; a last line cut short by a kill is left out."""
     records = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
@@ -22,14 +22,14 @@ def read_records(path: Path) -> list[Record]:
     return records
 
 
-def keep_records(path: Path, keep: Callable[[Record], bool]) -> None:
+def filter_jsonl(path: Path, keep: Callable[[Record], bool]) -> None:
     """Drop the records that a resumed run will write again, and a line cut short."""
-    kept = [record for record in read_records(path) if keep(record)]
+    kept = [record for record in read_jsonl(path) if keep(record)]
     with writing(path.name, path.parent):
         write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
-class RecordWriter:
+class JsonlWriter:
     """Appends records, each on its way to the disk when ``write`` returns.
 
     Raises:

@@ -25,7 +25,8 @@ from clipdistill.evaluation.calibration import expected_calibration_error, relia
 from clipdistill.evaluation.classification import Metrics, recall_per_class
 from clipdistill.evaluation.evaluate import Examinee, zero_shot
 from clipdistill.io.files import write_text, writing
-from clipdistill.training.metrics import METRICS_FILE, read_metrics
+from clipdistill.io.jsonl import read_jsonl
+from clipdistill.io.run_files import CONFIG_FILE, METRICS_FILE, STUDENT_FOLDER
 
 _CLASSES_SHOWN = 24
 _THUMBNAIL = 112
@@ -92,15 +93,15 @@ def write_report(
         raise InputError(
             f"report: {error.name} is not installed; allowed: pip install 'clipdistill[report]'"
         ) from error
-    records = read_metrics(run / METRICS_FILE)
-    if not records or not (run / "config.yaml").is_file():
-        raise InputError(f"run {run}: no config.yaml and {METRICS_FILE} with a record; allowed: the folder of a run")
+    records = read_jsonl(run / METRICS_FILE)
+    if not records or not (run / CONFIG_FILE).is_file():
+        raise InputError(f"run {run}: no {CONFIG_FILE} and {METRICS_FILE} with a record; allowed: the folder of a run")
     path = output or run / "report.html"
     if path.is_dir():
         raise InputError(f"--output {path}: a folder; allowed: a file")
     if not path.parent.is_dir():
         raise InputError(f"--output {path}: no folder {path.parent}; allowed: a file in an existing folder")
-    config = load_config(run / "config.yaml")
+    config = load_config(run / CONFIG_FILE)
     settings = config.evaluation
     cache = Path(config.data.cache).expanduser()
     sets = [
@@ -111,7 +112,7 @@ def write_report(
     evaluations = [record for record in records if MEAN in record]
 
     compared: list[Compared] = []
-    if sets and (run / "student").is_dir():
+    if sets and (run / STUDENT_FOLDER).is_dir():
         named = {"student": (str(run), "")}
         if with_teacher and config.teachers:
             named["teacher"] = (config.teachers[0].model, config.teachers[0].pretrained)

@@ -9,8 +9,6 @@ RUN/checkpoints/step_00000500/
     manifest.json          step, number of ranks, evaluation, size and sha256 of every file above, sha256 of itself
 """
 
-import hashlib
-import json
 import logging
 import os
 import shutil
@@ -26,12 +24,11 @@ from torch import Tensor
 
 from clipdistill.distributed.collectives import gather_objects, rank, world_size
 from clipdistill.errors import InputError, RunError
-from clipdistill.io.files import sync, sync_tree, why, write_text, writing
+from clipdistill.io.files import sync, sync_tree, writing
+from clipdistill.io.manifest import find_damage, read_manifest, write_manifest
+from clipdistill.io.run_files import checkpoint_folder, checkpoint_folders
 
 log = logging.getLogger(__name__)
-
-FORMAT = 2
-_MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +76,7 @@ def save_checkpoint(
         RunError: on all ranks, if one of them could not write. Nothing of the new checkpoint is left, and all older
             ones are as they were.
     """
-    path = _folder(root, step)
+    path = checkpoint_folder(root, step)
     temporary = root / f".{path.name}.tmp"
     with _together(path, temporary):
         if rank() == 0:
@@ -93,11 +90,10 @@ def save_checkpoint(
             for name, state in tensors.items():
                 save_file({key: value.contiguous() for key, value in state.items()}, temporary / f"{name}.safetensors")
             _save(dict(optimizer), temporary / "optimizer.pt")
-            files = {file.name: _fingerprint(file) for file in sorted(temporary.iterdir())}
-            manifest = {"format": FORMAT, "step": step, "ranks": world_size(), "metric": None, "evaluations": None}
-            write_text(temporary / _MANIFEST, _render(manifest | {"files": files}))
+            content = {"step": step, "ranks": world_size(), "metric": None, "evaluations": None}
+            write_manifest(temporary, content)
             sync_tree(temporary)
-            for later in [other for other in _checkpoints(root) if other.name >= path.name]:
+            for later in [other for other in checkpoint_folders(root) if other.name >= path.name]:
                 shutil.rmtree(root / f"abandoned_{later.name}", ignore_errors=True)
                 later.rename(root / f"abandoned_{later.name}")
             temporary.rename(path)
@@ -114,12 +110,12 @@ def rate_checkpoint(
     Raises:
         RunError: it cannot be written; the checkpoint is as it was.
     """
-    path = _folder(root, step)
+    path = checkpoint_folder(root, step)
     if not path.is_dir():
         return
-    manifest = _read_manifest(path) | {"metric": metric, "evaluations": evaluations}
+    manifest = read_manifest(path) | {"metric": metric, "evaluations": evaluations}
     with writing(f"the evaluation in checkpoint {path.name}", path):
-        write_text(path / _MANIFEST, _render(manifest))
+        write_manifest(path, manifest)
         sync(path)
         _prune(root, keep=keep, keep_best=keep_best)
 
@@ -131,7 +127,7 @@ def find_checkpoint(root: Path, *, contents: bool = True) -> Path | None:
         root: folder of the checkpoints.
         contents: whether to read all files, rather than only their sizes.
     """
-    for path in _checkpoints(root):
+    for path in checkpoint_folders(root):
         damage = find_damage(path, contents=contents)
         if damage is None:
             return path
@@ -139,27 +135,9 @@ def find_checkpoint(root: Path, *, contents: bool = True) -> Path | None:
     return None
 
 
-def find_damage(path: Path, *, contents: bool = True) -> str | None:
-    """What is wrong with a checkpoint's files, in words; None if nothing is."""
-    try:
-        files = _read_manifest(path)["files"]
-    except InputError as error:
-        return str(error)
-    for name, expected in files.items():
-        try:
-            size = (path / name).stat().st_size
-            if size != expected["bytes"]:
-                return f"{name} has {size} bytes, {expected['bytes']} were written"
-            if contents and _fingerprint(path / name) != expected:
-                return f"{name} differs from what was written"
-        except OSError as error:
-            return f"{name} cannot be read: {why(error)}"
-    return None
-
-
 def load_checkpoint(path: Path) -> TrainingState:
     """Read a checkpoint that `find_checkpoint` or `resolve_resume` has found whole; any number of ranks may."""
-    manifest = _read_manifest(path)
+    manifest = read_manifest(path)
     files = [path / name for name in manifest["files"]]
     return TrainingState(
         step=manifest["step"],
@@ -239,7 +217,7 @@ def _save(state: Mapping[str, Any], file: Path) -> None:
 
 def _prune(root: Path, *, keep: int, keep_best: int) -> None:
     """Delete all but the newest and the best; each vanishes at once, should the deletion be cut short."""
-    paths = _checkpoints(root)
+    paths = checkpoint_folders(root)
     rated = sorted(((metric, path) for path in paths if (metric := _metric(path)) is not None), reverse=True)
     kept = {*paths[:keep], *(path for _, path in rated[:keep_best])}
     for old in (path for path in paths if path not in kept):
@@ -251,48 +229,7 @@ def _prune(root: Path, *, keep: int, keep_best: int) -> None:
 
 def _metric(path: Path) -> float | None:
     try:
-        metric: float | None = _read_manifest(path)["metric"]
+        metric: float | None = read_manifest(path)["metric"]
     except InputError:
         return None
     return metric
-
-
-def _folder(root: Path, step: int) -> Path:
-    return root / f"step_{step:08d}"
-
-
-def _checkpoints(root: Path) -> list[Path]:
-    """Newest first."""
-    return sorted(root.glob("step_????????"), reverse=True)
-
-
-def _fingerprint(file: Path) -> dict[str, Any]:
-    with file.open("rb") as stream:
-        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
-
-
-def _render(manifest: Mapping[str, Any]) -> str:
-    """A manifest as text, with a digest of itself."""
-    body = {key: value for key, value in manifest.items() if key != "sha256"}
-    digest = hashlib.sha256(json.dumps(body, allow_nan=False).encode()).hexdigest()
-    return json.dumps(body | {"sha256": digest}, indent=2) + "\n"
-
-
-def _read_manifest(path: Path) -> dict[str, Any]:
-    """Read a checkpoint's manifest.
-
-    Raises:
-        InputError: there is none, or it is not byte for byte what was written.
-    """
-    try:
-        text = (path / _MANIFEST).read_bytes()
-        manifest: dict[str, Any] = json.loads(text)
-        if manifest["format"] != FORMAT:
-            raise InputError(f"format {manifest['format']}, this version reads {FORMAT}")
-        if text != _render(manifest).encode():
-            raise InputError(f"{_MANIFEST} differs from what was written")
-    except OSError as error:
-        raise InputError(f"{_MANIFEST} cannot be read: {why(error)}") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise InputError(f"{_MANIFEST} differs from what was written: {error}") from error
-    return manifest

@@ -23,9 +23,8 @@ from torch import Tensor
 from clipdistill.distributed.collectives import gather_objects, sum_over_ranks, widest_float, world_size
 from clipdistill.errors import InputError
 from clipdistill.evaluation.benchmark_format import MEAN
-from clipdistill.io.jsonl import RecordWriter, keep_records, read_records
-
-METRICS_FILE = "metrics.jsonl"
+from clipdistill.io.jsonl import JsonlWriter, filter_jsonl
+from clipdistill.io.run_files import METRICS_FILE
 
 
 class MetricsLog:
@@ -52,14 +51,14 @@ class MetricsLog:
             return
         path = output / METRICS_FILE
         if path.exists():
-            keep_records(
+            filter_jsonl(
                 path,
                 lambda record: (
                     record["step"] < first_step
                     or (record["step"] == first_step and not (evaluate_first and MEAN in record))
                 ),
             )
-        self._writer = RecordWriter(path)
+        self._writer = JsonlWriter(path)
         console = Console(file=sys.stderr)
         if console.is_terminal:
             columns = (
@@ -96,11 +95,6 @@ class MetricsLog:
             self._writer.close()
         if self._progress is not None:
             self._progress.stop()
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics file; a last line cut short by a kill is left out."""
-    return read_records(path)
 
 
 class Window:

@@ -1,15 +1,9 @@
 """Where a training step's time goes, what it computes, and what memory it takes."""
 
-import os
-import platform
-import resource
 import secrets
 import shutil
-import sys
 import tempfile
-import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,80 +11,20 @@ from typing import TYPE_CHECKING
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch.utils.flop_counter import FlopCounterMode
 
 from clipdistill.distributed.collectives import gather_objects, world_size
+from clipdistill.distributed.signals import Interruption
+from clipdistill.io.machine import device_time, matmul_rate, peak_bytes
+from clipdistill.training.stopwatch import Stopwatch
+from clipdistill.training.trainer import Run, open_run, start_processes
 
 if TYPE_CHECKING:
     from clipdistill.config import Config
-    from clipdistill.distributed.signals import Interruption
-    from clipdistill.training.trainer import Run
 
 WARM_UP = 3
 """Steps that are not measured: memory is found, kernels are chosen, workers start."""
 
 SECTIONS = ("data wait", "teacher", "student forward", "loss", "backward", "optimizer")
-
-
-class NoStopwatch:
-    """Measures nothing, and makes no device wait."""
-
-    def section(self, name: str) -> AbstractContextManager[None]:  # noqa: ARG002
-        """A part of a step."""
-        return nullcontext()
-
-    def step(self) -> AbstractContextManager[None]:
-        """A step."""
-        return nullcontext()
-
-
-class Stopwatch(NoStopwatch):
-    """Seconds of the sections of each step; the device is waited for at every border.
-
-    A section inside another one is not part of the outer one.
-
-    Attributes:
-        steps: for each step, its seconds by section, and under ``""`` in all.
-        flops: floating-point operations of the first step, on this process.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.steps: list[dict[str, float]] = []
-        self.flops = 0
-        self._device = device
-        self._open: list[str] = []
-        self._since = 0.0
-
-    @contextmanager
-    def section(self, name: str) -> Iterator[None]:
-        """A part of a step."""
-        self._account()
-        self._open.append(name)
-        try:
-            yield
-        finally:
-            self._account()
-            self._open.pop()
-
-    @contextmanager
-    def step(self) -> Iterator[None]:
-        """A step."""
-        self.steps.append({})
-        with ExitStack() as stack:
-            counter = stack.enter_context(FlopCounterMode(display=False)) if len(self.steps) == 1 else None
-            started = self._since = _now(self._device)
-            yield
-        self.steps[-1][""] = _now(self._device) - started
-        if counter is not None:
-            self.flops = counter.get_total_flops()
-
-    def _account(self) -> None:
-        """The time since the last border belongs to the innermost section."""
-        now = _now(self._device)
-        if self._open and self.steps:
-            times = self.steps[-1]
-            times[self._open[-1]] = times.get(self._open[-1], 0.0) + now - self._since
-        self._since = now
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,7 +87,7 @@ class StepProfile:
         )
 
 
-def profile_steps(config: "Config", steps: int, *, interruption: "Interruption | None" = None) -> StepProfile:
+def profile_steps(config: "Config", steps: int, *, interruption: Interruption | None = None) -> StepProfile:
     """Take some steps of a run, of which nothing is left behind; all processes of the run call this.
 
     Args:
@@ -164,9 +98,6 @@ def profile_steps(config: "Config", steps: int, *, interruption: "Interruption |
     Raises:
         InputError: as ``train``.
     """
-    from clipdistill.distributed.signals import Interruption
-    from clipdistill.training.trainer import open_run, start_processes
-
     train = replace(
         config.train,
         steps=WARM_UP + steps,
@@ -191,10 +122,10 @@ def profile_steps(config: "Config", steps: int, *, interruption: "Interruption |
                 shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _measure(config: "Config", run: "Run") -> StepProfile:
+def _measure(config: "Config", run: Run) -> StepProfile:
     run.stopwatch = stopwatch = Stopwatch(run.device)
     run.fit()
-    peak_bytes = _peak_bytes(run.device)
+    memory = peak_bytes(run.device)
     measured = stopwatch.steps[WARM_UP:]
     names = [name for name in SECTIONS if any(name in times for times in measured)]
     batches = run.loader.batches_before(config.train.epochs or 0)
@@ -207,7 +138,7 @@ def _measure(config: "Config", run: "Run") -> StepProfile:
         samples=config.data.batch_size * config.train.accumulate * processes,
         flops=stopwatch.flops,
         peak_flops=matmul_rate(run.device, dtype),
-        peak_bytes=peak_bytes,
+        peak_bytes=memory,
         checkpoint_bytes=sum(file.stat().st_size for file in run.output.glob("checkpoints/*/*")),
         total_steps=config.train.steps or round(batches / config.train.accumulate),
         processes=processes,
@@ -226,7 +157,7 @@ def _shared_folder(output: Path) -> tuple[Path, Path]:
     return folder, folder
 
 
-def _exchange(run: "Run") -> float:
+def _exchange(run: Run) -> float:
     """Seconds to add up gradients over the processes, with nothing else going on."""
     if run.accelerator.num_processes == 1:
         return 0.0
@@ -234,45 +165,10 @@ def _exchange(run: "Run") -> float:
     gradient = torch.zeros(numbers, device=run.device)
     seconds = []
     for _ in range(3):
-        started = _now(run.device)
+        started = device_time(run.device)
         torch.distributed.all_reduce(gradient)
-        seconds.append(_now(run.device) - started)
+        seconds.append(device_time(run.device) - started)
     return _median(seconds)
-
-
-def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a large matrix product."""
-    n = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(6):
-        started = _now(device)
-        a @ b
-        best = min(best, _now(device) - started)
-    return 2 * n**3 / best
-
-
-def machine() -> str:
-    """The processor, its cores, and the threads that torch takes, for the record of a measurement."""
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    name = names[0] if names else platform.processor() or platform.machine()
-    return f"{name}, {os.cpu_count()} cores, torch with {torch.get_num_threads()} threads"
-
-
-def _now(device: torch.device) -> float:
-    """The time when the device has done all that it was told."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    return time.perf_counter()
-
-
-def _peak_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _median(values: list[float]) -> float:

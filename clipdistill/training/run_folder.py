@@ -19,11 +19,8 @@ from typing import Any
 from clipdistill.config import Config, check_same_run, load_config
 from clipdistill.errors import InputError
 from clipdistill.io.files import write_json
+from clipdistill.io.run_files import CHECKPOINTS_FOLDER, CONFIG_FILE, STUDENT_FOLDER, SUMMARY_FILE
 from clipdistill.training.checkpoint import find_checkpoint, resolve_resume
-
-SUMMARY_FILE = "summary.json"
-STUDENT_FOLDER = "student"
-"""Written when a run has ended."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +56,7 @@ def finished_run(config: Config) -> RunResult | None:
     output = Path(config.output)
     if not (output / SUMMARY_FILE).is_file():
         return None
-    check_same_run(load_config(output / "config.yaml"), config)
+    check_same_run(load_config(output / CONFIG_FILE), config)
     summary = json.loads((output / SUMMARY_FILE).read_text(encoding="utf-8"))
     return RunResult(
         output=output,
@@ -82,14 +79,14 @@ def find_start(config: Config, resume: str | None) -> Path | None:
     taken = output.is_dir() and any(not _is_leftover(path) for path in output.iterdir())
     if taken and resume is None:
         raise InputError(f"output: {output} holds another run; allowed: a new folder, or --resume auto to go on")
-    if taken and not (output / "config.yaml").is_file():
+    if taken and not (output / CONFIG_FILE).is_file():
         raise InputError(f"output: {output} holds other files; allowed: a new folder, or the folder of this run")
     if resume is None:
         return None
-    checkpoint = resolve_resume(resume, output / "checkpoints")
+    checkpoint = resolve_resume(resume, output / CHECKPOINTS_FOLDER)
     started = output if checkpoint is None else checkpoint.parent.parent
-    if (started / "config.yaml").is_file():
-        check_same_run(load_config(started / "config.yaml"), config)
+    if (started / CONFIG_FILE).is_file():
+        check_same_run(load_config(started / CONFIG_FILE), config)
     return checkpoint
 
 
@@ -111,5 +108,5 @@ def _is_leftover(path: Path) -> bool:
 
 def whole_checkpoint(output: Path) -> str:
     """What the next run will find, in words."""
-    path = find_checkpoint(output / "checkpoints", contents=False)
+    path = find_checkpoint(output / CHECKPOINTS_FOLDER, contents=False)
     return "no checkpoint yet" if path is None else f"checkpoint {path.name} is whole; --resume auto goes on"

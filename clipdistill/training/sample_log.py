@@ -6,7 +6,7 @@ from pathlib import Path
 
 from clipdistill.data import Batch
 from clipdistill.distributed.collectives import rank
-from clipdistill.io.jsonl import RecordWriter, keep_records
+from clipdistill.io.jsonl import JsonlWriter, filter_jsonl
 
 FOLDER = "samples"
 
@@ -20,7 +20,7 @@ class Trace:
     """
 
     def __init__(self, output: Path) -> None:
-        self._writer = RecordWriter(output / FOLDER / f"rank_{rank():05d}.jsonl")
+        self._writer = JsonlWriter(output / FOLDER / f"rank_{rank():05d}.jsonl")
 
     def write(self, step: int, batches: Sequence[Batch]) -> None:
         """Append what optimizer step ``step``, counted from 1, has seen."""
@@ -42,4 +42,4 @@ class Trace:
 def drop_later(output: Path, step: int) -> None:
     """Cut the traces of all ranks of an interrupted run back to what was seen up to a step."""
     for path in sorted((output / FOLDER).glob("rank_*.jsonl")):
-        keep_records(path, lambda record: record["step"] <= step)
+        filter_jsonl(path, lambda record: record["step"] <= step)

@@ -37,6 +37,7 @@ from clipdistill.evaluation import evaluate_sets, mean_main_metric
 from clipdistill.evaluation.benchmark_format import MEAN
 from clipdistill.export import export_open_clip
 from clipdistill.io.files import writing
+from clipdistill.io.run_files import CHECKPOINTS_FOLDER, CONFIG_FILE, STUDENT_FOLDER, SUMMARY_FILE
 from clipdistill.models.class_embeddings import class_prompt_tokens, prompt_bank
 from clipdistill.models.prompts import PromptSet
 from clipdistill.models.towers import Student, Teacher, share_of_classes
@@ -62,10 +63,7 @@ from clipdistill.training.checkpoint import (
 from clipdistill.training.ema import MovingAverage
 from clipdistill.training.metrics import MetricsLog, Window, choose_trackers, flatten
 from clipdistill.training.optimizer import Schedule
-from clipdistill.training.profiling import NoStopwatch
 from clipdistill.training.run_folder import (
-    STUDENT_FOLDER,
-    SUMMARY_FILE,
     RunResult,
     clear_leftovers,
     find_start,
@@ -73,8 +71,7 @@ from clipdistill.training.run_folder import (
     whole_checkpoint,
 )
 from clipdistill.training.sample_log import Trace, drop_later
-
-__all__ = ["SUMMARY_FILE", "MovingAverage", "Run", "RunResult", "train"]
+from clipdistill.training.stopwatch import NoStopwatch
 
 log = logging.getLogger(__name__)
 
@@ -142,7 +139,7 @@ def open_run(
     except BaseException as error:
         with interruption.leaving():
             ending = error if peers is None else peers.account_for(_in_one_line(error, peers.progress))
-            new = not existed and not (output / "checkpoints").exists()
+            new = not existed and not (output / CHECKPOINTS_FOLDER).exists()
             if new and isinstance(ending, InputError | Interrupted):
                 shutil.rmtree(output, ignore_errors=True)
         failed = True
@@ -273,10 +270,10 @@ class Run:
         main = self.accelerator.is_main_process
         with self.peers.first_alone():
             if main:
-                with writing("config.yaml", output):
+                with writing(CONFIG_FILE, output):
                     output.mkdir(parents=True, exist_ok=True)
                     clear_leftovers(output, finished=self.step == self.total_steps)
-                    save_config(config, output / "config.yaml")
+                    save_config(config, output / CONFIG_FILE)
                 drop_later(output, self.step)
         self.metrics = MetricsLog(
             output,
@@ -649,7 +646,7 @@ class Run:
             tensors["priors"] = {name: prior.prior_CC for name, prior in priors.items()}
         config = self.config.train
         path = save_checkpoint(
-            self.output / "checkpoints",
+            self.output / CHECKPOINTS_FOLDER,
             step=self.step,
             tensors=tensors,
             optimizer=optimizer_state,
@@ -763,7 +760,7 @@ class Run:
                 self.metrics.write(record)
                 self.accelerator.log({k: v for k, v in record.items() if k != "step" and v is not None}, step=self.step)
                 rate_checkpoint(
-                    self.output / "checkpoints",
+                    self.output / CHECKPOINTS_FOLDER,
                     self.step,
                     evaluations=found,
                     metric=record[self.config.train.best_metric] or 0.0,

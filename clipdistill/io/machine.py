@@ -1,0 +1,46 @@
+"""The machine that a figure was measured on: its name, its clock, its memory and its speed."""
+
+import os
+import platform
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of a large matrix product."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(6):
+        started = device_time(device)
+        a @ b
+        best = min(best, device_time(device) - started)
+    return 2 * n**3 / best
+
+
+def describe_machine() -> str:
+    """The processor, its cores, and the threads that torch takes, for the record of a measurement."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores, torch with {torch.get_num_threads()} threads"
+
+
+def device_time(device: torch.device) -> float:
+    """The time when the device has done all that it was told."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter()
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Largest memory of this process so far: on the device, or of a CPU process without its workers."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,20 @@
+"""What the files and folders of a run are called; `training.run_folder` says what is in them."""
+
+from pathlib import Path
+
+CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"
+SUMMARY_FILE = "summary.json"
+STUDENT_FOLDER = "student"
+CHECKPOINTS_FOLDER = "checkpoints"
+SAMPLES_FOLDER = "samples"
+
+
+def checkpoint_folder(checkpoints: Path, step: int) -> Path:
+    """The checkpoint of a step."""
+    return checkpoints / f"step_{step:08d}"
+
+
+def checkpoint_folders(checkpoints: Path) -> list[Path]:
+    """All checkpoints, newest first."""
+    return sorted(checkpoints.glob("step_????????"), reverse=True)
