@@ -1,6 +1,6 @@
 """The command line: ``clipdistill {quickstart,shards,estimate,cache,train,evaluate,export,report}``.
 
-Exit code 0: done. 2: the user's input is wrong (one line says what). 1: a fault (one line, where it is a known one).
+Exit code 0: done. 2: wrong input (one line). 1: a fault (one line, if it is a known one).
 75: stopped by SIGTERM or SIGINT, and saved; the same command with ``--resume auto`` goes on. `accelerate launch` and
 `torchrun` make 1 of every code but 0.
 """
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from clipdistill import __version__
 from clipdistill.distributed.signals import Interruption, exit_now
-from clipdistill.errors import AlreadyToldError, InputError, Interrupted, RunError
+from clipdistill.errors import InputError, Interrupted, ReportedElsewhereError, RunError
 from clipdistill.evaluation.command import add_arguments as evaluation_arguments
 from clipdistill.evaluation.command import run as run_evaluation
 from clipdistill.export.command import add_arguments as export_arguments
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (InputError, RunError, FloatingPointError, Interrupted) as error:
         print(f"clipdistill: {error}", file=sys.stderr)
         code = getattr(error, "exit_code", 1)
-    except AlreadyToldError as error:
+    except ReportedElsewhereError as error:
         code = error.exit_code
     except KeyboardInterrupt:
         code = 130
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         traceback.print_exc()
         code = 1
-    if several:  # the interpreter's own end would wait for processes that may be gone
+    if several:  # the interpreter's own exit would wait for processes that may be dead
         sys.stdout.flush()
         exit_now(code)
     return code
@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
 
     train = commands.add_parser(
         "train",
-        help="distil a student as a config says",
+        help="distil a student from a config",
         description="Distil a student. Under `accelerate launch` or `torchrun` use scripts/train.py, same arguments. "
         "SIGTERM and SIGINT (Ctrl-C) finish the step, save, and exit with code 75 (launchers make 1 of it); a second "
         "one exits at once. With --resume auto the same command goes on, with any number of processes.",
@@ -115,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     estimate = commands.add_parser(
         "estimate",
         help="memory, samples/s, hours and disk of a run, from a few of its steps",
-        description="Take a few steps of a run and leave nothing behind; say where their time goes, how long the run "
+        description="Take a few steps of a run and leave nothing behind; print where their time goes, how long the run "
         "will take, and the largest batch that fits.",
     )
     estimate_arguments(estimate)
@@ -123,10 +123,10 @@ def _parser() -> argparse.ArgumentParser:
 
     cache = commands.add_parser(
         "cache",
-        help="compute once what the teachers say of the training images",
+        help="compute the teachers' embeddings of the training images once",
         description="Compute the teachers' embeddings of every stored view of every sample, and pack them in a file a "
         "shard; training with the same config then runs no teacher. A build that was stopped goes on with what is "
-        "missing. Under `accelerate launch` or `torchrun` use scripts/cache.py, same arguments.",
+        "missing. Several processes share the work under `torchrun -m clipdistill cache`, same arguments.",
     )
     cache_arguments(cache)
     cache.set_defaults(run=run_cache)
@@ -145,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
         "export",
         help="write a student as a folder that open_clip, transformers and onnxruntime load",
         description="Write a student in every format that fits it, compare each with the student, describe it all in "
-        "a model card, and push it to the Hugging Face Hub if asked to.",
+        "a model card, and push it to the Hugging Face Hub with --push-to-hub.",
     )
     export_arguments(export)
     export.set_defaults(run=run_export)

@@ -1,4 +1,4 @@
-"""The exceptions that one line tells, each with the exit code that the command line makes of it."""
+"""Exceptions whose message is one line, each with its exit code."""
 
 
 class InputError(ValueError):
@@ -12,7 +12,7 @@ class InputError(ValueError):
 
 
 class RunError(RuntimeError):
-    """A run that cannot go on through no fault of its input: a full disk, a process that is gone.
+    """A run that cannot continue although its input is right: a full disk, a dead process.
 
     The message is one line. The command line prints it without a traceback and exits with code 1.
     """
@@ -21,17 +21,18 @@ class RunError(RuntimeError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal has stopped the run; the message is one line.
+    """The run was stopped by a signal.
 
-    The command line prints it and exits with code 75, EX_TEMPFAIL of sysexits.h: ``--resume auto`` goes on.
+    The command line prints the message, one line, and exits with code 75 (EX_TEMPFAIL of sysexits.h): ``--resume auto``
+    continues.
     """
 
     exit_code = 75
 
 
-class AlreadyToldError(Exception):
-    """The run has ended for a reason that another of its processes tells: the command line prints nothing."""
+class ReportedElsewhereError(Exception):
+    """The run has ended for a reason that another rank reports: the command line prints nothing."""
 
     def __init__(self, exit_code: int) -> None:
-        super().__init__(f"another process tells why the run has ended, with exit code {exit_code}")
+        super().__init__(f"another rank reports why the run has ended, with exit code {exit_code}")
         self.exit_code = exit_code

@@ -1,4 +1,4 @@
-"""One command that shows the whole of clipdistill on real images: render, distil, evaluate, compare, draw."""
+"""``clipdistill quickstart``: render icons, distil the shipped teacher, evaluate and compare both."""
 
 import time
 from collections.abc import Sequence
@@ -30,17 +30,17 @@ from clipdistill.training.trainer import train
 
 
 def quickstart(output: Path, *, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Render the icons, distil the shipped teacher, evaluate both on the unseen family, and write what came out.
+    """Render the icons, distil the shipped teacher, and evaluate both on the unseen font family.
 
     ``output`` receives ``icons/`` (shards), ``run/`` (the run, with ``run/student/``), ``results.json`` and
-    ``icons.png``. Whatever of it is there already is reused.
+    ``icons.png``. Existing icons are reused, and an existing run is resumed.
 
     Args:
-        output: folder for everything.
+        output: folder for all of it.
         overrides: changes to configs/quickstart.yaml.
 
     Returns:
-        What ``results.json`` holds.
+        The content of ``results.json``.
 
     Raises:
         InputError: qtawesome is not installed, or the folder holds a run with other settings.
@@ -138,7 +138,7 @@ def draw_guesses(
     columns: int = 8,
     rows: int = 4,
 ) -> None:
-    """Write a picture of test images, evenly spread over the set, each with both models' first guess.
+    """Draw test images, evenly spread over the set, each with both models' top-1 class.
 
     Raises:
         InputError: matplotlib is not installed.
@@ -146,7 +146,7 @@ def draw_guesses(
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise InputError("matplotlib is not installed; it comes with pip install 'clipdistill[demo]'") from error
+        raise InputError("matplotlib is not installed; allowed: pip install 'clipdistill[demo]'") from error
 
     count = len(student.keys)
     shown = torch.linspace(0, count - 1, min(count, columns * rows)).round().long().unique().tolist()

@@ -30,13 +30,14 @@ from PIL import Image
 
 from clipdistill.evaluation import evaluate_sets, open_set
 from clipdistill.io.machine import describe_machine
+from clipdistill.models.loading import load_student
 from clipdistill.models.prompts import load_prompts
-from clipdistill.models.towers import Tower, load_student
+from clipdistill.models.towers import Tower
 from clipdistill.shards.writing import Sample, write_classification_folder
 
 
 def pictures(count: int, *, classes: int, side: int) -> Iterator[Sample]:
-    """Smooth random pictures, which JPEG files of their size resemble in the work that they make."""
+    """Smooth random pictures, about as expensive to decode as JPEG photos of their size."""
     generator = np.random.default_rng(0)
     for number in range(count):
         coarse = generator.integers(0, 256, (side // 16, side // 12, 3), dtype=np.uint8)
@@ -45,7 +46,7 @@ def pictures(count: int, *, classes: int, side: int) -> Iterator[Sample]:
         yield Sample(key=f"{number:06d}", image=buffer.getvalue(), image_extension="jpg", label=number % classes)
 
 
-def ours(tower: Tower, folder: Path, args: argparse.Namespace) -> dict[str, float]:
+def run_clipdistill(tower: Tower, folder: Path, args: argparse.Namespace) -> dict[str, float]:
     """Evaluate with this project."""
     (record,) = evaluate_sets(
         tower, [open_set(folder)], model="", batch_size=args.batch_size, workers=args.workers, device=args.device
@@ -53,7 +54,7 @@ def ours(tower: Tower, folder: Path, args: argparse.Namespace) -> dict[str, floa
     return record["metrics"]
 
 
-def theirs(tower: Tower, folder: Path, args: argparse.Namespace) -> dict[str, float]:
+def run_clip_benchmark(tower: Tower, folder: Path, args: argparse.Namespace) -> dict[str, float]:
     """Evaluate with CLIP_benchmark, as its command does."""
     from clip_benchmark.datasets.builder import build_dataset
     from clip_benchmark.metrics import zeroshot_classification
@@ -74,7 +75,7 @@ def theirs(tower: Tower, folder: Path, args: argparse.Namespace) -> dict[str, fl
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure, and print the result as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="ViT-S-32", help="an open_clip name (default: %(default)s)")
     parser.add_argument("--images", type=int, default=400, help="default: %(default)s")
@@ -86,7 +87,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="of torch (default: its own)")
     parser.add_argument("--device", default="cpu", help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
-    parser.add_argument("--json", type=Path, help="where the result is written, too")
+    parser.add_argument("--json", type=Path, help="also write the result to this file")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -106,7 +107,7 @@ def main() -> None:
         )
         for _ in range(args.rounds):
             metrics = {}
-            for name, evaluate in (("ours", ours), ("clip_benchmark", theirs)):
+            for name, evaluate in (("ours", run_clipdistill), ("clip_benchmark", run_clip_benchmark)):
                 started = time.perf_counter()
                 metrics[name] = evaluate(tower, folder, args)
                 seconds[name].append(time.perf_counter() - started)

@@ -17,19 +17,20 @@ import torch
 import torch.nn.functional as F
 
 from clipdistill.config import Config, load_config
+from clipdistill.distributed.signals import Interruption
 from clipdistill.io.machine import describe_machine
-from clipdistill.losses import gkl_loss
+from clipdistill.losses import GKL, Feature, gkl_loss
 from clipdistill.models.class_embeddings import similarity_logits
-from clipdistill.training.trainer import Run
+from clipdistill.training.trainer import Run, open_run, start_processes
 
 
 def bare_loop(run: Run, config: Config, steps: int) -> float:
     """Samples/s of GKL over prompts (and cosine features, where the config has them), written out by hand."""
     batch = next(iter(run.loader))
-    teacher, student, bank_CD = run.teachers[0], run.student, run.teacher_banks[0]
-    assert bank_CD is not None
-    gkl = next(term for term in config.objective if term.loss == "gkl")
-    feature = next((term for term in config.objective if term.loss == "feature"), None)
+    teacher, student, class_CD = run.teachers.models[0], run.student, run.teachers.class_embeddings[0]
+    assert class_CD is not None
+    gkl = next(term for term in config.objective if isinstance(term, GKL))
+    feature = next((term for term in config.objective if isinstance(term, Feature)), None)
     optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=1e-5)
     half = config.train.precision == "bf16"
     started = time.perf_counter()
@@ -38,14 +39,14 @@ def bare_loop(run: Run, config: Config, steps: int) -> float:
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             out = student(batch.image_BCHW)
         loss = gkl_loss(
-            similarity_logits(out["image"], bank_CD, out["scale"], None),
-            similarity_logits(teacher_BD, bank_CD, teacher.logit_scale, None),
+            similarity_logits(out.image_BD, class_CD, out.scale, None),
+            similarity_logits(teacher_BD, class_CD, teacher.logit_scale, None),
             alpha=gkl.alpha,
             beta=gkl.beta,
             gamma=gkl.gamma,
         ).loss
         if feature is not None:
-            loss = loss + feature.weight * (1 - F.cosine_similarity(out["image"], teacher_BD)).mean()
+            loss = loss + feature.weight * (1 - F.cosine_similarity(out.image_BD, teacher_BD)).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
@@ -55,7 +56,7 @@ def bare_loop(run: Run, config: Config, steps: int) -> float:
 
 def trainer_loop(run: Run, steps: int) -> float:
     """Samples/s of ``Run.fit``: decoding, augmentation, logging and all."""
-    run.step, run.total_steps = 0, steps
+    run.progress.step, run.total_steps = 0, steps
     started = time.perf_counter()
     run.fit()
     return steps * run.config.data.batch_size / (time.perf_counter() - started)
@@ -81,11 +82,15 @@ def main() -> None:
                 *args.overrides,
             ],
         )
-        run = Run(config)
-        bare_loop(run, config, 5)
         rounds = []
-        for _ in range(args.rounds):
-            rounds.append({"bare": bare_loop(run, config, args.steps), "trainer": trainer_loop(run, args.steps)})
+        with (
+            Interruption() as interruption,
+            open_run(config, start_processes(config), interruption=interruption) as run,
+        ):
+            bare_loop(run, config, 5)
+            for _ in range(args.rounds):
+                bare = bare_loop(run, config, args.steps)
+                rounds.append({"bare": bare, "trainer": trainer_loop(run, args.steps)})
         ratios = [r["trainer"] / r["bare"] for r in rounds]
     result = {
         "command": " ".join(sys.argv),

@@ -40,6 +40,7 @@ from PIL import Image, ImageDraw
 
 from clipdistill.data import Augmentation, ImageTextStream, StreamLoader, expand_urls, index_shards
 from clipdistill.data.image import render
+from clipdistill.data.sample import Decoder
 from clipdistill.io.machine import describe_machine
 from clipdistill.shards.icons import render_icons
 from clipdistill.shards.writing import Sample, write_shards
@@ -92,12 +93,10 @@ def ours(urls: list[str], *, image_size: int, batch_size: int, shuffle: int, wor
     """Batches of our stream, with the state after each."""
     stream = ImageTextStream(
         index_shards(urls, cache_dir=None),
+        Decoder(image_size=image_size, augmentation=Augmentation(), require_captions=True, max_pixels=MAX_PIXELS),
         batch_size=batch_size,
-        image_size=image_size,
         shuffle=shuffle,
         num_workers=workers,
-        require_captions=True,
-        max_pixels=MAX_PIXELS,
     )
     loader = StreamLoader(stream, prefetch=PREFETCH)
     for batch in loader:

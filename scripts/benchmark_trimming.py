@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from clipdistill.io.machine import describe_machine
+from clipdistill.models.loading import load_student
 from clipdistill.models.prompts import load_prompts
-from clipdistill.models.towers import Student, load_student
+from clipdistill.models.towers import Student
 
 
 def seconds(student: Student, tokens_NL: Tensor, *, backward: bool, batch_size: int) -> float:

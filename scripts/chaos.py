@@ -24,7 +24,6 @@ import shlex
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -34,9 +33,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
 import torch
 from compare_runs import Comparison, compare_runs, show
+from jobs import Job, is_alive
 from PIL import ImageFont
 from rich.console import Console
 from rich.table import Table
@@ -48,11 +47,6 @@ from clipdistill.io.run_files import SUMMARY_FILE
 from clipdistill.shards.icons import FAMILIES, find_classes, find_fonts, read_glyphs, render_glyph, split_of
 from clipdistill.shards.writing import Sample, write_shards
 from clipdistill.training.checkpoint import find_checkpoint, find_damage
-
-TRAIN = Path(__file__).with_name("train.py")
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-MARK = "CLIPDISTILL_CHAOS"
-"""Environment variable that all processes of a job inherit, by which they are found wherever they ended up."""
 
 STOPPED = 75
 """Exit code of a run that was asked to stop, and has saved."""
@@ -135,125 +129,15 @@ def write_config(path: Path, *, icons: Path, steps: int, workers: int) -> None:
     write_json(path, config)
 
 
-# The job: its processes.
+# The job.
 
 
-class Job:
-    """``train.py`` in processes of its own.
-
-    Args:
-        config: the config file.
-        folder: receives ``run/``, ``cache/`` and ``log.txt``.
-        processes: number of ranks; several are started by torchrun.
-        resume: whether with ``--resume auto``.
-    """
-
-    _count = 0
-
-    def __init__(self, config: Path, folder: Path, *, processes: int, resume: bool) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.log = folder / "log.txt"
-        self._wanted = processes
-        self._ranks: list[int] = []
-        self._workers: list[int] = []
-        Job._count += 1
-        self._mark = f"{os.getpid()}.{Job._count}"
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        command = [
-            *(sys.executable, *(launcher if processes > 1 else []), str(TRAIN), "--config", str(config)),
-            *(["--resume", "auto"] if resume else []),
-            *(f"output={folder / 'run'}", f"data.cache={folder / 'cache'}"),
-        ]
-        with self.log.open("a") as log:
-            log.write(f"\n$ {shlex.join(command)}\n")
-            log.flush()
-            self.started = time.monotonic()
-            self.main = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=os.environ | ENVIRONMENT | {MARK: self._mark},
-                start_new_session=True,
-            )
-
-    def ended(self) -> bool:
-        """Whether the process that was started, the launcher where there is one, has ended."""
-        return self.main.poll() is not None
-
-    def processes(self) -> list[psutil.Process]:
-        """All living processes of the job."""
-        found = []
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                if process.environ().get(MARK) == self._mark and _alive(process.pid):
-                    found.append(process)
-        return found
-
-    def ranks(self) -> list[int]:
-        """Ids of the training processes; none before the launcher has started them all."""
-        if not self._ranks:
-            found = [self.main.pid] if self._wanted == 1 else _children(self.main.pid)
-            self._ranks = found if len(found) == self._wanted else []
-        return self._ranks
-
-    def workers(self) -> list[int]:
-        """Ids of the decoding processes of all ranks; looked for until found, as that takes many milliseconds."""
-        if not self._workers:
-            self._workers = [child for rank in self.ranks() for child in _children(rank)]
-        return self._workers
-
-    def signal(self, pid: int, number: int) -> bool:
-        """Send a signal to one process; whether it was alive."""
-        alive = _alive(pid)
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)
-        return alive
-
-    def signal_groups(self, number: int) -> bool:
-        """Send a signal to all processes at once, as a batch system or a terminal does; whether any was alive."""
-        living = [leader for leader in (self.main.pid, *self.ranks()) if _alive(leader)]
-        for leader in set(living):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(leader, number)
-        return bool(living)
-
-    def kill_rest(self) -> int:
-        """SIGKILL whatever is left of the job; how many processes that were."""
-        count = 0
-        while left := self.processes():
-            count = max(count, len(left))
-            for process in left:
-                self.signal(process.pid, signal.SIGKILL)
-            self.main.poll()
-            time.sleep(0.01)
-        self.main.wait()
-        return count
-
-    def wait(self, limit: float) -> str | None:
-        """Wait for the end of all processes; if they outlive ``limit`` seconds, they are killed, and named."""
-        deadline = time.monotonic() + limit
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.main.wait(limit)
-        ended = self.ended()
-        while self.processes() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        left = self.kill_rest()
-        if left:
-            return f"{left} processes left {limit:.0f} s later{'' if ended else ', the first of the job among them'}"
-        return None
-
-
-def _alive(pid: int) -> bool:
-    with contextlib.suppress(psutil.Error):
-        return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
-    return False
-
-
-def _children(pid: int) -> list[int]:
-    with contextlib.suppress(psutil.Error):
-        return [child.pid for child in psutil.Process(pid).children() if _alive(child.pid)]
-    return []
+def start_job(config: Path, folder: Path, *, processes: int, resume: bool) -> Job:
+    """``train.py``, several processes by torchrun; ``folder`` receives ``run/``, ``cache/`` and ``log.txt``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    words = ["--config", config, *(["--resume", "auto"] if resume else [])]
+    words += [f"output={folder / 'run'}", f"data.cache={folder / 'cache'}"]
+    return Job(*words, log=folder / "log.txt", ranks=processes, launcher=True)
 
 
 class Watch:
@@ -363,8 +247,8 @@ def strike(job: Job, kind: Kind, draw: random.Random) -> bool:
         if kind.number == signal.SIGKILL:
             job.kill_rest()
         return alive
-    candidates = {"launcher": [], "rank": job.ranks(), "worker": job.workers() or job.ranks()}[kind.to]
-    living = [pid for pid in candidates if _alive(pid)] or [job.main.pid]
+    candidates = {"launcher": [], "rank": job.pids, "worker": job.workers() or job.pids}[kind.to]
+    living = [pid for pid in candidates if is_alive(pid)] or [job.leader]
     pid = draw.choice(living)
     alive = job.signal(pid, kind.number)
     if kind.twice:
@@ -429,7 +313,7 @@ class Campaign:
                 began = None
             time.sleep(0.001)
         ended = time.monotonic()
-        if job.main.returncode != 0 or not writes:
+        if job.codes[0] != 0 or not writes:
             raise RuntimeError(f"the undisturbed run failed:\n{_tail(job.log)}")
         return Pace(
             start=first - job.started,
@@ -462,8 +346,8 @@ class Campaign:
         phase = watch.phase()
         struck = time.monotonic()
         hit = hit and strike(job, KINDS[name], self.draw)
-        wrong = job.wait(self.limit)
-        code = job.main.returncode
+        wrong = job.wait_for_all(self.limit)
+        code = job.codes[0]
         hit = hit and (code != 0 or KINDS[name].asks)
         what = f"{name} in {phase}" if hit else "unhurt"
         if hit:
@@ -484,7 +368,7 @@ class Campaign:
     def _finish(self, folder: Path) -> None:
         """The last resume, which nothing disturbs."""
         job, watch = self._start(folder, resume=True)
-        wrong = job.wait(self.limit + 600)
+        wrong = job.wait_for_all(self.limit + 600)
         for complaint in [wrong, *self._complaints(None, "end", job, watch)]:
             if complaint:
                 self._complain(f"{folder.name}, last resume: {complaint}", job)
@@ -492,7 +376,7 @@ class Campaign:
     def _start(self, folder: Path, *, resume: bool) -> tuple[Job, Watch]:
         self.resumes += resume
         watch = Watch(folder / "run", total_steps=self.total_steps)
-        self._job = Job(self.config, folder, processes=self.processes, resume=resume)
+        self._job = start_job(self.config, folder, processes=self.processes, resume=resume)
         return self._job, watch
 
     def close(self) -> None:
@@ -539,7 +423,7 @@ class Campaign:
             for path in sorted((watch.run / "checkpoints").glob("step_*"))
             if (damage := find_damage(path)) is not None
         ]
-        code, newest = job.main.returncode, newest_step(watch.run)
+        code, newest = job.codes[0], newest_step(watch.run)
         complete = (watch.run / SUMMARY_FILE).is_file()
         if code == 0 and not complete:
             found.append("exit code 0, without a summary")

@@ -45,6 +45,7 @@ from rich.progress import track
 
 import clipdistill
 from clipdistill.data import ImageTextStream, ShardIndex, StreamLoader, index_shards
+from clipdistill.data.sample import Decoder
 from clipdistill.io.files import write_json
 from clipdistill.io.machine import describe_machine
 
@@ -99,15 +100,17 @@ def read(shard: Shard, urls: list[str]) -> Outcome:
         indexes = index_shards(urls, cache_dir=None, threads=2)
         stream = ImageTextStream(
             indexes,
+            Decoder(
+                image_size=SIDE,
+                augmentation=None,
+                caption_key="caption" if shard.as_json else "txt",
+                label_key="label" if shard.as_json else "cls",
+                require_captions=shard.required,
+                require_labels=shard.required,
+            ),
             batch_size=1,
-            image_size=SIDE,
-            augmentation=None,
             seed=shard.rng.randrange(1000),
             shuffle=shard.rng.choice([0, 3, 1000]),
-            caption_key="caption" if shard.as_json else "txt",
-            label_key="label" if shard.as_json else "cls",
-            require_captions=shard.required,
-            require_labels=shard.required,
         )
         loader = StreamLoader(stream)
         handed_out = [

@@ -93,7 +93,7 @@ def teacher_folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -
     import torch
 
     from clipdistill.export import export_open_clip
-    from clipdistill.models.towers import load_student
+    from clipdistill.models.loading import load_student
 
     torch.manual_seed(7)
     folder = tmp_path_factory.mktemp("teacher") / "tiny"

@@ -1,112 +1,16 @@
-"""Training runs in processes of their own, one a rank, started by hand as a batch system would: with environment
-variables, and nobody who cleans up after them.
+"""Training runs of one config, in processes of their own (`scripts.jobs`)."""
 
-They come from a server that has everything imported, so that each starts in a fraction of a second.
-"""
-
-import contextlib
 import json
-import multiprocessing
-import os
-import resource
 import shutil
-import socket
-import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
-import torch
-
-from clipdistill.cli import main
 from clipdistill.io.jsonl import read_jsonl
 from scripts.compare_runs import left_by
+from scripts.jobs import Job
 from tests.conftest import colour_samples, write_tar
-
-ENVIRONMENT = {
-    "OMP_NUM_THREADS": "1",
-    "HF_HUB_OFFLINE": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}
-
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["clipdistill.training.trainer", "clipdistill.cli", "tests.processes"])
-
-
-def _train(arguments: Sequence[str], environment: Mapping[str, str], log: str, file_size: int | None) -> None:
-    multiprocessing.set_start_method("fork", force=True)  # as in a process of its own
-    os.setpgid(0, 0)
-    os.environ.update(environment)
-    handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(handle, 1)
-    os.dup2(handle, 2)
-    torch.set_num_threads(1)
-    if file_size is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
-    sys.exit(main(["train", *arguments]))
-
-
-class Job:
-    """Ranks of one run.
-
-    Args:
-        arguments: of ``clipdistill train``.
-        log: receives what all ranks print.
-        ranks: how many.
-        file_sizes: of some ranks, the largest file in bytes that they may write.
-    """
-
-    def __init__(
-        self, *arguments: object, log: Path, ranks: int = 1, file_sizes: Mapping[int, int] | None = None
-    ) -> None:
-        self.log = log
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
-        world = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        self.ranks = []
-        for rank in range(ranks):
-            place = world | {"RANK": rank, "LOCAL_RANK": rank} if ranks > 1 else {}
-            environment = ENVIRONMENT | {name: str(value) for name, value in place.items()}
-            limit = (file_sizes or {}).get(rank)
-            target = (list(map(str, arguments)), environment, str(log), limit)
-            self.ranks.append(_context.Process(target=_train, args=target))
-        for process in self.ranks:
-            process.start()
-        self.pids = [process.pid for process in self.ranks]
-
-    def children(self) -> list[psutil.Process]:
-        """The data workers of all ranks."""
-        found = []
-        for pid in self.pids:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                found += psutil.Process(pid).children(recursive=True)
-        return found
-
-    def wait(self, seconds: float = 120) -> list[int | None]:
-        """The exit codes of all ranks, which must end in time."""
-        deadline = time.monotonic() + seconds
-        for process in self.ranks:
-            process.join(max(0.0, deadline - time.monotonic()))
-        codes = [process.exitcode for process in self.ranks]
-        assert None not in codes, f"still running after {seconds} s: {codes}\n{self.text()}"
-        return codes
-
-    def kill(self) -> None:
-        """SIGKILL all ranks."""
-        for process in self.ranks:
-            process.kill()
-        for process in self.ranks:
-            process.join()
-
-    def text(self) -> str:
-        """What the ranks have printed."""
-        return self.log.read_text() if self.log.exists() else ""
-
-    def lines(self) -> list[str]:
-        """The lines that clipdistill has printed about its end."""
-        return [line for line in self.text().splitlines() if line.startswith("clipdistill: ")]
 
 
 class Runs:

@@ -24,7 +24,8 @@ import numpy as np
 import webdataset as wds
 from PIL import Image
 
-from clipdistill.data import ImageTextStream, ShardIndex, StreamLoader
+from clipdistill.data import ShardIndex, StreamLoader
+from tests.streams import make_stream
 
 os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1"
 
@@ -43,7 +44,7 @@ def write_noise_shards(folder: Path) -> None:
 
 def digests(index: list[ShardIndex], workers: int, steps: int = 9) -> tuple[list[str], dict[str, int]]:
     """Digests of a stream's first batches, and what was skipped."""
-    loader = StreamLoader(ImageTextStream(index, batch_size=4, image_size=8, shuffle=6, num_workers=workers))
+    loader = StreamLoader(make_stream(index, batch_size=4, image_size=8, shuffle=6, num_workers=workers))
     found = []
     for batch in islice(loader, steps):
         told = repr((batch.keys, batch.captions, batch.labels_B.tolist())).encode()

@@ -9,13 +9,12 @@ import sys
 import textwrap
 import time
 import zipfile
-from dataclasses import asdict
 from pathlib import Path
 
 import open_clip
 import pytest
 
-from clipdistill.config import load_config
+from clipdistill.config import load_config, to_dict
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -56,7 +55,7 @@ def test_an_unpacked_wheel_finds_its_prompts_and_configs(wheel: Path, tmp_path: 
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
     program = """
-from clipdistill.config import load_config
+from clipdistill.config import load_config, to_dict
 from clipdistill.io.resources import resource
 from clipdistill.models.prompts import load_prompts
 assert "site" in str(resource("configs")), resource("configs")
@@ -92,9 +91,13 @@ def test_help_of_every_script(script: Path, tmp_path: Path) -> None:
     assert done.stdout.startswith("usage: ")
 
 
-def test_every_command_has_a_script_for_launchers() -> None:
-    scripts = {path.stem for path in (ROOT / "scripts").glob("*.py")}
-    assert scripts >= set(COMMANDS)
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["accelerate.commands.launch", "torch.distributed.run"])
+def test_launchers_run_the_package(launcher: str) -> None:
+    arguments = ["--cpu", "--num_processes", "1"] if "accelerate" in launcher else ["--nproc_per_node", "1"]
+    done = run(sys.executable, "-m", launcher, *arguments, "-m", "clipdistill", "cache", "--help")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("usage: clipdistill cache")
 
 
 # The recipes.
@@ -123,7 +126,7 @@ def test_overrides_that_shrink_a_run_are_accepted(path: Path) -> None:
 
 def test_the_three_icons_arms_differ_in_the_signal_alone() -> None:
     contrastive, kl, gkl = (
-        asdict(load_config(ROOT / "configs" / f"icons-{name}.yaml")) for name in ("contrastive", "kl", "gkl")
+        to_dict(load_config(ROOT / "configs" / f"icons-{name}.yaml")) for name in ("contrastive", "kl", "gkl")
     )
     tuned = {"output", "objective", "optimizer"}
     assert {key for key in kl if kl[key] != gkl[key]} <= tuned

@@ -4,12 +4,12 @@ The chain, each link a small function or generator of its own module; on the rig
 
     patterns      urls.expand_urls          -> shard URLs
     URLs          index.index_shards        -> where each sample begins            (shards; kept on disk)
-    index         plan.Plan.share           -> which samples, in which order       (seed, epoch, rank, worker)
-    order         reading.read_share        -> raw samples; the window is held     (share, position)
+    index         plan.Plan.partition       -> which samples, in which order       (seed, epoch, rank, worker)
+    order         reading.read_partition    -> raw samples; the window is held     (partition, position)
     bytes         sample.SampleReader       -> members of one sample               (tar.walk)
     raw sample    sample.Decoder            -> caption, label; image.render: view  (seed, epoch, sample)
     samples       stream.ImageTextStream    -> Batch, past the bad ones            (in each worker process)
-    batches       stream.StreamLoader       -> Batch, in the run's order           (knows what was handed out)
+    batches       stream.StreamLoader       -> Batch, in the run's order           (counts what was yielded)
 
 A resampled stream has `index.LazyIndex`, `plan.ResampledPlan` and `reading.read_draws` in the place of the
 second to fourth link.

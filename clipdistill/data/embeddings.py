@@ -1,4 +1,4 @@
-"""What teachers say of a shard's samples, packed in one file a shard: `FOLDER/<shard's stem>-<its digest>.safetensors`.
+"""Teachers' embeddings of a shard's samples, in one file: `FOLDER/<shard's stem>-<its digest>.safetensors`.
 
     valid        (N,)         uint8: 0 for a sample that could not be used
     content      (N,)         int64: digest of the sample's image and caption as they lie in the shard
@@ -16,10 +16,9 @@ Shapes: N samples of a shard, K views, D dimensions of a teacher, B samples of a
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -31,49 +30,13 @@ from clipdistill.data.sample import IMAGE_EXTENSIONS, RawSample
 from clipdistill.errors import InputError
 from clipdistill.io.files import new_file, writing
 from clipdistill.io.urls import file_name, shown
+from clipdistill.models.outputs import ModelOutputs
 
 EMBEDDING_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 """How embeddings may be stored."""
 
 _FORMAT = 1
 _OPEN_FILES = 64
-
-
-@dataclass(frozen=True, kw_only=True)
-class Embeddings:
-    """One teacher's embeddings of a batch, float32."""
-
-    image_BD: Tensor
-    captions_BD: Tensor | None = None
-
-    def with_tensors(self, change: Callable[[Tensor], Tensor]) -> "Embeddings":
-        """The same with its tensors changed, such as moved to a device."""
-        captions_BD = None if self.captions_BD is None else change(self.captions_BD)
-        return Embeddings(image_BD=change(self.image_BD), captions_BD=captions_BD)
-
-    def split(self, rows: Sequence[int]) -> "list[Embeddings]":
-        """The parts of several batches."""
-        images = self.image_BD.split(list(rows))
-        if self.captions_BD is None:
-            return [Embeddings(image_BD=image_BD) for image_BD in images]
-        both = zip(images, self.captions_BD.split(list(rows)), strict=True)
-        return [Embeddings(image_BD=image_BD, captions_BD=captions_BD) for image_BD, captions_BD in both]
-
-
-class EmbeddingRows(NamedTuple):
-    """One teacher's embeddings of a sample, (D,) float32."""
-
-    image_D: Tensor
-    captions_D: Tensor | None = None
-
-
-def stack_rows(rows: Sequence[EmbeddingRows]) -> Embeddings:
-    """The rows of a batch's samples as matrices."""
-    captions = [row.captions_D for row in rows if row.captions_D is not None]
-    return Embeddings(
-        image_BD=torch.stack([row.image_D for row in rows]),
-        captions_BD=torch.stack(captions) if captions else None,
-    )
 
 
 def pack(rows: Tensor, precision: str) -> dict[str, Tensor]:
@@ -189,8 +152,8 @@ class EmbeddingReader:
                 f"the first for {faults[0]}; allowed: what `clipdistill cache` with this config writes"
             )
 
-    def read(self, shard: int, sample: int, view: int, raw: RawSample) -> list[EmbeddingRows]:
-        """Each teacher's embeddings of a view of a sample, and of its caption where captions are stored.
+    def read(self, shard: int, sample: int, view: int, raw: RawSample) -> list[ModelOutputs]:
+        """Each teacher's embeddings of a view of a sample, and of its caption where captions are stored; (D,) float32.
 
         Raises:
             InputError: The file is damaged, or was made from another content of the shard.
@@ -207,7 +170,7 @@ class EmbeddingReader:
             return unpack(tensors[name][at], None if scale is None else scale[at])
 
         return [
-            EmbeddingRows(
+            ModelOutputs(
                 row(f"image.{teacher}", sample, view),
                 row(f"captions.{teacher}", sample) if self._key["captions"] else None,
             )

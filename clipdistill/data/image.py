@@ -7,19 +7,25 @@ that was reduced by a whole factor first. Grey images stay in one channel until 
 Shapes: H, W height and width of the source; S side of the view; C channels, 1 (then left out) or 3.
 """
 
+import importlib.util
 import io
 import math
-from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
+from pydantic import ValidationInfo, field_validator
+
+from clipdistill.settings import Fraction, NonNegative, Settings
 
 Pixels = NDArray[np.uint8]
 
 FORMATS = ("PNG", "JPEG", "WEBP")
+
+MAX_PIXELS = 89_478_485
+"""Images of more pixels are refused before they are decoded; Pillow's own limit."""
 
 MAX_SCANS = 100
 """Of a JPEG. Progressive ones have about ten; ten bytes make another, and of 80 million pixels it takes 0.1 s."""
@@ -47,8 +53,7 @@ class TooManyPixelsError(ValueError):
     """The image claims more pixels than allowed; it was not decoded."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Augmentation:
+class Augmentation(Settings):
     """Random changes of a training image. The defaults are CLIP's: a random crop of nearly everything.
 
     What a turned or shifted view sees outside the image has the median colour of the image's corners.
@@ -58,43 +63,46 @@ class Augmentation:
     """Range of the crop's share of the image area."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Range of the crop's aspect ratio (log-uniform), as far as the crop fits into the image."""
-    flip: float = 0.0
-    """Probability of a left-right flip."""
-    rotate: float = 0.0
+    flip: Fraction = 0.0
+    """Probability of a left-right flip (captions may say "left": off by default)."""
+    rotate: NonNegative = 0.0
     """Largest rotation, degrees, either way."""
-    translate: float = 0.0
+    translate: NonNegative = 0.0
     """Largest shift in x and in y, as a share of the side, either way."""
     zoom: tuple[float, float] = (1.0, 1.0)
     """Range of the magnification of the content."""
-    shear: float = 0.0
+    shear: NonNegative = 0.0
     """Largest shear, degrees, either way."""
-    stretch: float = 0.0
+    stretch: NonNegative = 0.0
     """Largest relative change of the aspect ratio, either way (0.25: from 4:5 to 5:4)."""
-    brightness: float = 0.0
+    brightness: NonNegative = 0.0
     """Largest relative change of brightness, either way."""
-    contrast: float = 0.0
+    contrast: NonNegative = 0.0
     """Largest relative change of contrast, either way."""
-    saturation: float = 0.0
+    saturation: NonNegative = 0.0
     """Largest relative change of saturation, either way."""
-    stroke: float = 0.0
+    stroke: Fraction = 0.0
     """Probability that lines grow or shrink by up to a pixel on each side (for line drawings)."""
-    outline: float = 0.0
+    outline: Fraction = 0.0
     """Probability that filled shapes become outlines: the morphological gradient (for line drawings)."""
     fast_jpeg: bool = False
-    """Decode JPEGs with simplejpeg: faster; the pixels differ a little from Pillow's."""
+    """Decode JPEGs with simplejpeg (``pip install 'clipdistill[fast]'``): faster; the pixels differ a little from
+    Pillow's, which evaluation always uses."""
 
-    def __post_init__(self) -> None:
-        for name in ("crop_scale", "crop_ratio", "zoom"):
-            low, high = getattr(self, name)
-            if not 0 < low <= high < math.inf:
-                raise ValueError(f"{name} is {(low, high)}, must be (low, high) with 0 < low <= high")
-        if self.crop_scale[1] > 1:
-            raise ValueError(f"crop_scale is {self.crop_scale}, must be at most 1")
-        for field in fields(self):
-            value = getattr(self, field.name)
-            most = 1 if field.name in ("flip", "stroke", "outline") else math.inf
-            if not isinstance(value, tuple) and not 0 <= value <= most:
-                raise ValueError(f"{field.name} is {value}, must be from 0 to {most}")
+    @field_validator("crop_scale", "crop_ratio", "zoom")
+    @classmethod
+    def _is_a_range(cls, value: tuple[float, float], info: ValidationInfo) -> tuple[float, float]:
+        most = 1 if info.field_name == "crop_scale" else math.inf
+        if not 0 < value[0] <= value[1] <= most:
+            raise ValueError(f"[low, high] with 0 < low <= high{' <= 1' if most == 1 else ''}")
+        return value
+
+    @field_validator("fast_jpeg")
+    @classmethod
+    def _simplejpeg_is_there(cls, value: bool) -> bool:
+        if value and importlib.util.find_spec("simplejpeg") is None:
+            raise ValueError("false, or pip install 'clipdistill[fast]', as simplejpeg is missing")
+        return value
 
     @property
     def is_affine(self) -> bool:

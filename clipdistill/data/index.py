@@ -1,11 +1,10 @@
-"""Where the samples of each shard are: one pass over the tar headers, kept on disk for the next start."""
+"""Where the samples of each shard are: one pass over the shard, kept on disk for the next start."""
 
 import hashlib
 import json
 import logging
-import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from clipdistill.data.tar import Damage, Member, walk
+from clipdistill.data.formats import format_of
 from clipdistill.errors import InputError
 from clipdistill.io.files import write_text
 from clipdistill.io.urls import ShardFile, Stat, locate, one_line, shown, stat
@@ -23,13 +22,6 @@ logger = logging.getLogger(__name__)
 
 _FORMAT = 3
 _KEPT = 16
-_COMPRESSED = {
-    "gzip": re.compile(rb"\x1f\x8b\x08"),
-    "zstd": re.compile(rb"\x28\xb5\x2f\xfd"),
-    "bzip2": re.compile(rb"BZh[1-9]1AY&SY"),
-    "xz": re.compile(rb"\xfd7zXZ\0"),
-}
-"""What compressed files begin with, and no member's name does."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -38,11 +30,11 @@ class ShardIndex:
 
     url: str
     offsets: NDArray[np.int64]
-    """Byte of each sample's first tar header, rising."""
+    """First byte of each sample, rising."""
     end: int
     """Byte after the last sample."""
     digest: str
-    """Of the tar headers: it changes when the shard is written anew, not when it is moved."""
+    """Of what the scan read, such as tar headers: it changes when the shard is written anew, not when it is moved."""
     stat: Stat
     """The version that was indexed."""
     repeats: frozenset[int] = frozenset()
@@ -91,7 +83,7 @@ def index_shards(
 
 
 class LazyIndex(Sequence[ShardIndex]):
-    """Shards that are indexed when they are asked for: for sets too large to index before the first step.
+    """Shards that are indexed on first use: for sets too large to index before the first step.
 
     Args:
         urls: Shards, as `expand_urls` gives them.
@@ -125,21 +117,6 @@ def _log_problems(index: ShardIndex) -> None:
         logger.warning("shard %s: %s", shown(index.url), problem)
 
 
-def split_name(name: str) -> tuple[str, str] | None:
-    """Key and extension of a member, cut at the first dot of its file name; None where it belongs to no
-    sample.
-
-    The extension is in lower case. WebDataset's `__meta__` members, and names without key or extension,
-    belong to none.
-    """
-    folder, slash, file_name = name.rpartition("/")
-    stem, _, extension = file_name.partition(".")
-    first = name.split("/", 1)[0]
-    if not stem or not extension or (first.startswith("__") and first.endswith("__") and len(first) > 4):
-        return None
-    return folder + slash + stem, extension.lower()
-
-
 def _index_shard(url: str, cache_dir: str | Path | None) -> ShardIndex:
     try:
         version = stat(url)
@@ -171,63 +148,16 @@ def _scan(file: ShardFile, *, url: str, version: Stat) -> ShardIndex:
         digest.update(data)
         return data
 
-    start = read_at(0, 16)
-    problems: list[str] = []
-    offsets: list[int] = []
-    end = 0
-    repeats: frozenset[int] = frozenset()
-    compression = next((name for name, magic in _COMPRESSED.items() if magic.match(start)), None)
-    if compression:
-        problems.append(f"compressed with {compression}; a shard must be a plain tar")
-    else:
-        offsets, end, repeats = _group(walk(read_at, version.size), problems)
-        if not offsets and problems:
-            problems.append("no samples: not a tar archive, or an empty or damaged one")
+    layout = format_of(url).scan(read_at, version.size)
     return ShardIndex(
         url=url,
-        offsets=np.array(offsets, np.int64),
-        end=end,
+        offsets=np.array(layout.offsets, np.int64),
+        end=layout.end,
         digest=digest.hexdigest(),
         stat=version,
-        repeats=repeats,
-        problems=tuple(problems),
+        repeats=layout.repeats,
+        problems=tuple(layout.problems),
     )
-
-
-def _group(entries: Iterable[Member | Damage], problems: list[str]) -> tuple[list[int], int, frozenset[int]]:
-    """Offsets of the samples (runs of members with one key), the end of the last, and which have a key that was there
-    before; damage goes into `problems`."""
-    offsets: list[int] = []
-    ends: list[int] = [0]
-    repeats: set[int] = set()
-    known: set[str] = set()
-    current, dropped = None, False
-    for entry in entries:
-        if isinstance(entry, Damage):
-            problems.append(f"byte {entry.at:,}: {entry.reason}")
-            cut = split_name(entry.name) if entry.name is not None else None
-            if cut and cut[0] == current and not dropped:
-                dropped = True
-                offsets.pop()
-                ends.pop()
-                if len(offsets) in repeats:
-                    repeats.remove(len(offsets))
-                else:
-                    known.remove(cut[0])
-            continue
-        named = split_name(entry.name) if entry.regular else None
-        if named is None:
-            continue
-        if named[0] != current:
-            current, dropped = named[0], False
-            if current in known:
-                repeats.add(len(offsets))
-            known.add(current)
-            offsets.append(entry.header)
-            ends.append(0)
-        if not dropped:
-            ends[-1] = entry.start + entry.size
-    return offsets, ends[-1], frozenset(repeats)
 
 
 def _cache_file(cache_dir: str | Path | None, *, url: str, version: Stat) -> Path | None:

@@ -11,7 +11,7 @@ Every rank takes S = T // (ranks * batch_size) steps, however uneven the shards 
 epoch leaves out is the remainder: fewer than ranks * batch_size samples, others each epoch. A worker reads
 its part from front to back, and gives it out shuffled within a window.
 
-Where a run goes on with another number of ranks or workers, what the old ones have given out is taken from
+Where a run goes on with another number of ranks or workers, what the old ones have yielded is taken from
 the string, and the rest of it is cut anew.
 """
 
@@ -30,7 +30,7 @@ _SHARDS, _WINDOW, _PIXELS, _DRAWS, _VIEWS = 1, 2, 3, 4, 5
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Share:
+class Partition:
     """What one worker of one rank does in one epoch. N samples, in the order of reading."""
 
     shard_N: Indices
@@ -82,13 +82,13 @@ class Layout:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Past(Layout):
+class PreviousLayout(Layout):
     """How far an earlier layout came in an epoch."""
 
     before: int
-    """Batches of a rank that the layout gave out before the epoch."""
+    """Batches of a rank that the layout yielded before the epoch."""
     positions: Sequence[Sequence[int]]
-    """For each rank and worker, the samples of its share that were given out."""
+    """For each rank and worker, the samples of its partition that were yielded."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -104,7 +104,7 @@ class Plan(Layout):
     seed: int
     first_epoch: int = 0
     """Where this layout begins."""
-    past: Sequence[Past] = ()
+    past: Sequence[PreviousLayout] = ()
     """The layouts before it in its first epoch."""
 
     def __post_init__(self) -> None:
@@ -137,8 +137,8 @@ class Plan(Layout):
         if whole < self.first_epoch:
             return 0
         if whole == self.first_epoch:
-            gone = self.total - self._left(whole)
-            return max(0.0, (epochs - whole) * self.steps - gone / self.global_batch)
+            done = self.total - self._left(whole)
+            return max(0.0, (epochs - whole) * self.steps - done / self.global_batch)
         later = whole - self.first_epoch - 1 + (epochs - whole)
         return self.steps_of(self.first_epoch) + later * self.steps
 
@@ -151,7 +151,7 @@ class Plan(Layout):
         """Batches of the epoch that a worker makes."""
         return self.turns(steps=self.steps_of(epoch), before=int(self.before(epoch)), worker=worker)
 
-    def share(self, epoch: int, rank: int, worker: int) -> Share:
+    def partition(self, epoch: int, rank: int, worker: int) -> Partition:
         """The samples of one worker of one rank in one epoch, and their order."""
         first, batches = self.part(samples=self._left(epoch), before=int(self.before(epoch)), rank=rank, worker=worker)
         position_N = np.arange(first, first + batches * self.batch_size)
@@ -167,7 +167,7 @@ class Plan(Layout):
         at_N = np.searchsorted(ends, position_N, side="right")
         shard_N = shards[at_N]
         sample_N = position_N - (ends[at_N] - sizes[shard_N])
-        return Share(
+        return Partition(
             shard_N=shard_N,
             sample_N=sample_N,
             number_N=(np.cumsum(sizes) - sizes)[shard_N] + sample_N,
@@ -254,7 +254,7 @@ class ResampledPlan(Layout):
 
     def keys(self, rank: int, worker: int, draw: int, first: int, samples: int) -> NDArray[np.float64]:
         """For each sample of a draw, whose first is the worker's sample number `first`, a number by whose order
-        it is given out: its own, moved back by a random part of the window."""
+        it is yielded: its own, moved back by a random part of the window."""
         noise = self._generator(_WINDOW, rank, worker, draw).random(samples)
         return first + np.arange(samples) + noise * self.shuffle
 
@@ -284,8 +284,8 @@ def window_shuffle(length: int, window: int, rng: np.random.Generator) -> Indice
     """An order of 0 to length - 1 in which none comes `window` or more places early or late; 0 leaves all in
     place.
 
-    Each index is moved back by a random part of the window. So whoever gives out index i needs to have read
-    no further than i, and holds at most `window` samples that were read and not yet given out. A window of
+    Each index is moved back by a random part of the window. So a reader that yields index i needs to have read
+    no further than i, and holds at most `window` samples that were read and not yet yielded. A window of
     `length` or more is a plain permutation.
     """
     if window >= length:

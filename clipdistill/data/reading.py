@@ -1,4 +1,4 @@
-"""Raw samples in the order of giving out: read in the order of the shards, held undecoded until their turn.
+"""Raw samples in the shuffled order: read in the order of the shards, held undecoded until their turn.
 
 At most one shuffle window of samples is held.
 """
@@ -21,7 +21,7 @@ _EMPTY_DRAWS = 20
 T = TypeVar("T")
 
 
-class Given(NamedTuple):
+class ScheduledSample(NamedTuple):
     """A sample whose turn it is."""
 
     raw: RawSample
@@ -34,7 +34,7 @@ class Given(NamedTuple):
     view: int = 0
     """Which of its fixed views it shows, where it has any."""
     draw: int = 0
-    """Of a resampled stream: the oldest draw that still has a sample to give out,"""
+    """Of a resampled stream: the oldest draw with a sample left,"""
     first: int = 0
     """and the worker's number of that draw's first sample."""
 
@@ -51,7 +51,7 @@ class Views(NamedTuple):
 NO_VIEWS = Views(0, 0)
 
 
-def read_share(
+def read_partition(
     plan: Plan,
     index: Sequence[ShardIndex],
     reader: SampleReader,
@@ -61,8 +61,8 @@ def read_share(
     worker: int,
     position: int,
     views: Views = NO_VIEWS,
-) -> Iterator[Given]:
-    """A worker's share of an epoch from a position of its order on, over and over.
+) -> Iterator[ScheduledSample]:
+    """A worker's partition of an epoch from a position of its order on, over and over.
 
     Args:
         plan: Which samples they are, and their order.
@@ -71,25 +71,27 @@ def read_share(
         epoch: The epoch.
         rank: The worker's rank.
         worker: The worker.
-        position: Samples that were given out so far.
+        position: Samples yielded so far.
         views: The samples' fixed views.
     """
-    share = plan.share(epoch, rank, worker)
-    position %= len(share)
+    partition = plan.partition(epoch, rank, worker)
+    position %= len(partition)
     while True:
         held: dict[int, RawSample] = {}
-        unread = iter(np.sort(share.order_N[position:]).tolist())
-        for wanted in share.order_N[position:].tolist():
+        unread = iter(np.sort(partition.order_N[position:]).tolist())
+        for wanted in partition.order_N[position:].tolist():
             while wanted not in held:
                 here = next(unread)
-                held[here] = reader.read(int(share.shard_N[here]), int(share.sample_N[here]))
-            shard, sample, number = (int(of_N[wanted]) for of_N in (share.shard_N, share.sample_N, share.number_N))
+                held[here] = reader.read(int(partition.shard_N[here]), int(partition.sample_N[here]))
+            shard, sample, number = (
+                int(of_N[wanted]) for of_N in (partition.shard_N, partition.sample_N, partition.number_N)
+            )
             if views.number:
                 view = plan.view(epoch, number, views.number)
                 rng = view_pixels(views.seed, index[shard].digest, sample, view)
-                yield Given(held.pop(wanted), rng, shard, sample, view)
+                yield ScheduledSample(held.pop(wanted), rng, shard, sample, view)
             else:
-                yield Given(held.pop(wanted), plan.pixels(epoch, number), shard, sample)
+                yield ScheduledSample(held.pop(wanted), plan.pixels(epoch, number), shard, sample)
         position = 0
 
 
@@ -112,7 +114,7 @@ def read_draws(
     first: int,
     position: int,
     views: Views = NO_VIEWS,
-) -> Iterator[Given]:
+) -> Iterator[ScheduledSample]:
     """A worker's samples from a position of its order on, without end.
 
     A shard that cannot be indexed stands as one bad sample, an empty one as none.
@@ -123,19 +125,19 @@ def read_draws(
         reader: Reads their samples.
         rank: The worker's rank.
         worker: The worker.
-        draw: Where to begin: all before this draw was given out before `position`.
+        draw: Where to begin: all before this draw was yielded before `position`.
         first: Number of the draw's first sample among all of the worker.
-        position: Samples that were given out so far.
+        position: Samples yielded so far.
         views: The samples' fixed views.
 
     Raises:
         InputError: While iterating: draw after draw is empty.
     """
     whole = _in_order(plan, index, rank, worker, draw, first, lambda *_: None)
-    gone = {turn.number for turn, *_ in islice(whole, position - first)}
+    yielded = {turn.number for turn, *_ in islice(whole, position - first)}
 
     def read(turn: _Turn, fault: InputError | None) -> RawSample | None:
-        if turn.number in gone:
+        if turn.number in yielded:
             return None
         if fault:
             return RawSample(url=index.urls[turn.shard], key="", fault=BadSampleError("shard unreadable", str(fault)))
@@ -148,7 +150,7 @@ def read_draws(
         if views.number and raw.fault is None:
             view = plan.view(rank, worker, turn.number, views.number)
             rng = view_pixels(views.seed, index[turn.shard].digest, turn.sample, view)
-        yield Given(raw, rng, turn.shard, turn.sample, view, oldest, oldest_first)
+        yield ScheduledSample(raw, rng, turn.shard, turn.sample, view, oldest, oldest_first)
 
 
 def _in_order(
@@ -160,7 +162,7 @@ def _in_order(
     first: int,
     read: Callable[[_Turn, InputError | None], T],
 ) -> Iterator[tuple[_Turn, T, int, int]]:
-    """Each sample in the order of giving out, what `read` said when its place in its shard was reached, and the
+    """Each sample in the shuffled order, what `read` returned when its place in its shard was reached, and the
     oldest open draw with the number of its first sample."""
     waiting: list[tuple[float, _Turn, int, T]] = []
     left: deque[list[int]] = deque()

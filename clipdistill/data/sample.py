@@ -4,15 +4,16 @@ reason."""
 import json
 import reprlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import UnidentifiedImageError
 
-from clipdistill.data.image import Augmentation, Pixels, TooManyPixelsError, render
-from clipdistill.data.index import ShardIndex, split_name
-from clipdistill.data.tar import Damage, walk
+from clipdistill.data.formats import format_of
+from clipdistill.data.image import MAX_PIXELS, Augmentation, Pixels, TooManyPixelsError, render
+from clipdistill.data.index import ShardIndex
+from clipdistill.data.shard_format import MAX_SAMPLE_BYTES, BadSampleError, RawSample
 from clipdistill.errors import InputError
 from clipdistill.io.urls import ShardFile, one_line, shown
 
@@ -20,33 +21,12 @@ IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 """The members that are decoded as images, the first that a sample has. Nothing else but text and json is
 decoded."""
 
-MAX_SAMPLE_BYTES = 256 << 20
 MAX_TEXT_BYTES = 64 << 10
 MAX_JSON_BYTES = 16 << 20
 """Hostile json takes some 20 times its size when it is parsed."""
 
 
-class BadSampleError(ValueError):
-    """A sample that cannot be used: the reason that it is counted under, and the detail that is logged."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(reason, detail)
-        self.reason = reason
-        self.detail = detail
-
-
-@dataclass(kw_only=True)
-class RawSample:
-    """A sample as it lies in its shard. Where reading it failed, `fault` says why."""
-
-    url: str
-    key: str
-    members: dict[str, bytes] = field(default_factory=dict)
-    """Content of the wanted members by extension."""
-    fault: BadSampleError | None = None
-
-
-class Sample(NamedTuple):
+class DecodedSample(NamedTuple):
     """A decoded sample: uint8 pixels (3, S, S); caption "" and label -1 where it has none."""
 
     pixels: Pixels
@@ -74,7 +54,8 @@ class SampleReader:
         stop = int(entry.offsets[sample + 1]) if sample + 1 < len(entry) else entry.end
         raw = RawSample(url=entry.url, key=f"sample {sample}")
         try:
-            self._find_members(raw, self._read(shard, start, min(stop - start, MAX_SAMPLE_BYTES)))
+            data = self._read(shard, start, min(stop - start, MAX_SAMPLE_BYTES))
+            format_of(entry.url).read_sample(data, self._wanted, raw)
             if sample in entry.repeats:
                 raise BadSampleError("duplicate key", "an earlier sample of the shard has it")
         except BadSampleError as fault:
@@ -104,32 +85,6 @@ class SampleReader:
                 self._failure = one_line(error, url)
         raise BadSampleError("shard unreadable", self._failure)
 
-    def _find_members(self, raw: RawSample, data: bytes) -> None:
-        key = None
-        seen = set()
-        for entry in walk(lambda at, size: data[at : at + size], len(data)):
-            if isinstance(entry, Damage):
-                cut = split_name(entry.name) if entry.name is not None else None
-                if cut and key in (None, cut[0]) and len(data) == MAX_SAMPLE_BYTES:
-                    raise BadSampleError("sample too large", f"more than {MAX_SAMPLE_BYTES:,} bytes")
-                if key is None:
-                    continue
-                break
-            named = split_name(entry.name) if entry.regular else None
-            if named is None:
-                continue
-            if (key is None and entry.header) or key not in (None, named[0]):
-                break
-            key, extension = named
-            raw.key = key
-            if extension in seen:
-                raise BadSampleError("duplicate member", f"{extension!r} twice")
-            seen.add(extension)
-            if extension in self._wanted:
-                raw.members[extension] = data[entry.start : entry.start + entry.size]
-        if key is None:
-            raise BadSampleError("shard unreadable", "no sample where the index has one: the shard changed")
-
 
 @dataclass(frozen=True, kw_only=True)
 class Decoder:
@@ -145,7 +100,7 @@ class Decoder:
     require_labels: bool = False
     num_classes: int | None = None
     """Labels outside 0 to num_classes - 1 are the user's error; None: not checked."""
-    max_pixels: int = 89_478_485
+    max_pixels: int = MAX_PIXELS
 
     @property
     def wanted(self) -> frozenset[str]:
@@ -154,7 +109,7 @@ class Decoder:
         label = "cls" if self.label_key == "cls" else "json"
         return frozenset({*IMAGE_EXTENSIONS, caption, label})
 
-    def decode(self, raw: RawSample, rng: np.random.Generator) -> Sample:
+    def decode(self, raw: RawSample, rng: np.random.Generator) -> DecodedSample:
         """Decode a sample; `rng` draws its augmentation.
 
         Raises:
@@ -192,7 +147,7 @@ class Decoder:
             raise BadSampleError("broken image", "not a PNG, JPEG or WebP image") from error
         except Exception as error:  # Pillow's decoders raise nearly anything on hostile data
             raise BadSampleError("broken image", one_line(error)) from error
-        return Sample(pixels, caption, label)
+        return DecodedSample(pixels, caption, label)
 
     def _label(self, raw: RawSample) -> int:
         value = _member(raw.members, self.label_key, own="cls")

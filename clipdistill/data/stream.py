@@ -3,29 +3,28 @@
 Shapes: B samples a batch of one rank; C = 3 channels, RGB; H = W = image_size.
 """
 
+import hashlib
 import logging
 import weakref
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-import webdataset as wds
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from clipdistill.data.embeddings import EmbeddingReader, EmbeddingRows, Embeddings, stack_rows
-from clipdistill.data.image import Augmentation
+from clipdistill.data.embeddings import EmbeddingReader
 from clipdistill.data.index import LazyIndex, ShardIndex
-from clipdistill.data.plan import Layout, Past, Plan, ResampledPlan
-from clipdistill.data.reading import Given, Views, read_draws, read_share
+from clipdistill.data.plan import Layout, Plan, PreviousLayout, ResampledPlan
+from clipdistill.data.reading import NO_VIEWS, ScheduledSample, Views, read_draws, read_partition
 from clipdistill.data.sample import BadSampleError, Decoder, SampleReader
-from clipdistill.data.workers import from_workers, start_worker
+from clipdistill.data.workers import from_workers
 from clipdistill.errors import InputError
 from clipdistill.io.urls import file_name, shown
+from clipdistill.models.outputs import ModelOutputs
 
 logger = logging.getLogger(__name__)
 
@@ -75,8 +74,12 @@ class Batch:
     """The samples' names in their shards."""
     epoch: int = 0
     """Number of the epoch, from 0."""
-    teachers: list[Embeddings] = field(default_factory=list)
-    """Each teacher's embeddings of these very pixels, where they were stored."""
+    teachers: list[ModelOutputs] = field(default_factory=list)
+    """Each teacher's features of these very pixels, where they were stored."""
+    caption_tokens: list[Tensor] = field(default_factory=list)
+    """The captions as token ids (B, L), by each of the stream's tokenizers."""
+    caption_ids_B: Tensor | None = None
+    """int64, a number for each caption, equal for equal captions; where captions are required."""
     _worker: int = field(default=0, repr=False)
     _cursor: Cursor = field(default=Cursor(), repr=False)
     _skips: list[Skip] = field(default_factory=list, repr=False)
@@ -98,7 +101,9 @@ class Batch:
             self,
             image_BCHW=change(self.image_BCHW),
             labels_B=change(self.labels_B),
-            teachers=[teacher.with_tensors(change) for teacher in self.teachers],
+            teachers=[teacher.map(change) for teacher in self.teachers],
+            caption_tokens=[change(tokens_BL) for tokens_BL in self.caption_tokens],
+            caption_ids_B=None if self.caption_ids_B is None else change(self.caption_ids_B),
         )
 
 
@@ -107,32 +112,24 @@ class ImageTextStream(IterableDataset[Batch]):
 
     Args:
         index: All shards, the same list on every rank; a `LazyIndex` for a resampled stream.
+        decoder: What a sample must have, and how it is decoded.
         batch_size: Samples a rank and step.
-        image_size: Side of the pixels, which all towers share.
-        augmentation: Random changes of the image; None: the central square, always the same.
         seed: With the epoch, of everything random.
         shuffle: Window of the sample shuffle; 0: off (the order of shards changes each epoch all the same).
-        views: Fixed augmentations of each sample, of which an epoch shows one; 0: a new one each epoch.
-        view_seed: Draws the fixed augmentations; None: the seed does.
+        views: Fixed augmentations of each sample, of which an epoch shows one; none: a new one each epoch.
         embeddings: Where teachers' embeddings of the views are stored; None: batches carry none.
+        tokenizers: Captions -> token ids (B, L), run where samples are decoded.
         samples_per_epoch: None: an epoch is every sample once. A number: shards are drawn at random, each time
             from all, and so many samples are called an epoch.
         rank: This process among `world_size`.
         world_size: Number of ranks.
         num_workers: Decoding processes of this rank; 0: none, decode in this one.
-        caption_key: `txt`, or a field of the sample's json.
-        label_key: `cls`, or a field of the sample's json.
-        require_captions: Whether a sample without a caption is bad.
-        require_labels: Whether a sample without a label is bad.
-        num_classes: Length of the class list that labels index; None: labels are not checked.
-        max_pixels: Images of more pixels are refused before they are decoded.
 
     A bad sample is passed over, and the worker goes on with the next of its share of the epoch; where the
     share ends early for that, it begins again with the share's first. So the number of steps stays, and only
     that many samples repeat.
 
-    An `InputError` in a worker comes as the stream's last item, since DataLoader would bury its line in a
-    traceback.
+    An `InputError` in a worker is the stream's last item; `from_workers` raises it.
 
     Raises:
         InputError: The shards have too few samples for one step.
@@ -141,25 +138,18 @@ class ImageTextStream(IterableDataset[Batch]):
     def __init__(
         self,
         index: Sequence[ShardIndex],
+        decoder: Decoder,
         *,
         batch_size: int,
-        image_size: int,
-        augmentation: Augmentation | None = Augmentation(),  # noqa: B008 (frozen)
         seed: int = 0,
         shuffle: int = 1000,
-        views: int = 0,
-        view_seed: int | None = None,
+        views: Views = NO_VIEWS,
         embeddings: EmbeddingReader | None = None,
+        tokenizers: Sequence[Callable[[Sequence[str]], Tensor]] = (),
         samples_per_epoch: int | None = None,
         rank: int = 0,
         world_size: int = 1,
         num_workers: int = 0,
-        caption_key: str = "txt",
-        label_key: str = "cls",
-        require_captions: bool = False,
-        require_labels: bool = False,
-        num_classes: int | None = None,
-        max_pixels: int = 89_478_485,
     ) -> None:
         super().__init__()
         if not 0 <= rank < world_size:
@@ -167,8 +157,10 @@ class ImageTextStream(IterableDataset[Batch]):
         if isinstance(index, LazyIndex) != (samples_per_epoch is not None):
             raise ValueError("samples_per_epoch must be given with a LazyIndex, and only with one")
         self.index = index
-        self.views = Views(views, seed if view_seed is None else view_seed)
+        self.decoder = decoder
+        self.views = views
         self.embeddings = embeddings
+        self.tokenizers = tokenizers
         self.rank = rank
         self.num_workers = num_workers
         self.plan: Plan | ResampledPlan
@@ -182,16 +174,6 @@ class ImageTextStream(IterableDataset[Batch]):
             self.plan = Plan(**layout, seed=seed, sizes=[len(shard) for shard in index])
         else:
             self.plan = ResampledPlan(**layout, seed=seed, shards=len(index), samples_per_epoch=samples_per_epoch)
-        self.decoder = Decoder(
-            image_size=image_size,
-            augmentation=augmentation,
-            caption_key=caption_key,
-            label_key=label_key,
-            require_captions=require_captions,
-            require_labels=require_labels,
-            num_classes=num_classes,
-            max_pixels=max_pixels,
-        )
         self.start_at(0, [Cursor()] * self.plan.workers)
 
     @property
@@ -225,7 +207,7 @@ class ImageTextStream(IterableDataset[Batch]):
         while True:
             batches = plan.batches(cursor.epoch, worker)
             if cursor.batch < batches:
-                samples = read_share(
+                samples = read_partition(
                     plan,
                     self.index,
                     reader,
@@ -261,7 +243,7 @@ class ImageTextStream(IterableDataset[Batch]):
             cursor = batch._cursor
             yield batch
 
-    def _batch(self, worker: int, cursor: Cursor, samples: Iterator[Given], *, share: int | None) -> Batch:
+    def _batch(self, worker: int, cursor: Cursor, samples: Iterator[ScheduledSample], *, share: int | None) -> Batch:
         """The next batch, past its bad samples; after `share` of them, if that is a number, the samples repeat."""
         size, side = self.plan.batch_size, self.decoder.image_size
         image_BCHW = np.empty((size, 3, side, side), np.uint8)
@@ -269,13 +251,13 @@ class ImageTextStream(IterableDataset[Batch]):
         labels: list[int] = []
         keys: list[str] = []
         skips: list[Skip] = []
-        rows: list[list[EmbeddingRows]] = []
+        rows: list[list[ModelOutputs]] = []
         position, in_a_row = cursor.position, 0
         while len(keys) < size:
-            given = next(samples)
-            raw = given.raw
+            scheduled = next(samples)
+            raw = scheduled.raw
             try:
-                sample = self.decoder.decode(raw, given.rng)
+                sample = self.decoder.decode(raw, scheduled.rng)
             except BadSampleError as bad:
                 in_a_row += 1
                 if share is None or position < share:
@@ -293,7 +275,7 @@ class ImageTextStream(IterableDataset[Batch]):
                 labels.append(sample.label)
                 keys.append(raw.key)
                 if self.embeddings:
-                    rows.append(self.embeddings.read(given.shard, given.sample, given.view, raw))
+                    rows.append(self.embeddings.read(scheduled.shard, scheduled.sample, scheduled.view, raw))
             position += 1
         return Batch(
             image_BCHW=torch.from_numpy(image_BCHW),
@@ -301,15 +283,19 @@ class ImageTextStream(IterableDataset[Batch]):
             labels_B=torch.tensor(labels, dtype=torch.int64),
             keys=keys,
             epoch=cursor.epoch,
-            teachers=[stack_rows(of_teacher) for of_teacher in zip(*rows, strict=True)],
+            teachers=[ModelOutputs.stack(of_teacher) for of_teacher in zip(*rows, strict=True)],
+            caption_tokens=[tokenize(captions) for tokenize in self.tokenizers],
+            caption_ids_B=caption_ids(captions) if self.decoder.require_captions else None,
             _worker=worker,
-            _cursor=replace(cursor, batch=cursor.batch + 1, position=position, draw=given.draw, first=given.first),
+            _cursor=replace(
+                cursor, batch=cursor.batch + 1, position=position, draw=scheduled.draw, first=scheduled.first
+            ),
             _skips=skips,
         )
 
 
 class StreamLoader:
-    """Batches of a stream, made ahead by worker processes, with a state that knows which were handed out.
+    """Batches of a stream, made ahead by worker processes, with a state that counts those yielded.
 
     Iterating never ends; count the steps. A new iteration goes on where the last one was left.
 
@@ -355,12 +341,12 @@ class StreamLoader:
 
     @property
     def samples(self) -> int:
-        """Good samples that this rank handed out so far."""
+        """Good samples that this rank has yielded so far."""
         return self._samples
 
     @property
     def skipped(self) -> dict[str, int]:
-        """Bad samples among the batches handed out so far, by reason; a sample counts once an epoch."""
+        """Bad samples among the batches yielded so far, by reason; a sample counts once an epoch."""
         return dict(sorted(self._skipped.items()))
 
     def __iter__(self) -> Iterator[Batch]:
@@ -377,7 +363,7 @@ class StreamLoader:
             batches.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """The state after the last batch handed out, of this rank, for JSON."""
+        """The state of this rank after the last batch yielded, for JSON."""
         plan = self._stream.plan
         state = {
             "version": _STATE_VERSION,
@@ -395,31 +381,12 @@ class StreamLoader:
             return state | {"past": [asdict(past) for past in plan.past]}
         return state | {"samples_per_epoch": plan.samples_per_epoch, "restarts": plan.restarts}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on after this rank's state, with as many ranks and workers: the next batch is the one that would
-        have followed, bit for bit. Ends an iteration.
+    def load_state_dict(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Go on after the states of all ranks that saved, in their order, with any number of ranks and workers now.
 
-        Raises:
-            InputError: The state is that of other shards, or of another seed, rank, number of ranks or workers,
-                batch size or shuffle window.
-        """
-        before, now = self._plan_of(state), self._stream.plan
-        for name in _LAYOUT:
-            _check_same(name, getattr(before, name), getattr(now, name))
-        _check_same("rank", state["rank"], self._stream.rank)
-        self.close()
-        self._stream.plan = before
-        self._step = state["step"]
-        self._cursors = [Cursor(**cursor) for cursor in state["cursors"]]
-        self._samples = state["samples"]
-        self._skipped = Counter(state["skipped"])
-
-    def load_state_dicts(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Go on after the states of all ranks, in their order, with any number of ranks and workers now.
-
-        With as many as then, this is `load_state_dict`. With others, the samples of the epoch that nobody has
-        seen are shared out anew: each is seen once, save a remainder smaller than one batch of all ranks. A
-        resampled stream begins draws of its own.
+        With as many as then, the next batch is the one that would have followed, bit for bit. With others, the samples
+        of the epoch that nobody has seen are distributed anew: each is seen once, save a remainder smaller than one
+        batch of all ranks. A resampled stream begins draws of its own. Ends an iteration.
 
         Raises:
             InputError: The states are those of other shards or of another seed, or not those of all ranks.
@@ -427,10 +394,15 @@ class StreamLoader:
         before, now = self._plan_of(states[0]), self._stream.plan
         _check_same("ranks of the states", list(range(before.ranks)), [state["rank"] for state in states])
         _check_same("step of the states", {states[0]["step"]}, {state["step"] for state in states})
-        if all(getattr(before, name) == getattr(now, name) for name in _LAYOUT):
-            self.load_state_dict(states[self._stream.rank])
-            return
         self.close()
+        if all(getattr(before, name) == getattr(now, name) for name in _LAYOUT):
+            state = states[self._stream.rank]
+            self._stream.plan = before
+            self._step = state["step"]
+            self._cursors = [Cursor(**cursor) for cursor in state["cursors"]]
+            self._samples = state["samples"]
+            self._skipped = Counter(state["skipped"])
+            return
         step = states[0]["step"]
         epoch = before.epoch_at(step)
         if isinstance(before, ResampledPlan):
@@ -439,7 +411,7 @@ class StreamLoader:
             self._stream.plan = replace(now, first_epoch=done, restarts=before.restarts + 1)
         else:
             assert isinstance(now, Plan)
-            past = Past(
+            past = PreviousLayout(
                 **{name: getattr(before, name) for name in _LAYOUT},
                 before=int(before.before(epoch)),
                 positions=[
@@ -469,28 +441,23 @@ class StreamLoader:
         layout = dict(state["layout"])
         if isinstance(now, ResampledPlan):
             return replace(now, **layout, first_epoch=state["first_epoch"], restarts=state["restarts"])
-        past = [Past(**past) for past in state["past"]]
+        past = [PreviousLayout(**past) for past in state["past"]]
         return replace(now, **layout, first_epoch=state["first_epoch"], past=past)
 
     def _iterate(self) -> Generator[Batch, None, None]:
         self._stream.start_at(self._step, self._cursors)
-        workers = self._stream.num_workers
-        loader = wds.WebLoader(
+        batches = from_workers(
             self._stream,
-            batch_size=None,
-            num_workers=workers,
-            prefetch_factor=self._prefetch if workers else None,
+            workers=self._stream.num_workers,
+            max_pixels=self._stream.decoder.max_pixels,
+            prefetch=self._prefetch,
             pin_memory=self._pin_memory,
-            worker_init_fn=partial(start_worker, max_pixels=self._stream.decoder.max_pixels),
-            generator=torch.Generator(),  # DataLoader draws a seed from the global generator otherwise
         )
-        for item in from_workers(loader, workers):
-            if isinstance(item, InputError):
-                raise item
-            self._hand_out(item)
-            yield item
+        for batch in batches:
+            self._count(batch)
+            yield batch
 
-    def _hand_out(self, batch: Batch) -> None:
+    def _count(self, batch: Batch) -> None:
         self._step += 1
         self._samples += len(batch)
         self._cursors[batch._worker] = batch._cursor
@@ -499,6 +466,12 @@ class StreamLoader:
             if (skip.url, skip.key) not in self._logged:
                 self._logged.add((skip.url, skip.key))
                 logger.warning("skipped %r in %s: %s %s", skip.key, shown(skip.url), skip.reason, skip.detail)
+
+
+def caption_ids(captions: Sequence[str]) -> Tensor:
+    """A 63-bit number for each caption, equal for equal captions on every rank."""
+    digests = [hashlib.blake2b(caption.encode(), digest_size=8).digest() for caption in captions]
+    return torch.tensor([int.from_bytes(digest, "big") >> 1 for digest in digests])
 
 
 def _check_same(name: str, then: object, now: object) -> None:

@@ -25,6 +25,7 @@ _REGULAR = (b"0", b"\0", b"7")
 _LONG_NAME, _LONG_LINK, _PAX, _PAX_GLOBAL = b"L", b"K", b"x", b"g"
 
 ReadAt = Callable[[int, int], bytes]
+"""(offset, length) -> bytes of a file; fewer at its end."""
 
 
 class Member(NamedTuple):
@@ -52,7 +53,7 @@ class _Header(NamedTuple):
 
 
 class _Extension(NamedTuple):
-    """What extension headers say of the next member."""
+    """What extension headers define of the next member."""
 
     path: str = ""
     size: int | None = None
@@ -63,7 +64,7 @@ def walk(read_at: ReadAt, size: int) -> Iterator[Member | Damage]:
     """Yield the members of an archive of `size` bytes, and its damage, in order.
 
     Args:
-        read_at: Gives `size` bytes from an offset; the offsets asked for only rise.
+        read_at: Reads `size` bytes at an offset; offsets only rise.
         size: Where the archive ends; nothing beyond is read.
 
     A member's `header` is the first of its headers, extension headers included: reading may start there

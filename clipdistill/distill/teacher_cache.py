@@ -10,17 +10,16 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
-from clipdistill.data import Augmentation, ShardIndex
+from clipdistill.data import ShardIndex
 from clipdistill.data.embeddings import (
     bytes_per_sample,
     content_digest,
@@ -30,41 +29,50 @@ from clipdistill.data.embeddings import (
     write_embeddings,
 )
 from clipdistill.data.plan import view_pixels
+from clipdistill.data.reading import Views
 from clipdistill.data.sample import BadSampleError, Decoder, SampleReader
-from clipdistill.data.workers import from_workers, start_worker, told_of_worker
+from clipdistill.data.workers import dead_worker_message, from_workers
 from clipdistill.errors import InputError, RunError
 from clipdistill.io.urls import shown
-from clipdistill.models.towers import Teacher
+from clipdistill.models.towers import FrozenModel
+from clipdistill.settings import Settings
 
 _PROBE = ("a photo of a dog", "Größe 42, naïve café!", "zwölf 猫 \u1f98a <b>2.5</b>")
-"""Texts whose tokens tell one tokenizer from another."""
+"""Texts whose tokens identify a tokenizer."""
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, kw_only=True)
-class CacheSettings:
-    """What the stored numbers depend on, beside the shards and the teachers."""
+class TeacherCacheSettings(Settings):
+    """The teachers' embeddings, which ``clipdistill cache`` computes once for all views of all samples."""
 
-    views: int
-    """K, the stored augmentations of each sample."""
-    seed: int
-    image_size: int
-    """S, the side of the pixels that teachers and student see."""
-    augmentation: Augmentation | None
-    max_pixels: int
-    caption_key: str
-    label_key: str
-    captions: bool
-    """Whether the captions' text embeddings are stored."""
+    folder: str = ""
+    """Where the files are, one a shard; empty: the teachers run in every step."""
+    precision: Literal["fp32", "bf16", "int8"] = "bf16"
+    """fp32, bf16, or int8 (with a factor a row)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheContent:
+    """What is stored, and all that the stored numbers depend on beside the shards and the teachers."""
+
+    decoder: Decoder
+    """Makes the pixels that all towers see. Captions' text embeddings are stored where it requires captions."""
+    views: Views
+    """The stored augmentations of each sample: K of them."""
     precision: str = "bf16"
     """How embeddings are stored: fp32, bf16, or int8 with a factor a row."""
 
     def __post_init__(self) -> None:
-        if self.views < 1:
-            raise InputError(f"data.views: {self.views} is not allowed; allowed: 1 or more")
+        if self.views.number < 1:
+            raise InputError(f"data.views: {self.views.number} is not allowed; allowed: 1 or more")
 
-    def key(self, teachers: Sequence[Teacher]) -> dict[str, Any]:
+    @property
+    def captions(self) -> bool:
+        """Whether the captions' text embeddings are stored."""
+        return self.decoder.require_captions
+
+    def key(self, teachers: Sequence[FrozenModel]) -> dict[str, Any]:
         """The identity of a file's numbers."""
         identities = []
         for teacher in teachers:
@@ -73,7 +81,19 @@ class CacheSettings:
                 identity["text"] = teacher.text_fingerprint()
                 identity["tokens"] = teacher.tokenize(_PROBE).tolist()
             identities.append(identity)
-        return {"teachers": identities, **asdict(self)}
+        decoder, augmentation = self.decoder, self.decoder.augmentation
+        return {
+            "teachers": identities,
+            "views": self.views.number,
+            "seed": self.views.seed,
+            "image_size": decoder.image_size,
+            "augmentation": None if augmentation is None else augmentation.model_dump(mode="json"),
+            "max_pixels": decoder.max_pixels,
+            "caption_key": decoder.caption_key,
+            "label_key": decoder.label_key,
+            "captions": self.captions,
+            "precision": self.precision,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,8 +150,8 @@ class CacheBuilder:
 
     Args:
         index: All shards.
-        teachers: Who speaks.
-        settings: What is stored.
+        teachers: The models.
+        content: What is stored.
         folder: Where the files go.
         batch_size: Samples decoded and encoded at once, each in all its views.
         workers: Decoding processes; 0: none.
@@ -141,8 +161,8 @@ class CacheBuilder:
     def __init__(
         self,
         index: Sequence[ShardIndex],
-        teachers: Sequence[Teacher],
-        settings: CacheSettings,
+        teachers: Sequence[FrozenModel],
+        content: CacheContent,
         *,
         folder: Path,
         batch_size: int,
@@ -151,12 +171,12 @@ class CacheBuilder:
     ) -> None:
         self.index = index
         self.teachers = teachers
-        self.settings = settings
+        self.content = content
         self.folder = folder
         self.batch_size = batch_size
         self.workers = workers
         self.device = torch.device(device)
-        self.key = settings.key(teachers)
+        self.key = content.key(teachers)
 
     def missing(self, numbers: Sequence[int] | None = None) -> list[int]:
         """Those of the numbered shards (None: of all) that have no whole file with this key; what is stale or damaged
@@ -180,15 +200,15 @@ class CacheBuilder:
         """
         per_sample = bytes_per_sample(
             [teacher.embed_dim for teacher in self.teachers],
-            views=self.settings.views,
-            captions=self.settings.captions,
-            precision=self.settings.precision,
+            views=self.content.views.number,
+            captions=self.content.captions,
+            precision=self.content.precision,
         )
         seconds = 0.0
         for number in [number for number in numbers if len(self.index[number])][:1]:
-            self._encode(_good(next(iter(_Chunks(self, [number])))))
+            self._encode(next(self._chunks([number], workers=0)))
             started = time.perf_counter()
-            chunk = _good(next(iter(_Chunks(self, [number]))))
+            chunk = next(self._chunks([number], workers=0))
             decoded = time.perf_counter()
             self._encode(chunk)
             decoding, encoding = decoded - started, time.perf_counter() - decoded
@@ -210,31 +230,24 @@ class CacheBuilder:
 
         Raises:
             InputError: A shard cannot be read: it gets no file, those before it are whole.
-            RunError: The disk is full, or a decoding process is gone.
+            RunError: The disk is full, or a decoding process has died.
         """
         try:
             return self._build(numbers, progress)
         except RuntimeError as error:
-            gone = told_of_worker(error)
-            if gone is None:
+            message = dead_worker_message(error)
+            if message is None:
                 raise
-            raise RunError(f"{gone}; the files that are there are whole") from error
+            raise RunError(f"{message}; the files written so far are complete") from error
 
     def _build(self, numbers: Sequence[int], progress: Callable[[int], None]) -> CacheBuild:
         done = CacheBuild()
-        loader = DataLoader(
-            _Chunks(self, numbers),
-            batch_size=None,
-            num_workers=self.workers,
-            worker_init_fn=partial(start_worker, max_pixels=self.settings.max_pixels),
-            generator=torch.Generator(),
-        )
-        chunks = from_workers(loader, self.workers)
+        chunks = self._chunks(numbers, workers=self.workers)
         for number in numbers:
             shard = self.index[number]
             parts: list[dict[str, Tensor]] = []
             for start in range(0, len(shard), self.batch_size):
-                chunk = _good(next(chunks))
+                chunk = next(chunks)
                 assert (chunk.shard, chunk.start) == (number, start)
                 for key, reason, detail in chunk.skips:
                     done.skipped[reason] += 1
@@ -243,11 +256,14 @@ class CacheBuilder:
                 done.samples += len(chunk.labels_n)
                 progress(done.samples)
             if not parts:
-                parts = [self._encode(_no_samples(number, self.settings))]
+                parts = [self._encode(_no_samples(number, self.content))]
             tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
             write_embeddings(embedding_file(self.folder, shard), tensors, self.key)
             done.written += 1
         return done
+
+    def _chunks(self, numbers: Sequence[int], *, workers: int) -> Iterator[_Chunk]:
+        return from_workers(_Chunks(self, numbers), workers=workers, max_pixels=self.content.decoder.max_pixels)
 
     @torch.no_grad()
     def _encode(self, chunk: _Chunk) -> dict[str, Tensor]:
@@ -259,13 +275,13 @@ class CacheBuilder:
             parts = [teacher.encode_image(part) for part in image_BCHW.split(self.batch_size)] if rows else []
             image_nKD = torch.cat(parts) if parts else torch.empty(0, teacher.embed_dim)
             stored = {f"image.{number}": image_nKD.view(rows, views, teacher.embed_dim)}
-            if self.settings.captions:
+            if self.content.captions:
                 tokens_nL = teacher.tokenize(chunk.captions).to(self.device) if rows else None
                 stored[f"captions.{number}"] = (
                     torch.empty(0, teacher.embed_dim) if tokens_nL is None else teacher.encode_tokens(tokens_nL)
                 )
             for name, values in stored.items():
-                packed = pack(values, self.settings.precision)
+                packed = pack(values, self.content.precision)
                 tensors |= {name + suffix: tensor for suffix, tensor in packed.items()}
         return tensors
 
@@ -275,45 +291,37 @@ class _Chunks(IterableDataset["_Chunk | InputError"]):
 
     def __init__(self, builder: CacheBuilder, numbers: Sequence[int]) -> None:
         super().__init__()
-        self.index, self.settings, self.batch_size = builder.index, builder.settings, builder.batch_size
+        self.index, self.content, self.batch_size = builder.index, builder.content, builder.batch_size
         self.numbers = numbers
 
     def __iter__(self) -> Iterator[_Chunk | InputError]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
-        settings = self.settings
-        decoder = Decoder(
-            image_size=settings.image_size,
-            augmentation=settings.augmentation,
-            caption_key=settings.caption_key,
-            label_key=settings.label_key,
-            require_captions=settings.captions,
-            max_pixels=settings.max_pixels,
-        )
-        reader = SampleReader(self.index, decoder.wanted)
+        reader = SampleReader(self.index, self.content.decoder.wanted)
         starts = [
             (number, start) for number in self.numbers for start in range(0, len(self.index[number]), self.batch_size)
         ]
         try:
             for number, start in starts[worker::workers]:
-                yield self._chunk(reader, decoder, number, start)
+                yield self._chunk(reader, number, start)
         except InputError as error:
             yield error
         finally:
             reader.close()
 
-    def _chunk(self, reader: SampleReader, decoder: Decoder, number: int, start: int) -> _Chunk:
-        shard, settings = self.index[number], self.settings
+    def _chunk(self, reader: SampleReader, number: int, start: int) -> _Chunk:
+        shard, views, decoder = self.index[number], self.content.views, self.content.decoder
+        side = decoder.image_size
         samples = range(start, min(start + self.batch_size, len(shard)))
-        pixels = np.zeros((len(samples), settings.views, 3, settings.image_size, settings.image_size), np.uint8)
+        pixels = np.zeros((len(samples), views.number, 3, side, side), np.uint8)
         valid, content, labels = (np.zeros(len(samples), dtype) for dtype in (np.uint8, np.int64, np.int64))
         captions = [""] * len(samples)
         skips = []
         for at, sample in enumerate(samples):
             raw = reader.read(number, sample)
             try:
-                for view in range(settings.views):
-                    decoded = decoder.decode(raw, view_pixels(settings.seed, shard.digest, sample, view))
+                for view in range(views.number):
+                    decoded = decoder.decode(raw, view_pixels(views.seed, shard.digest, sample, view))
                     pixels[at, view] = decoded.pixels
             except BadSampleError as bad:
                 if bad.reason == "shard unreadable":  # it may be readable another time
@@ -322,7 +330,7 @@ class _Chunks(IterableDataset["_Chunk | InputError"]):
                     ) from bad
                 skips.append((raw.key, bad.reason, bad.detail))
                 continue
-            valid[at], content[at], labels[at] = 1, content_digest(raw, settings.caption_key), decoded.label
+            valid[at], content[at], labels[at] = 1, content_digest(raw, decoder.caption_key), decoded.label
             captions[at] = decoded.caption
         return _Chunk(
             shard=number,
@@ -336,18 +344,12 @@ class _Chunks(IterableDataset["_Chunk | InputError"]):
         )
 
 
-def _good(chunk: _Chunk | InputError) -> _Chunk:
-    """A chunk, if that is what came of it."""
-    if isinstance(chunk, InputError):
-        raise chunk
-    return chunk
-
-
-def _no_samples(number: int, settings: CacheSettings) -> _Chunk:
+def _no_samples(number: int, content: CacheContent) -> _Chunk:
+    side = content.decoder.image_size
     return _Chunk(
         shard=number,
         start=0,
-        pixels=torch.zeros(0, settings.views, 3, settings.image_size, settings.image_size, dtype=torch.uint8),
+        pixels=torch.zeros(0, content.views.number, 3, side, side, dtype=torch.uint8),
         captions=[],
         labels_n=torch.zeros(0, dtype=torch.int64),
         content_n=torch.zeros(0, dtype=torch.int64),

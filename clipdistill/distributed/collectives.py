@@ -1,12 +1,12 @@
-"""What the ranks exchange: sums, features with their gradients, plain values. All is the identity on one process.
+"""Collectives: sums, features with their gradients, plain values. All are the identity on one process.
 
-Plain values and votes have a group of their own, over the hosts' network, so that they make no device wait.
+Plain values have a gloo group of their own, so that they synchronise no device.
 
 Shapes: N ranks, B rows a rank, D features.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor
 from clipdistill.errors import InputError
 
 _LONGEST_WAIT = timedelta(days=1)
-"""For a process that has more to do than the others: a command's first one may fit a linear probe meanwhile."""
+"""Commands without a trainer: rank 0 may do long work alone, such as fitting a linear probe."""
 
 
 def world_size() -> int:
@@ -41,16 +41,17 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     """The elementwise sum over all ranks, a new tensor without gradient."""
     total = tensor.detach().clone()
     if world_size() > 1:
-        dist.all_reduce(total)
+        on_host = total.device.type == "cpu" and dist.get_backend() == "nccl"
+        dist.all_reduce(total, group=_hosts if on_host else None)
     return total
 
 
 _hosts: Any = None
-"""The group of plain values and votes; None stands for the default group."""
+"""The group of plain values; None stands for the default group."""
 
 
 def open_host_group(timeout: float) -> None:
-    """Make the group of plain values and votes; every rank calls this after the default group has been made.
+    """Make the group of plain values; every rank calls this after the default group has been made.
 
     Args:
         timeout: seconds after which a rank that waits for another raises RuntimeError.
@@ -61,17 +62,17 @@ def open_host_group(timeout: float) -> None:
 
 
 def forget_host_group() -> None:
-    """The groups are gone, or no longer of use."""
+    """Forget the group: it is destroyed, or about to be."""
     global _hosts
     _hosts = None
 
 
 @contextmanager
 def launched(device: str | None) -> Iterator[str]:
-    """The processes of a launcher, connected, where a command runs without a trainer; yields this one's device.
+    """Connect the processes of a launcher for a command without a trainer; yields this process's device.
 
     Args:
-        device: as the user gave it; None: a GPU where there is one.
+        device: from the command line; None: a GPU where there is one.
 
     Raises:
         InputError: no such device.
@@ -89,7 +90,7 @@ def launched(device: str | None) -> Iterator[str]:
 
 
 def available_device(device: str) -> str:
-    """A device as the user gave it.
+    """Check that a device from the command line exists; returns it.
 
     Raises:
         InputError: no such device.
@@ -110,33 +111,42 @@ def gather_objects(value: Any) -> list[Any]:
     return gathered
 
 
-class Vote:
-    """A number that all ranks come to know at the same call: the largest that one of them has cast.
+def own_part(parts: Sequence[Tensor]) -> Tensor:
+    """This rank's part of a sum that was saved in parts, one for each rank. With another number of ranks, rank 0 gets
+    the whole sum."""
+    if len(parts) == world_size():
+        return parts[rank()].clone()
+    total = torch.stack(list(parts)).sum(dim=0)
+    return total if rank() == 0 else torch.zeros_like(total)
 
-    With several ranks it is known one call later, so that nobody waits for it: a rank is held up only where another is
-    more than one call behind, and a device never.
+
+class AsyncMax:
+    """Asynchronous all-reduce (max) of a number, available one call later; with one rank, at once.
+
+    A rank waits only where another is more than one call behind, and a device never.
     """
 
     def __init__(self) -> None:
-        self._cast: tuple[Tensor, Any] | None = None
+        self._pending: tuple[Tensor, Any] | None = None
 
     def __call__(self, number: int) -> int:
-        """Cast a number; the outcome of the call before (with one rank: of this one)."""
+        """Contribute a number; returns the maximum of the call before (with one rank: of this one)."""
         if world_size() == 1:
             return number
-        outcome = self.close()
-        ballot = torch.tensor([number])
-        self._cast = ballot, dist.all_reduce(ballot, dist.ReduceOp.MAX, group=_hosts, async_op=True)
-        return outcome
+        maximum = self.close()
+        contribution = torch.tensor([number])
+        work = dist.all_reduce(contribution, dist.ReduceOp.MAX, group=_hosts, async_op=True)
+        self._pending = contribution, work
+        return maximum
 
     def close(self) -> int:
-        """The outcome of the last call."""
-        if self._cast is None:
+        """The maximum of the last call."""
+        if self._pending is None:
             return 0
-        ballot, work = self._cast
-        self._cast = None
+        contribution, work = self._pending
+        self._pending = None
         work.wait()
-        return int(ballot)
+        return int(contribution)
 
 
 class _Gather(torch.autograd.Function):

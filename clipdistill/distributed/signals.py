@@ -1,9 +1,9 @@
-"""Being told to stop, by SIGTERM or SIGINT: the first signal lets what is under way finish, a second one does not.
+"""SIGTERM and SIGINT: the first signal lets the current step finish, a second one ends the process at once.
 
 with Interruption() as interruption:
-    prepare()                                  # a signal raises Interrupted, wherever this is
+    prepare()                                  # a signal raises Interrupted here
     with interruption.deferred():
-        while not interruption.number:         # a signal is noted, and nothing else
+        while not interruption.number:         # a signal is only recorded
             step()
 """
 
@@ -23,21 +23,21 @@ from clipdistill.errors import Interrupted
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 RELAY_SECONDS = 2.0
-"""Under torchrun and `accelerate launch` a signal to the whole group comes twice, from its sender and from the
-launcher, which passes its own on: within this time of the first it is the same one."""
+"""Under torchrun and `accelerate launch` a signal to the process group arrives twice, from its sender and relayed by
+the launcher: within this time of the first it counts as the same one."""
 
 PATIENCE_SECONDS = 10.0
-"""How long the main thread may take to leave where there is nothing to finish; it may be waiting in foreign code."""
+"""The main thread may take this long to exit where there is nothing to finish; it may be blocked in a library."""
 
 
 class Interruption:
-    """Handlers for SIGTERM and SIGINT while the block runs; they are the main thread's, in another it does nothing.
+    """Handlers for SIGTERM and SIGINT while the block runs; outside the main thread it does nothing.
 
-    A second signal ends the process at once, from a thread of its own, as the main thread may be waiting for a device
-    or for another process. Processes that are forked inside the block do not notice either signal.
+    A second signal ends the process at once, from a separate thread, as the main thread may be waiting for a device or
+    for another process. Processes that are forked inside the block ignore both signals.
 
     Attributes:
-        number: the signal that came first; 0 before.
+        number: the first signal received; 0 before.
     """
 
     def __init__(self) -> None:
@@ -68,21 +68,21 @@ class Interruption:
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """A block that no signal breaks into; one that came is raised at its end."""
+        """A block that no signal interrupts; a signal received in it is raised at its end."""
         with self._mode(deferring=True):
             yield
         self._raise_if_due()
 
     @contextmanager
     def immediate(self) -> Iterator[None]:
-        """A part of a deferred block with nothing to finish: a signal, even an earlier one, is raised here."""
+        """A part of a deferred block with nothing to finish: a signal, also an earlier one, is raised at once."""
         with self._mode(deferring=False):
             self._raise_if_due()
             yield
 
     @contextmanager
     def leaving(self) -> Iterator[None]:
-        """A block that ends the run, for whatever reason: a first signal changes nothing."""
+        """A block that ends the run: a first signal is ignored."""
         self._leaving_since = self._leaving_since or time.monotonic()
         with self._mode(deferring=True):
             yield
@@ -106,7 +106,7 @@ class Interruption:
             self._raise_if_due()
 
     def _watch(self, read: int) -> None:
-        """In a thread: python writes the number of each signal into a pipe at once, whatever the main thread does."""
+        """In a thread: Python writes the number of each signal into a pipe at once, whatever the main thread does."""
         launched = "TORCHELASTIC_RUN_ID" in os.environ
         first: float | None = None
         while True:
@@ -120,19 +120,19 @@ class Interruption:
                 if first is not None and now - first >= RELAY_SECONDS * launched:
                     exit_now(128 + number)
                 first = now if first is None else first
-            unheard = first if not self.number and not self._deferring else None
-            since = self._leaving_since or unheard
+            unhandled = first if not self.number and not self._deferring else None
+            since = self._leaving_since or unhandled
             if first is not None and since is not None and now - since > PATIENCE_SECONDS:
                 exit_now(Interrupted.exit_code, "clipdistill: stopped by a signal")
 
 
 def stopped_by(number: int) -> str:
-    """How the line about a signal begins."""
+    """The beginning of the message about a signal."""
     return f"stopped by {signal.Signals(number).name}"
 
 
 def exit_now(code: int, line: str = "") -> None:
-    """End this process without any clean-up, and its data workers with it.
+    """End this process and its data workers without any clean-up.
 
     Args:
         code: the exit code.
@@ -149,7 +149,7 @@ _handling = False
 
 
 def _in_child() -> None:
-    """In a forked process: leave signals to the process that forked it, and its pipe alone."""
+    """In a forked process: ignore signals, and do not write into the parent's pipe."""
     if _handling:
         signal.set_wakeup_fd(-1)
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)

@@ -1,11 +1,11 @@
-"""Who of the ranks is there, and for which reason they all end: a connection of its own from each rank to the first.
+"""Detect ranks that die or hang, and end all ranks for the same reason, which one of them reports.
 
-The kernel closes the connections of a process that dies, so the first rank knows within milliseconds who is gone,
-tells the others, and all end with the same exit code, one of them with a line that says why. A host that drops off the
-network closes nothing: its ranks are given up when they gave no sign of life for half of the time-out. The processes'
-collectives alone would not tell who is gone nor, on GPUs, that anybody is.
+Every rank holds a TCP connection to rank 0. The kernel closes the connections of a process that dies, so rank 0 detects
+it within milliseconds and notifies the others. A host that drops off the network closes nothing: its ranks are given up
+when no heartbeat has arrived for half of the time-out. Collectives alone do not report which rank failed and, on GPUs,
+do not return at all. (torch's TCPStore does not report that a client has disconnected.)
 
-Messages are JSON, one a line; ``{}`` is a sign of life.
+Messages are JSON, one a line; ``{}`` is a heartbeat.
 """
 
 import contextlib
@@ -26,53 +26,53 @@ from typing import Any
 
 from clipdistill.distributed.collectives import gather_objects, rank, world_size
 from clipdistill.distributed.signals import exit_now
-from clipdistill.errors import AlreadyToldError, RunError
+from clipdistill.errors import ReportedElsewhereError, RunError
 
 log = logging.getLogger(__name__)
 
-BEAT_SECONDS = 1.0
-"""Between two signs of life."""
+HEARTBEAT_SECONDS = 1.0
+"""Between two heartbeats."""
 
 GATHER_SECONDS = 0.3
-"""How long the first rank waits after it has lost one for others of the same host to follow."""
+"""Rank 0 waits this long after a failure for others of the same host, to report them together."""
 
-CLUE_SECONDS = 5.0
-"""How long a rank whose error may come from another one waits to hear of that."""
+CAUSE_SECONDS = 5.0
+"""A rank whose error may be the effect of another rank's failure waits this long for that news."""
 
 FAREWELL_SECONDS = 2.0
-"""How long the ranks wait for each other to hear why they end."""
+"""Ranks wait this long for each other's shutdown message."""
 
 GRACE_SECONDS = 15.0
-"""How long a rank may take to end after that; its main thread may wait for a device that waits for the dead."""
+"""After that a rank may take this long to exit; its main thread may be blocked in a collective with a dead rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Verdict:
-    """Why the run ends: exit code of all ranks, line, and the rank that tells it."""
+class _Shutdown:
+    """Why the run ends: exit code of all ranks, message, and the rank that prints it."""
 
     code: int
     line: str
-    teller: int
+    reporter: int
 
 
 @dataclass(kw_only=True, eq=False)
 class _Connection:
-    """One end of a connection to a peer; closed in processes that are forked off."""
+    """One end of a connection to a peer; closed in forked processes."""
 
     socket: socket.socket
     peer: int
     received: bytes = b""
     heard: float = 0.0
-    parted: bool = False
+    finished: bool = False
     lost: bool = False
 
     def send(self, message: dict[str, Any]) -> None:
-        """Send a message. That the peer is gone is noticed where it is read."""
+        """Send a message. A closed connection is detected by the reader."""
         with contextlib.suppress(OSError):
             self.socket.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self) -> list[dict[str, Any]] | None:
-        """The messages that have come; None at the end of the connection."""
+        """The messages received; None when the connection is closed."""
         try:
             data = self.socket.recv(65536)
         except OSError:
@@ -82,29 +82,29 @@ class _Connection:
         return [json.loads(line) for line in lines] if data else None
 
 
-class Peers:
-    """The other ranks as seen from this one; with one rank, or before it was started, there is nothing to see.
+class Watchdog:
+    """Watches the other ranks; with one rank it does nothing.
 
     Args:
-        timeout: seconds; half of it without a sign of life, and a rank is given up.
-        progress: says how far the run has come, for the line about its end.
+        timeout: seconds; a rank without a heartbeat for half of it is given up.
+        progress: describes the progress of the run, for the message about its end.
     """
 
     def __init__(self, *, timeout: float, progress: Callable[[], str] = lambda: "") -> None:
         self.progress = progress
         self._timeout = timeout
         self._rank, self._size = rank(), world_size()
-        self._news = threading.Condition()
-        self._verdict: _Verdict | None = None
+        self._changed = threading.Condition()
+        self._shutdown: _Shutdown | None = None
         self._announced = self._awaited = 0
-        self._accounted = self._closed = False
+        self._resolved = self._closed = False
         self._connections: list[_Connection] = []
         if self._size > 1:
             self._connect()
 
     @contextmanager
-    def first_alone(self) -> Iterator[None]:
-        """A block in which the first rank works and the others wait for it, as long as it lives."""
+    def first_rank_alone(self) -> Iterator[None]:
+        """A block in which rank 0 works and the others wait for it, as long as it is alive."""
         yield
         self._awaited += 1
         if not self._connections:
@@ -112,22 +112,22 @@ class Peers:
         elif self._rank == 0:
             self._broadcast({"announced": self._awaited})
         else:
-            with self._news:
+            with self._changed:
                 while self._announced < self._awaited:
-                    if self._verdict is not None:
-                        raise RunError(self._verdict.line)
-                    self._news.wait(BEAT_SECONDS)
+                    if self._shutdown is not None:
+                        raise RunError(self._shutdown.line)
+                    self._changed.wait(HEARTBEAT_SECONDS)
 
-    def account_for(self, error: BaseException) -> BaseException:
-        """Let all ranks end because of an error of this one, or find that it comes from another one's end.
+    def resolve(self, error: BaseException) -> BaseException:
+        """Shut all ranks down because of an error of this one, or find that it is the effect of another rank's end.
 
         Returns:
-            What to raise: the error; a RunError that tells of others; or AlreadyToldError, if another rank does.
+            What to raise: the error; a RunError about other ranks; or ReportedElsewhereError, if another rank reports.
         """
         if not self._connections:
             return error
         if isinstance(error, RuntimeError) and not isinstance(error, RunError):
-            self._wait(lambda: self._verdict is not None, CLUE_SECONDS)
+            self._wait(lambda: self._shutdown is not None, CAUSE_SECONDS)
             if re.search(r"Timed out waiting \d+ms", str(error)):
                 error = RunError(
                     f"rank {self._rank} of {self._size} waited {self._timeout:.0f} s for the others "
@@ -135,17 +135,17 @@ class Peers:
                     f"{self.progress()}"
                 )
         line = str(error) or type(error).__name__
-        mine = _Verdict(code=getattr(error, "exit_code", 1), line=line.splitlines()[0], teller=self._rank)
-        verdict = self._propose(mine)
-        self._accounted = True
+        mine = _Shutdown(code=getattr(error, "exit_code", 1), line=line.splitlines()[0], reporter=self._rank)
+        shutdown = self._propose(mine)
+        self._resolved = True
         if self._rank == 0:
-            self._wait(lambda: all(c.parted or c.lost for c in self._connections), FAREWELL_SECONDS)
-        if verdict == mine:
+            self._wait(lambda: all(c.finished or c.lost for c in self._connections), FAREWELL_SECONDS)
+        if shutdown == mine:
             return error
-        return RunError(verdict.line) if verdict.teller == self._rank else AlreadyToldError(verdict.code)
+        return RunError(shutdown.line) if shutdown.reporter == self._rank else ReportedElsewhereError(shutdown.code)
 
-    def part(self) -> None:
-        """All ranks have come to the end: nobody needs to be watched any more."""
+    def finish(self) -> None:
+        """All ranks have finished: stop expecting heartbeats."""
         if self._connections:
             gather_objects(None)
             self._broadcast({"bye": True})
@@ -157,7 +157,7 @@ class Peers:
     # Between the ranks.
 
     def _connect(self) -> None:
-        """Connect every rank with the first, or none if one of them cannot be reached."""
+        """Connect every rank with rank 0, or none if one of them cannot be reached."""
         me: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid()}
         server = None
         if self._rank == 0:
@@ -180,15 +180,15 @@ class Peers:
             server.close()
         if faults:
             self._connections = []
-            log.warning("a rank that dies may be noticed late: %s", faults[0])
+            log.warning("a rank that dies may be detected late: %s", faults[0])
             return
         for connection in self._connections:
             connection.heard = time.monotonic()
             _open_sockets.append(connection.socket)
-        threading.Thread(target=self._watch, name="peers", daemon=True).start()
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
     def _accept(self, server: socket.socket, key: str) -> None:
-        """Take the connections, which are made already; a stranger's is closed."""
+        """Accept the ranks' connections; one without the key is closed."""
         while len(self._connections) < self._size - 1:
             connection = _Connection(socket=server.accept()[0], peer=0)
             connection.socket.settimeout(30)
@@ -201,7 +201,7 @@ class Peers:
             connection.socket.close()
 
     def _watch(self) -> None:
-        """In a thread: listen, give signs of life, find out who is gone, and end a rank that does not end by itself."""
+        """In a thread: receive, send heartbeats, detect failures, and exit if the main thread does not."""
         lost_at = before = beat = time.monotonic()
         gone: dict[int, float] = {}
         with selectors.DefaultSelector() as selector:
@@ -212,67 +212,69 @@ class Peers:
                     if not self._listen(key.data):
                         selector.unregister(key.fileobj)
                 now = time.monotonic()
-                if now - before > 5 * BEAT_SECONDS:  # this process was suspended, perhaps with all others
+                if now - before > 5 * HEARTBEAT_SECONDS:  # this process was suspended, perhaps with all others
                     for connection in self._connections:
                         connection.heard = now
-                if now - beat >= BEAT_SECONDS:
+                if now - beat >= HEARTBEAT_SECONDS:
                     self._broadcast({})
                     beat = now
                 before = now
                 for connection in self._connections:
                     silence = now - connection.heard
                     lost = connection.lost or silence > self._timeout / 2
-                    if lost and not connection.parted and connection.peer not in gone:
+                    if lost and not connection.finished and connection.peer not in gone:
                         gone[connection.peer] = 0.0 if connection.lost else silence
                         lost_at = now
-                if gone and self._verdict is None and (self._rank > 0 or now - lost_at >= GATHER_SECONDS):
-                    self._settle(_Verdict(code=RunError.exit_code, line=self._obituary(gone), teller=self._rank))
-                if self._verdict is not None and now - self._settled_at > GRACE_SECONDS:
-                    told = self._accounted or self._verdict.teller != self._rank
-                    exit_now(self._verdict.code, "" if told else f"clipdistill: {self._verdict.line}")
+                if gone and self._shutdown is None and (self._rank > 0 or now - lost_at >= GATHER_SECONDS):
+                    self._settle(
+                        _Shutdown(code=RunError.exit_code, line=self._failure_message(gone), reporter=self._rank)
+                    )
+                if self._shutdown is not None and now - self._settled_at > GRACE_SECONDS:
+                    reported = self._resolved or self._shutdown.reporter != self._rank
+                    exit_now(self._shutdown.code, "" if reported else f"clipdistill: {self._shutdown.line}")
         for connection in self._connections:
             _open_sockets.remove(connection.socket)
             connection.socket.close()
 
     def _listen(self, connection: _Connection) -> bool:
-        """Take a connection's messages in; whether more may come."""
+        """Process a connection's messages; False when it is closed."""
         messages = connection.receive()
-        with self._news:
+        with self._changed:
             for message in messages or ():
-                if "verdict" in message:
-                    self._settle(_Verdict(**message["verdict"]))
+                if "shutdown" in message:
+                    self._settle(_Shutdown(**message["shutdown"]))
                 self._announced = message.get("announced", self._announced)
-                connection.parted |= "bye" in message
+                connection.finished |= "bye" in message
             connection.lost = messages is None
-            self._news.notify_all()
+            self._changed.notify_all()
         return messages is not None
 
-    def _propose(self, verdict: _Verdict) -> _Verdict:
-        """Settle on a verdict, or on the one that the first rank heard of earlier."""
+    def _propose(self, shutdown: _Shutdown) -> _Shutdown:
+        """Agree on a shutdown: this one, or an earlier one that rank 0 knows."""
         if self._rank > 0 and not self._connections[0].lost:
-            self._broadcast({"verdict": asdict(verdict)})
-            self._wait(lambda: self._verdict is not None, FAREWELL_SECONDS)
-        return self._settle(verdict)
+            self._broadcast({"shutdown": asdict(shutdown)})
+            self._wait(lambda: self._shutdown is not None, FAREWELL_SECONDS)
+        return self._settle(shutdown)
 
-    def _settle(self, verdict: _Verdict) -> _Verdict:
-        with self._news:
-            if self._verdict is None:
-                self._verdict, self._settled_at = verdict, time.monotonic()
-                self._broadcast({"verdict": asdict(verdict)} if self._rank == 0 else {"bye": True})
-                self._news.notify_all()
-            return self._verdict
+    def _settle(self, shutdown: _Shutdown) -> _Shutdown:
+        with self._changed:
+            if self._shutdown is None:
+                self._shutdown, self._settled_at = shutdown, time.monotonic()
+                self._broadcast({"shutdown": asdict(shutdown)} if self._rank == 0 else {"bye": True})
+                self._changed.notify_all()
+            return self._shutdown
 
     def _broadcast(self, message: dict[str, Any]) -> None:
-        with self._news:
+        with self._changed:
             for connection in self._connections:
                 connection.send(message)
 
     def _wait(self, condition: Callable[[], bool], seconds: float) -> None:
-        with self._news:
-            self._news.wait_for(condition, seconds)
+        with self._changed:
+            self._changed.wait_for(condition, seconds)
 
-    def _obituary(self, gone: Mapping[int, float]) -> str:
-        """The line about ranks that are gone, or silent for some seconds."""
+    def _failure_message(self, gone: Mapping[int, float]) -> str:
+        """The message about ranks that died, or sent no heartbeat for some seconds."""
         names = ", ".join(map(str, sorted(gone)))
         silence = max(gone.values())
         what = f"gave no sign of life for {silence:.0f} s" if silence else "is gone" if len(gone) == 1 else "are gone"

@@ -1,14 +1,14 @@
-"""Measuring a model as the field does: CLIP_benchmark's sets, metrics and records, and agreement with a teacher.
+"""Evaluation as the field does it: CLIP_benchmark's sets, metrics and records, and agreement with a teacher.
 
-    sets/ (shards, images, hub) ──> EvaluationSet ─┐
-    models.py (transformers_clip) ──> Tower ──────────────────────┴─ encoding.py ─> Features, by all ranks together
+    sets/ (shards, images, hub) ────> EvaluationSet ─┐
+    models.py (transformers_clip) ──> Tower ─────────┴─ encoding.py ─> SetFeatures, by all ranks together
         ├─ predictions.py ─> classification.py, calibration.py, agreement.py, robustness.py
         ├─ retrieval.py
         └─ linear_probe.py
     evaluate.py: tasks, and evaluate_sets for the trainer ─> benchmark_format.py, datacomp.py
     command.py, session.py, results.py: ``clipdistill evaluate``
 
-The names below are imported from their modules when they are first used, as ``--help`` needs none of them.
+The names below are imported from their modules on first use: ``--help`` needs none of them.
 """
 
 from importlib import import_module
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from clipdistill.evaluation.sets.open import load_classification_set, open_set
     from clipdistill.evaluation.sets.samples import EncodedSample, EvaluationSet
 
-_HOMES = {
+_MODULES = {
     "classification_metrics": "classification",
     "image_tower_cost": "cost",
     "images_per_second": "cost",
@@ -60,6 +60,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

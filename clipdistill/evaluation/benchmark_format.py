@@ -1,22 +1,16 @@
-"""Results in CLIP_benchmark's JSON, one record a model and set."""
+"""Results in CLIP_benchmark's JSON: one record per model and set."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
 from clipdistill.evaluation.retrieval import RECALL_AT
 from clipdistill.evaluation.sets.samples import Kind
+from clipdistill.evaluation.tasks import main_metrics_of, tasks_for
 
 Record = dict[str, Any]
 
-TASKS: dict[Kind, str] = {
-    "classification": "zeroshot_classification",
-    "multilabel": "zeroshot_classification",
-    "retrieval": "zeroshot_retrieval",
-}
-"""CLIP_benchmark's name for what a set is evaluated on."""
-
 MEAN = "evaluation/mean"
-"""In a run's metrics, the mean of the main metrics of its sets."""
+"""Name, in a run's metrics, of the mean over its sets of their main metrics."""
 
 RISING: dict[Kind, tuple[str, ...]] = {
     "classification": ("acc1", "acc5", "mean_per_class_recall"),
@@ -26,14 +20,7 @@ RISING: dict[Kind, tuple[str, ...]] = {
         *(f"{side}_retrieval_recall@{k}" for side in ("image", "text") for k in RECALL_AT),
     ),
 }
-"""Metrics of a set of which more is better."""
-
-_MAIN = {
-    "zeroshot_classification": ("mean_average_precision", "acc1"),
-    "zeroshot_retrieval": ("mean_recall@1",),
-    "linear_probe": ("lp_acc1",),
-    "robustness": ("mean_acc1",),
-}
+"""Metrics of each kind of set for which higher is better."""
 
 
 class _Named(Protocol):
@@ -51,24 +38,24 @@ def benchmark_record(
 
     Args:
         data: the set.
-        metrics: flat.
-        model: what the user called it.
+        metrics: name -> value.
+        model: name given by the user.
         pretrained: tag or checkpoint.
-        task: the one that belongs to the set's kind by default.
+        task: by default the automatic one of the set's kind.
     """
     return {
         "dataset": data.name,
         "model": model,
         "pretrained": pretrained,
-        "task": task or TASKS[data.kind],
+        "task": task or tasks_for(data.kind)[0].name,
         "metrics": dict(metrics),
         "language": "en",
     }
 
 
 def main_metric(record: Mapping[str, Any]) -> tuple[str, float]:
-    """Name and value of the one metric that stands for a result; more is better."""
-    name = next(name for name in _MAIN[record["task"]] if name in record["metrics"])
+    """Name and value of a result's main metric; higher is better."""
+    name = next(name for name in main_metrics_of(record["task"]) if name in record["metrics"])
     return name, record["metrics"][name]
 
 

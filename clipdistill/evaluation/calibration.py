@@ -1,8 +1,8 @@
-"""Calibration: does a confidence of 80 % mean right in 80 % of the cases?
+"""Calibration: whether predictions made with a confidence of 80 % are right in 80 % of the cases.
 
 Guo et al. 2017, "On Calibration of Modern Neural Networks", arXiv 1706.04599: expected calibration error over 15
-equally wide bins (eq. 3), and temperature scaling (section 4.2). Images that cannot be read have no confidence, and are
-left out.
+equally wide bins (eq. 3), and temperature scaling (section 4.2). Unreadable images
+have no confidence and are left out.
 
 Shapes: N samples, C classes, K bins.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 
 BINS = 15
 _WIDEST = 1000.0
-"""Temperatures are sought from 1 / 1000 to 1000."""
+"""Temperatures are searched from 1 / 1000 to 1000."""
 
 
 @dataclass(frozen=True)
@@ -30,22 +30,22 @@ class Bin:
 
 
 def reliability(logits_NC: Tensor, labels_N: Tensor, *, bins: int = BINS) -> list[Bin]:
-    """The reliability diagram: samples by the confidence of their first guess, in bins of equal width from 0 to 1.
+    """The reliability diagram: samples by the confidence of their top-1 class, in bins of equal width from 0 to 1.
 
     Args:
         logits_NC: rows of NaN are left out.
         labels_N: the true classes.
-        bins: K; a confidence on a border belongs to the lower bin, as in the paper.
+        bins: K; a confidence on an edge belongs to the lower bin, as in the paper.
     """
     known_N = ~logits_NC[:, 0].isnan()
-    confidence_N, first_N = _first_guess(logits_NC[known_N])
-    right_N = (first_N == labels_N[known_N]).double()
+    confidence_N, top1_N = _top1(logits_NC[known_N])
+    hit_N = (top1_N == labels_N[known_N]).double()
     bin_N = (confidence_N * bins).ceil().long().clamp(1, bins) - 1
     result = []
     for number in range(bins):
         inside_N = bin_N == number
         count = int(inside_N.sum())
-        means = (float(values_N[inside_N].mean()) if count else None for values_N in (confidence_N, right_N))
+        means = (float(values_N[inside_N].mean()) if count else None for values_N in (confidence_N, hit_N))
         result.append(Bin(count, *means))
     return result
 
@@ -69,13 +69,13 @@ def fit_temperature(logits_NC: Tensor, labels_N: Tensor) -> float:
 
 
 def calibration_metrics(logits_NC: Tensor, labels_N: Tensor) -> dict[str, float | int | None]:
-    """The calibration that one number can reach, no sample's temperature being fitted on itself.
+    """Calibration error after temperature scaling, cross-fitted on two halves.
 
-    One temperature is fitted on the samples at even positions and used on the others, and the other way round.
+    One temperature is fitted on the samples at even positions and applied to those at odd positions, and vice versa.
 
     Returns:
-        ``temperature``: the geometric mean of both; ``ece_tempered``: the calibration error over all samples then.
-        Both None under 2 samples.
+        ``temperature``: the geometric mean of both; ``ece_tempered``: the calibration error over all scaled samples.
+        Both None for fewer than 2 samples.
     """
     known_N = ~logits_NC[:, 0].isnan()
     logits_NC, labels_N = logits_NC[known_N], labels_N[known_N]
@@ -93,7 +93,7 @@ def calibration_metrics(logits_NC: Tensor, labels_N: Tensor) -> dict[str, float 
     }
 
 
-def _first_guess(logits_NC: Tensor) -> tuple[Tensor, Tensor]:
-    """Probability (N,), float64, and class (N,) of the first guess."""
-    highest_N, first_N = logits_NC.max(dim=1)
-    return (highest_N - logits_NC.logsumexp(dim=1)).double().exp(), first_N
+def _top1(logits_NC: Tensor) -> tuple[Tensor, Tensor]:
+    """Probability (N,), float64, and index (N,) of the top-1 class."""
+    highest_N, top1_N = logits_NC.max(dim=1)
+    return (highest_N - logits_NC.logsumexp(dim=1)).double().exp(), top1_N

@@ -1,6 +1,6 @@
-"""How right predictions are, under CLIP_benchmark's names.
+"""Accuracy metrics, under CLIP_benchmark's names.
 
-An image that cannot be read counts as a wrong answer: it stays in every denominator.
+An unreadable image counts as wrong: it stays in every denominator.
 
 Shapes: N samples, C classes.
 """
@@ -23,14 +23,14 @@ def classification_metrics(
     Args:
         predictions: of the model, on a single- or multi-label set.
         teacher: of its teacher, on the same set.
-        temperature: whether ``temperature`` and ``ece_tempered`` are wanted, which takes a fit.
+        temperature: also fit ``temperature`` and compute ``ece_tempered``.
 
     Returns:
-        Of a single-label set ``acc1``, ``acc5`` (None under 5 classes), ``mean_per_class_recall`` over the classes
+        Of a single-label set ``acc1``, ``acc5`` (None below 5 classes), ``mean_per_class_recall`` over the classes
         present, and ``ece`` (see `clipdistill.evaluation.calibration`); of a multi-label set
-        ``mean_average_precision``; always ``unreadable``: the number of images that cannot be read. With a teacher its
+        ``mean_average_precision``; always ``unreadable``: the number of unreadable images. With a teacher, also its
         main metric under the prefix ``teacher_``, ``share_of_teacher``: the model's main metric over the teacher's
-        (None where that is 0), and what `clipdistill.evaluation.agreement.agreement_metrics` gives.
+        (None where that is 0), and the metrics of `clipdistill.evaluation.agreement.agreement_metrics`.
     """
     metrics: Metrics
     if predictions.truth_NC is not None:
@@ -49,19 +49,19 @@ def classification_metrics(
             metrics |= calibration_metrics(predictions.logits_NC, predictions.labels_N)
     metrics["unreadable"] = len(predictions.unreadable)
     if teacher is not None:
-        theirs = classification_metrics(teacher)[main]
-        metrics |= share_of_teacher(main, metrics[main], theirs) | agreement_metrics(predictions, teacher)
+        teacher_value = classification_metrics(teacher)[main]
+        metrics |= share_of_teacher(main, metrics[main], teacher_value) | agreement_metrics(predictions, teacher)
     return metrics
 
 
 def top1_hits(predictions: Predictions) -> Tensor:
-    """Whether the first guess is right (N,); False where the image cannot be read."""
-    first_N = predictions.logits_NC.argmax(dim=1)
-    return (first_N == predictions.labels_N) & predictions.readable_N
+    """Whether the top-1 class is the label (N,); False for an unreadable image."""
+    top1_N = predictions.logits_NC.argmax(dim=1)
+    return (top1_N == predictions.labels_N) & predictions.readable_N
 
 
 def top5_accuracy(predictions: Predictions) -> float | None:
-    """Share of samples whose class is among the first five guesses; None under 5 classes."""
+    """Share of samples whose label is among the top 5 classes; None for fewer than 5 classes."""
     if predictions.logits_NC.shape[1] < 5:
         return None
     top = predictions.logits_NC.topk(5, dim=1).indices
@@ -70,7 +70,7 @@ def top5_accuracy(predictions: Predictions) -> float | None:
 
 
 def recall_per_class(predictions: Predictions) -> Tensor:
-    """Top-1 accuracy over each class's own samples (C,), float64; NaN for a class without any."""
+    """Top-1 accuracy over the samples of each class (C,), float64; NaN for a class without samples."""
     classes = predictions.logits_NC.shape[1]
     hits_N = top1_hits(predictions).double()
     seen_C = torch.zeros(classes, dtype=torch.float64).index_add_(0, predictions.labels_N, torch.ones_like(hits_N))
@@ -80,8 +80,8 @@ def recall_per_class(predictions: Predictions) -> Tensor:
 def average_precision(predictions: Predictions) -> Tensor:
     """Average precision of each class of a multi-label set (C,), float64.
 
-    As in CLIP_benchmark: over the samples by falling logit, the mean of the precision at those that show the class; 0
-    for a class that no sample shows. What an unreadable image shows counts as never found.
+    As in CLIP_benchmark: the mean of the precision at the positive samples, sorted by descending logit; 0 for a class
+    without positives. Positives among unreadable images count as never found.
     """
     assert predictions.truth_NC is not None
     logits_NC = predictions.logits_NC[predictions.readable_N]
@@ -91,6 +91,7 @@ def average_precision(predictions: Predictions) -> Tensor:
     return (precision_NC * found_NC).sum(0) / predictions.truth_NC.sum(0).clamp(min=1)
 
 
-def share_of_teacher(main: str, ours: float | int | None, theirs: float | int | None) -> Metrics:
-    """The teacher's main metric, and the student's as a share of it (None where that is 0)."""
-    return {f"teacher_{main}": theirs, "share_of_teacher": ours / theirs if ours is not None and theirs else None}
+def share_of_teacher(main: str, student: float | int | None, teacher: float | int | None) -> Metrics:
+    """The teacher's main metric, and the student's as a share of it (None where the teacher's is 0)."""
+    share = student / teacher if student is not None and teacher else None
+    return {f"teacher_{main}": teacher, "share_of_teacher": share}

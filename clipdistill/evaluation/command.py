@@ -1,16 +1,17 @@
-"""``clipdistill evaluate``: any number of models on any number of test sets, by any number of processes."""
+"""``clipdistill evaluate``: its arguments, and the checks made before anything is loaded."""
 
 import argparse
 from pathlib import Path
 
 from clipdistill.errors import InputError
+from clipdistill.evaluation.tasks import SET_TASKS
 from clipdistill.io.arguments import positive
 
-TASKS = ("auto", "zeroshot_classification", "zeroshot_retrieval", "linear_probe", "robustness")
+TASKS = ("auto", *(task.name for task in SET_TASKS), "linear_probe", "robustness")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what ``run`` reads."""
+    """Declare the arguments of ``clipdistill evaluate``."""
     models = parser.add_argument_group("models")
     models.add_argument(
         "--model",
@@ -60,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path("~/.cache/clipdistill"),
         metavar="DIR",
-        help="for copies of remote shards, and indexes (default: %(default)s)",
+        help="for indexes and copies of remote shards (default: %(default)s)",
     )
 
     task = parser.add_argument_group("task")
@@ -68,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--task",
         choices=TASKS,
         default="auto",
-        help="auto: zero-shot, as each set asks for; linear_probe: fitted on --train-split; robustness: the first set, "
+        help="auto: zero-shot, by the set's kind; linear_probe: fitted on --train-split; robustness: the first set, "
         "and the others as shifts of it (default: %(default)s)",
     )
     task.add_argument("--train-split", default="train", metavar="SPLIT", help="default: %(default)s")
@@ -77,8 +78,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="+",
         metavar="RESULTS",
-        help="files or folders with results of --task robustness: the models from whose line effective robustness is "
-        "measured",
+        help="files or folders with results of --task robustness; effective robustness is relative to the line fitted "
+        "to these models",
     )
 
     parser.add_argument(
@@ -86,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE.json|DIR",
         help="file for CLIP_benchmark's record of one model on one set; or folder for any number of results, which the "
-        "same command completes when it was interrupted (default: printed)",
+        "same command completes after an interruption (default: printed)",
     )
     parser.add_argument("--batch-size", type=positive, default=256, help="images at once (default: %(default)s)")
     parser.add_argument("--workers", type=positive, default=4, help="decoding threads (default: %(default)s)")
@@ -94,7 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Evaluate what the arguments of `add_arguments` ask for, by all processes of `torchrun` or `accelerate launch`."""
+    """Run the evaluation, in all processes of `torchrun` or `accelerate launch`."""
     _check(args)
     from clipdistill.distributed.collectives import launched
 
@@ -105,12 +106,12 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Refuse what does not go together, before anything is loaded."""
+    """Reject invalid combinations of arguments and output paths, before anything is loaded."""
     for name in ("model", "data"):
         given = getattr(args, name)
         twice = next((each for number, each in enumerate(given) if each in given[:number]), None)
         if twice is not None:
-            raise InputError(f"--{name}: {twice} twice; allowed: each once")
+            raise InputError(f"--{name}: {twice} given twice; allowed: each once")
     results = len(args.model) * (1 if args.task == "robustness" else len(args.data))
     output = args.output
     if output is not None and output.suffix == ".json":
@@ -128,4 +129,4 @@ def _check(args: argparse.Namespace) -> None:
     if args.task == "robustness" and len(args.data) < 2:
         raise InputError("--task robustness: --data has 1 set; allowed: a base set and one or more shifts of it")
     if args.baseline and args.task != "robustness":
-        raise InputError(f"--baseline: with --task {args.task}; allowed: with --task robustness")
+        raise InputError(f"--baseline: given with --task {args.task}; allowed: only with --task robustness")

@@ -1,4 +1,4 @@
-"""What an image tower costs: parameters, operations, time."""
+"""Cost of an image tower: parameters, operations, throughput."""
 
 import time
 
@@ -22,7 +22,7 @@ def images_per_second(tower: Tower, *, batch_size: int, seconds: float = 1.0) ->
 
 
 def image_tower_cost(tower: Tower) -> dict[str, float]:
-    """Parameters (millions) and GFLOPs (2 per multiply-add) an image, counted by torch's FlopCounterMode."""
+    """Parameters (millions) and GFLOPs per image (2 per multiply-add), counted by torch's FlopCounterMode."""
     parameters = sum(parameter.numel() for parameter in tower.clip.visual.parameters())
     images = torch.zeros(1, 3, tower.image_size, tower.image_size, dtype=torch.uint8, device=tower.device)
     was_training = tower.training

@@ -1,7 +1,7 @@
-"""Results as DataComp writes them: one line of JSON a set in ``eval_results.jsonl``, its metrics with a main one.
+"""Results in DataComp's format: one line of JSON per set in ``eval_results.jsonl``, with a main metric.
 
-Gadre et al. 2023, "DataComp", arXiv 2304.14108; the list is that of github.com/mlfoundations/datacomp, tasklist.yml,
-as far as its sets are classification and retrieval.
+Gadre et al. 2023, "DataComp", arXiv 2304.14108; the list is tasklist.yml of github.com/mlfoundations/datacomp,
+restricted to classification and retrieval.
 """
 
 from collections.abc import Mapping
@@ -50,8 +50,8 @@ _BY_CLASS = ("vtab/caltech101", "fgvc_aircraft", "vtab/flowers", "vtab/pets")
 def datacomp_line(record: Mapping[str, Any]) -> dict[str, Any]:
     """A result in DataComp's format.
 
-    A set in a folder named as DataComp's (``wds_vtab-pets_test``, or just ``pets``) gets its key, name and main metric;
-    of any other one the key is the folder's name.
+    A folder named as in DataComp (``wds_vtab-pets_test``, or just ``pets``) gets DataComp's key, name and main metric;
+    for any other, the key is the folder's name.
     """
     folder = record["dataset"].removeprefix("wds_").removesuffix("_test")
     key = next((key for key in _SETS if folder in (key.replace("/", "-"), key.rpartition("/")[2])), folder)

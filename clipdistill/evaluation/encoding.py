@@ -1,4 +1,4 @@
-"""A set's images (and captions) through a tower: the part that takes the time, shared out over the ranks.
+"""Encode the images and captions of a set with a tower, distributed over the ranks.
 
 Shapes: B images of a batch, N samples, M captions, C classes, D features.
 """
@@ -15,36 +15,37 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
 from torch import Tensor
 
 from clipdistill.distributed.collectives import rank, world_size
 from clipdistill.errors import InputError
 from clipdistill.evaluation.ranks import on_all_ranks
 from clipdistill.evaluation.sets.samples import EncodedSample, EvaluationSet, Kind, UnreadableImageError
-from clipdistill.models.class_embeddings import prompt_bank
+from clipdistill.models.class_embeddings import class_embeddings
 from clipdistill.models.prompts import PromptSet
 from clipdistill.models.towers import Tower
 
 log = logging.getLogger(__name__)
 
 _BATCHES_AHEAD = 2
-"""Decoded, or being decoded, while the tower computes."""
+"""Batches decoded ahead of the tower."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Features:
-    """What a tower makes of a set; on the CPU, and the same on every rank.
+class SetFeatures:
+    """Features of a whole set; on the CPU, identical on every rank.
 
     Attributes:
         kind: of the set.
-        image_ND: unit-norm image features, float32; zeros where the image cannot be read.
-        readable_N: whether it can.
-        unreadable: one line for each that cannot, which names it.
-        text_MD: unit-norm features of the captions, float32; no rows in sets of other kinds.
-        owner_M: the sample of each caption.
+        image_ND: unit-norm image features, float32; zeros for unreadable images.
+        readable_N: whether the image could be decoded.
+        unreadable: one line for each unreadable image, with its sample.
+        text_MD: unit-norm caption features, float32; no rows in sets of other kinds.
+        owner_M: index of each caption's sample.
         keys: of the samples.
-        labels_N: their classes; -1 in sets of other kinds.
-        classes: of the samples of a multi-label set.
+        labels_N: class indices; -1 in sets of other kinds.
+        classes: class indices of each sample of a multi-label set.
     """
 
     kind: Kind
@@ -68,23 +69,22 @@ def encode_set(
     device: torch.device | str = "cpu",
     alone: bool = False,
     progress: Callable[[int], None] | None = None,
-) -> Features:
-    """Run a tower over a set, with open_clip's own evaluation transform; with several ranks, all call this together.
+) -> SetFeatures:
+    """Encode a set with a tower and open_clip's own evaluation transform; with several ranks, all call this together.
 
-    Ranks take whole batches, and each sample is in the batch in which it would be on one rank: the features do not
-    depend on the number of ranks.
+    Ranks take whole batches, composed as on a single rank: the features do not depend on the number of ranks.
 
     Args:
-        tower: teacher or student; its mode is restored afterwards.
+        tower: the model; its mode is restored afterwards.
         data: the set.
         batch_size: images at once.
         workers: threads that decode and resize; 0 means one.
         device: where the tower is.
-        alone: whether this rank takes the whole set, without the others.
-        progress: called with the number of samples that this rank has done.
+        alone: encode the whole set on this rank, without collective calls.
+        progress: called with the number of samples this rank has encoded.
 
     Raises:
-        InputError: on every rank: no sample, a bad one, no readable image, or features that are not finite.
+        InputError: on every rank: no sample, a bad sample, no readable image, or features that are not finite.
     """
     if not len(data):
         raise InputError(f"data {data.name}: no sample; allowed: one or more")
@@ -102,7 +102,7 @@ def encode_set(
         shares = [encode()] if alone else on_all_ranks(encode)
     finally:
         tower.train(was_training)
-    features = _joined(data.kind, [batch for batches in shares for batch in batches])
+    features = _concatenate(data.kind, [batch for batches in shares for batch in batches])
     if not features.readable_N.any():
         raise InputError(f"data {data.name}: no image of {len(data)} can be read; first {features.unreadable[0]}")
     if features.unreadable and number == 0:
@@ -118,22 +118,27 @@ def encode_set(
     return features
 
 
+def evaluation_transform(tower: Tower) -> Callable[[Image.Image], Tensor]:
+    """open_clip's own evaluation transform of a model: image -> normalised pixels (3, H, W)."""
+    return image_transform_v2(PreprocessCfg(**open_clip.get_model_preprocess_cfg(tower.clip)), is_train=False)
+
+
 def encode_classes(
     tower: Tower, prompts: PromptSet, *, cache: Path | None = None, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Class features (C, D), unit norm, on ``device``; see `clipdistill.models.class_embeddings.prompt_bank`.
+    """Class features (C, D), unit norm, on ``device``; see `clipdistill.models.class_embeddings.class_embeddings`.
 
     Raises:
         InputError: features that are not finite.
     """
-    bank_CD = prompt_bank(tower, prompts, cache=cache, device=device)
+    bank_CD = class_embeddings(tower, prompts, cache=cache, device=device)
     _check_finite(tower, f"class prompts {prompts.name}", bank_CD, prompts.classnames)
     return bank_CD
 
 
 @dataclass
 class _Batch:
-    """Features of one batch, and its samples without their images."""
+    """Features of one batch, and its samples without their image data; ``faults`` holds why an image is unreadable."""
 
     samples: list[EncodedSample]
     faults: list[str | None]
@@ -150,7 +155,7 @@ def _encode(
     device: torch.device,
     progress: Callable[[int], None] | None,
 ) -> Iterator[_Batch]:
-    transform = image_transform_v2(PreprocessCfg(**open_clip.get_model_preprocess_cfg(tower.clip)), is_train=False)
+    transform = evaluation_transform(tower)
 
     def decode(sample: EncodedSample) -> Tensor | str:
         try:
@@ -160,7 +165,8 @@ def _encode(
 
     done = 0
     with ThreadPoolExecutor(max_workers=max(1, workers)) as pool:
-        for samples, decoded in _ahead(data.samples(positions), batch_size, lambda sample: pool.submit(decode, sample)):
+        batches = _decode_ahead(data.samples(positions), batch_size, lambda sample: pool.submit(decode, sample))
+        for samples, decoded in batches:
             pixels = [image for image in decoded if isinstance(image, Tensor)]
             image_BD = torch.zeros(len(samples), tower.embed_dim)
             if pixels:
@@ -177,10 +183,10 @@ def _encode(
                 progress(done)
 
 
-def _ahead(
+def _decode_ahead(
     samples: Iterator[EncodedSample], size: int, submit: Callable[[EncodedSample], "Future[Tensor | str]"]
 ) -> Iterator[tuple[list[EncodedSample], list[Tensor | str]]]:
-    """Batches of samples with their decoded images; the next ones are decoded meanwhile."""
+    """Batches of samples with their decoded images, or why these are unreadable; the next batches decode meanwhile."""
     waiting: deque[tuple[list[EncodedSample], list[Future[Tensor | str]]]] = deque()
     while True:
         while len(waiting) <= _BATCHES_AHEAD and (batch := list(islice(samples, size))):
@@ -192,7 +198,7 @@ def _ahead(
 
 
 def _encode_pixels(tower: Tower, pixels_BCHW: Tensor) -> Tensor:
-    """Unit-norm features (B, D), float32, of images that open_clip's transform has prepared."""
+    """Unit-norm features (B, D), float32, of images after open_clip's transform."""
     if tower.channels_last:
         pixels_BCHW = pixels_BCHW.contiguous(memory_format=torch.channels_last)
     with torch.autocast(pixels_BCHW.device.type, dtype=torch.bfloat16, enabled=tower.precision == "bf16"):
@@ -200,11 +206,11 @@ def _encode_pixels(tower: Tower, pixels_BCHW: Tensor) -> Tensor:
     return F.normalize(image_BD.float(), dim=-1)
 
 
-def _joined(kind: Kind, batches: Sequence[_Batch]) -> Features:
+def _concatenate(kind: Kind, batches: Sequence[_Batch]) -> SetFeatures:
     samples = [sample for batch in batches for sample in batch.samples]
     faults = [fault for batch in batches for fault in batch.faults]
     captions = torch.tensor([len(sample.captions) for sample in samples])
-    return Features(
+    return SetFeatures(
         kind=kind,
         image_ND=torch.cat([batch.image_BD for batch in batches]),
         readable_N=torch.tensor([fault is None for fault in faults]),
@@ -223,5 +229,5 @@ def _check_finite(tower: Tower, what: str, features_ND: Tensor, names: Sequence[
         first = names[int(bad_N.nonzero()[0])]
         raise InputError(
             f"model {tower.name}: the features of {int(bad_N.sum())} of {len(features_ND)} {what} are not finite "
-            f"(first: {first!r}); allowed: a model whose features are numbers"
+            f"(first: {first!r}); allowed: a model with finite features"
         )

@@ -1,6 +1,6 @@
-"""Towers over test sets: from images to metrics, task by task, and to records for the trainer.
+"""Tasks on test sets, from a tower to metrics; ``evaluate_sets`` for the trainer.
 
-All functions here are called by every rank together, and give every rank the same.
+Every rank calls the functions here together, and all get the same result.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,17 +23,17 @@ from clipdistill.evaluation.classification import (
     recall_per_class,
     share_of_teacher,
 )
-from clipdistill.evaluation.encoding import Features, encode_classes, encode_set
+from clipdistill.evaluation.encoding import SetFeatures, encode_classes, encode_set
 from clipdistill.evaluation.linear_probe import linear_probe
 from clipdistill.evaluation.predictions import Predictions, predictions_of
-from clipdistill.evaluation.ranks import copy_from_first_rank, from_first_rank
+from clipdistill.evaluation.ranks import broadcast_from_first_rank, from_first_rank
 from clipdistill.evaluation.retrieval import retrieval_metrics
 from clipdistill.evaluation.robustness import BaselineLine, robustness_metrics
 from clipdistill.evaluation.sets.samples import EvaluationSet
 from clipdistill.models.towers import Tower
 
 Details = dict[str, Any]
-"""What no single number says, as JSON."""
+"""Results beyond single numbers, as JSON values: per-class results, unreadable images."""
 
 
 def evaluate_sets(
@@ -49,46 +49,46 @@ def evaluate_sets(
 ) -> list[Record]:
     """Evaluate a tower zero-shot; with several ranks, all call this together, and all get the records.
 
-    Each sample is counted once. A rank encodes its share of the batches, and all class prompts: ranks are done within a
-    batch of each other, and wait for the first one only while it computes the metrics. What batch normalisation has
-    seen differs between the ranks of a training run: all go on with what the first one has, as DDP's next step would.
+    Each sample is counted once. A rank encodes its share of the batches and all class prompts; the first rank computes
+    the metrics. Buffers such as batch-norm statistics differ between the ranks of a training run: all take the first
+    rank's, as DDP does at its next step.
 
     Args:
-        tower: teacher or student, with the same weights on every rank; its mode is restored afterwards.
+        tower: the model, with the same weights on every rank; its mode is restored afterwards.
         sets: from ``open_set``.
-        model: what the records call it.
-        pretrained: likewise.
+        model: name of the model in the records.
+        pretrained: tag or checkpoint in the records.
         batch_size: images at once.
         workers: threads of a rank that decode and resize; 0 means one.
         device: where the tower is.
-        cache: folder for class features, of use where the text tower stays the same.
+        cache: folder for class features, useful while the text tower does not change.
 
     Returns:
-        One CLIP_benchmark record a set; see ``classification_metrics`` and ``retrieval_metrics``.
+        One CLIP_benchmark record per set; see ``classification_metrics`` and ``retrieval_metrics``.
 
     Raises:
-        InputError: on every rank: a bad sample, a set without readable images, features that are not finite.
+        InputError: on every rank: a bad sample, a set without readable images, or features that are not finite.
     """
-    copy_from_first_rank(tower.clip.buffers())
-    examinee = Examinee(tower, batch_size=batch_size, workers=workers, device=device, cache=cache)
+    broadcast_from_first_rank(tower.clip.buffers())
+    evaluator = Evaluator(tower, batch_size=batch_size, workers=workers, device=device, cache=cache)
     return [
-        benchmark_record(data, zero_shot(examinee, data, temperature=False)[0], model=model, pretrained=pretrained)
+        benchmark_record(data, zero_shot(evaluator, data, temperature=False)[0], model=model, pretrained=pretrained)
         for data in sets
     ]
 
 
 @dataclass
-class Examinee:
-    """A tower that is asked about sets.
+class Evaluator:
+    """Computes a model's features and predictions for sets.
 
     Attributes:
-        tower: teacher or student.
+        tower: the model.
         batch_size: images at once.
         workers: threads that decode and resize; 0 means one.
         device: where the tower is.
         cache: folder for class features.
-        progress: called with a set's name, the number of its samples done by this rank, and of its share.
-        remembers: whether answers are kept for the next time, as a teacher's are who is compared with several students.
+        progress: called with a set's name, and the numbers of samples done and in total in this rank's share.
+        keep_features: keep each set's features for the next call, as for a teacher compared with several students.
     """
 
     tower: Tower
@@ -97,11 +97,11 @@ class Examinee:
     device: torch.device | str
     cache: Path | None = None
     progress: Callable[[str, int, int], None] | None = None
-    remembers: bool = False
-    _features: dict[EvaluationSet, Features] = field(default_factory=dict, init=False)
+    keep_features: bool = False
+    _features: dict[EvaluationSet, SetFeatures] = field(default_factory=dict, init=False)
 
-    def features(self, data: EvaluationSet) -> Features:
-        """See ``encode_set``."""
+    def features(self, data: EvaluationSet) -> SetFeatures:
+        """Features of a set; see ``encode_set``."""
         if data in self._features:
             return self._features[data]
         report, share = self.progress, -(-len(data) // world_size())
@@ -113,7 +113,7 @@ class Examinee:
             device=self.device,
             progress=None if report is None else lambda done: report(data.name, done, share),
         )
-        if self.remembers:
+        if self.keep_features:
             self._features[data] = features
         return features
 
@@ -122,111 +122,111 @@ class Examinee:
         return self.predictor(data)()
 
     def predictor(self, data: EvaluationSet) -> Callable[[], Predictions]:
-        """`predictions` in two steps: all ranks compute features here; the call, on one rank, makes the logits."""
+        """`predictions` in two steps: all ranks compute the features here, the returned function the logits."""
         bank_CD = encode_classes(self.tower, data.prompts, cache=self.cache, device=self.device)
         return partial(predictions_of, self.tower, self.features(data), bank_CD, rows=self.batch_size)
 
 
 def zero_shot(
-    examinee: Examinee, data: EvaluationSet, teacher: Examinee | None = None, *, temperature: bool = True
+    evaluator: Evaluator, data: EvaluationSet, teacher: Evaluator | None = None, *, temperature: bool = True
 ) -> tuple[Metrics, Details]:
-    """Zero-shot classification or retrieval, as the set asks for.
+    """Zero-shot classification or retrieval, by the kind of the set.
 
     Args:
-        examinee: who is asked.
+        evaluator: of the model.
         data: the set.
-        teacher: who else is asked, for the metrics of agreement and per-class gains.
+        teacher: evaluator of its teacher, for agreement metrics and per-class gains.
         temperature: as in ``classification_metrics``.
     """
     if data.kind == "retrieval":
-        features = examinee.features(data)
+        features = evaluator.features(data)
         metrics = from_first_rank(lambda: retrieval_metrics(features))
         if teacher is not None:
-            theirs = teacher.features(data)
-            metrics |= _share("mean_recall@1", metrics, from_first_rank(lambda: retrieval_metrics(theirs)))
+            teacher_features = teacher.features(data)
+            metrics |= _share("mean_recall@1", metrics, from_first_rank(lambda: retrieval_metrics(teacher_features)))
         return metrics, _samples(features)
-    predict = examinee.predictor(data)
-    predict_theirs = None if teacher is None else teacher.predictor(data)
+    predict = evaluator.predictor(data)
+    predict_teacher = None if teacher is None else teacher.predictor(data)
 
     def compare() -> tuple[Metrics, Details]:
-        ours, taught = predict(), None if predict_theirs is None else predict_theirs()
-        metrics = classification_metrics(ours, taught, temperature=temperature)
-        return metrics, _samples(ours) | _classes(data, ours, taught)
+        predictions, teacher_predictions = predict(), None if predict_teacher is None else predict_teacher()
+        metrics = classification_metrics(predictions, teacher_predictions, temperature=temperature)
+        return metrics, _samples(predictions) | _classes(data, predictions, teacher_predictions)
 
     return from_first_rank(compare)
 
 
 def probe(
-    examinee: Examinee, data: EvaluationSet, train: EvaluationSet, teacher: Examinee | None = None
+    evaluator: Evaluator, data: EvaluationSet, train: EvaluationSet, teacher: Evaluator | None = None
 ) -> tuple[Metrics, Details]:
     """Linear probe; see ``linear_probe``.
 
     Raises:
-        InputError: a set that is not of single labels, or splits of different classes.
+        InputError: a set without single labels, or splits with different classes.
     """
     for split in (data, train):
         _need_labels(split)
     if data.prompts.classnames != train.prompts.classnames:
-        raise InputError(f"data {data.name}: its training split has other classes; allowed: the same")
+        raise InputError(f"data {data.name}: its training split has other classes; allowed: the same classes")
 
-    def measure(student: Examinee) -> Metrics:
-        fitted_on, features = student.features(train), student.features(data)
-        return from_first_rank(lambda: linear_probe(fitted_on, features, classes=data.prompts.num_classes))
+    def measure(model: Evaluator) -> Metrics:
+        train_features, test_features = model.features(train), model.features(data)
+        return from_first_rank(lambda: linear_probe(train_features, test_features, classes=data.prompts.num_classes))
 
-    metrics = measure(examinee)
+    metrics = measure(evaluator)
     if teacher is not None:
         metrics |= _share("lp_acc1", metrics, measure(teacher))
     return metrics, {"samples": len(data), "samples_train": len(train)}
 
 
 def robustness(
-    examinee: Examinee,
+    evaluator: Evaluator,
     sets: Sequence[EvaluationSet],
-    teacher: Examinee | None = None,
+    teacher: Evaluator | None = None,
     *,
     lines: Mapping[str, BaselineLine] | None = None,
 ) -> tuple[Metrics, Details]:
     """Robustness of the first set to the others, its shifts; see ``robustness_metrics``.
 
     Raises:
-        InputError: a set that is not of single labels.
+        InputError: a set without single labels.
     """
     for data in sets:
         _need_labels(data)
 
-    def measure(student: Examinee) -> Metrics:
-        predictors = [student.predictor(data) for data in sets]
+    def measure(model: Evaluator) -> Metrics:
+        predictors = [model.predictor(data) for data in sets]
 
         def compare() -> Metrics:
-            said = [(data.prompts.classnames, predict()) for data, predict in zip(sets, predictors, strict=True)]
-            named = {data.name: shift for data, shift in zip(sets[1:], said[1:], strict=True)}
-            return robustness_metrics(said[0], named, lines)
+            pairs = zip(sets, predictors, strict=True)
+            base, *shifts = [(data.prompts.classnames, predict()) for data, predict in pairs]
+            return robustness_metrics(base, {data.name: s for data, s in zip(sets[1:], shifts, strict=True)}, lines)
 
         return from_first_rank(compare)
 
-    metrics = measure(examinee)
+    metrics = measure(evaluator)
     if teacher is not None:
         metrics |= _share("mean_acc1", metrics, measure(teacher))
     details: Details = {"samples": {data.name: len(data) for data in sets}}
     return metrics, details | {"lines": {name: asdict(line) for name, line in (lines or {}).items()}}
 
 
-def _share(main: str, ours: Metrics, theirs: Metrics) -> Metrics:
-    return share_of_teacher(main, ours[main], theirs[main])
+def _share(main: str, student: Metrics, teacher: Metrics) -> Metrics:
+    return share_of_teacher(main, student[main], teacher[main])
 
 
 def _need_labels(data: EvaluationSet) -> None:
     if data.kind != "classification":
-        raise InputError(f"data {data.name}: a {data.kind} set; allowed for this task: one with a class for each image")
+        raise InputError(f"data {data.name}: a {data.kind} set; allowed for this task: a classification set")
 
 
-def _samples(answers: Features | Predictions) -> Details:
-    """How many samples there are, and a line for each whose image cannot be read."""
-    return {"samples": len(answers.keys), "unreadable": list(answers.unreadable)}
+def _samples(results: SetFeatures | Predictions) -> Details:
+    """Number of samples, and a line for each unreadable image."""
+    return {"samples": len(results.keys), "unreadable": list(results.unreadable)}
 
 
 def _classes(data: EvaluationSet, predictions: Predictions, teacher: Predictions | None) -> Details:
-    """Results by class (against a teacher, the largest gain first), and the reliability diagram of single labels."""
+    """Per-class results (with a teacher, largest gain first), and for single labels the reliability diagram."""
     names = data.prompts.classnames
     if predictions.truth_NC is not None:
         counts_C = predictions.truth_NC.sum(0).tolist()

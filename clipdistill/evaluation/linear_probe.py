@@ -2,7 +2,7 @@
 
 Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision", arXiv 2103.00020,
 appendix A.3: scikit-learn's L-BFGS, at most 1,000 iterations, the strength of the L2 penalty chosen on held-out
-samples. Here the features are the unit-norm embeddings, as in CLIP_benchmark's probe. Nothing is drawn at random.
+samples. The features are the unit-norm embeddings, as in CLIP_benchmark's probe. The fit is deterministic.
 
 Shapes: N samples, C classes, D features.
 """
@@ -14,45 +14,45 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clipdistill.errors import InputError
-from clipdistill.evaluation.encoding import Features
+from clipdistill.evaluation.encoding import SetFeatures
 
 STRENGTHS = (0.01, 0.1, 1.0, 10.0, 100.0, 1000.0, 10000.0)
-"""scikit-learn's C, the inverse of the penalty, from strong to weak."""
+"""scikit-learn's C, the inverse of the penalty; ascending, so the strongest penalty is first."""
 
 _HELD_OUT_OF = 5
 _ITERATIONS = 1000
 
 
-def linear_probe(train: Features, test: Features, *, classes: int) -> dict[str, float | int | bool | None]:
-    """Fit on one split, and measure on another.
+def linear_probe(train: SetFeatures, test: SetFeatures, *, classes: int) -> dict[str, float | int | bool | None]:
+    """Fit on one split and evaluate on another.
 
-    Of each class every fifth training sample, from its second on, is held out: the penalty is the strongest of those
-    most accurate there. The probe is then fitted on all training samples.
+    Every fifth training sample of each class, from its second on, is held out to choose the penalty: the most accurate
+    there, of equals the strongest. The probe is then fitted on all training samples.
 
     Args:
-        train: features of the training split; images that cannot be read are left out.
-        test: features of the test split; images that cannot be read count as wrong.
-        classes: C; those without a training sample cannot be named.
+        train: features of the training split; unreadable images are left out.
+        test: features of the test split; unreadable images count as wrong.
+        classes: C; classes without a training sample are never predicted.
 
     Returns:
-        CLIP_benchmark's ``lp_acc1``, ``lp_acc5`` (None under 5 classes in training) and
-        ``lp_mean_per_class_recall``; ``lp_c``: the C chosen; ``lp_converged``: whether the last fit ended before its
-        iterations did; ``unreadable`` and ``unreadable_train``: numbers of images.
+        CLIP_benchmark's ``lp_acc1``, ``lp_acc5`` (None for fewer than 5 classes in training) and
+        ``lp_mean_per_class_recall``; ``lp_c``: the C chosen; ``lp_converged``: whether the last fit converged within
+        its iterations; ``unreadable`` and ``unreadable_train``: numbers of unreadable images.
 
     Raises:
         InputError: fewer than two classes in training.
     """
     train_ND, labels_N = _readable(train)
     if len(np.unique(labels_N)) < 2:
-        raise InputError(f"linear probe: the training split shows {len(np.unique(labels_N))} class; allowed: 2 or more")
-    best, most = STRENGTHS[0], -1.0
+        raise InputError(f"linear probe: the training split has {len(np.unique(labels_N))} class; allowed: 2 or more")
+    best, best_accuracy = STRENGTHS[0], -1.0
     held_out_N = _held_out(labels_N)
     if held_out_N.any() and len(np.unique(labels_N[~held_out_N])) > 1:
         for strength in STRENGTHS:
             probe, _ = _fit(train_ND[~held_out_N], labels_N[~held_out_N], strength)
             accuracy = float(probe.score(train_ND[held_out_N], labels_N[held_out_N]))
-            if accuracy > most:
-                best, most = strength, accuracy
+            if accuracy > best_accuracy:
+                best, best_accuracy = strength, accuracy
     probe, converged = _fit(train_ND, labels_N, best)
     order_NC = probe.predict_proba(test.image_ND.double().numpy()).argsort(axis=1)[:, ::-1]
     guesses_NC = probe.classes_[order_NC]
@@ -71,9 +71,10 @@ def linear_probe(train: Features, test: Features, *, classes: int) -> dict[str, 
     }
 
 
-def _readable(features: Features) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    known_N = features.readable_N
-    return features.image_ND[known_N].double().numpy(), features.labels_N[known_N].numpy()
+def _readable(features: SetFeatures) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Features and labels of the readable images."""
+    readable_N = features.readable_N
+    return features.image_ND[readable_N].double().numpy(), features.labels_N[readable_N].numpy()
 
 
 def _held_out(labels_N: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -84,7 +85,7 @@ def _held_out(labels_N: NDArray[np.int64]) -> NDArray[np.bool_]:
 
 
 def _fit(features_ND: NDArray[np.float64], labels_N: NDArray[np.int64], strength: float) -> tuple[Any, bool]:
-    """A probe, and whether it converged."""
+    """The fitted probe, and whether it converged."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 

@@ -1,7 +1,6 @@
-"""Models to evaluate, by any of their names, and what tells one from another."""
+"""Load models for evaluation, by any of their names; choose a run's best checkpoint; fingerprint a model."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -23,7 +22,8 @@ from clipdistill.io.run_files import (
     checkpoint_folders,
 )
 from clipdistill.io.urls import one_line
-from clipdistill.models.towers import Teacher, Tower, load_student, load_teacher
+from clipdistill.models.loading import load_frozen_model, load_student
+from clipdistill.models.towers import FrozenModel, Tower
 
 ALLOWED = (
     "a run's folder, an export, a transformers CLIP folder, hf-hub:OWNER/NAME, local-dir:FOLDER, or an open_clip name"
@@ -38,44 +38,44 @@ def load_for_evaluation(
     precision: str = "fp32",
     device: torch.device | str = "cpu",
 ) -> Tower:
-    """Load a model, frozen.
+    """Load a model as a frozen one.
 
     Args:
         model: a run's folder, an export, a folder of transformers, ``hf-hub:OWNER/NAME``, ``local-dir:FOLDER``, an
             open_clip name, or a model config (.json).
         pretrained: tag or weights file, for an open_clip name or a config.
-        step: of a run, the checkpoint of this step in place of the final student.
+        step: load a run's checkpoint of this step instead of its final student.
         precision: fp32 or bf16 (autocast).
         device: where it runs.
 
     Raises:
-        InputError: no such model, damaged weights, or weights of another architecture.
+        InputError: no such model, damaged weights, or weights that do not match the architecture.
     """
     folder = Path(model)
     if step is not None:
         return _load_checkpoint(folder, step, precision=precision, device=device)
     for candidate in (folder / STUDENT_FOLDER, folder):
         if (candidate / "open_clip_config.json").is_file():
-            return load_teacher(f"local-dir:{candidate}", precision=precision, device=device)
+            return load_frozen_model(f"local-dir:{candidate}", precision=precision, device=device)
     if (folder / "config.json").is_file():
         return load_transformers_clip(folder, precision=precision, device=device)
     if folder.is_dir():
         raise InputError(
             f"model {model}: no open_clip_config.json in it or in student/, and no config.json; allowed: {ALLOWED} "
-            "(of a run that has not ended, a checkpoint: --step or --best)"
+            "(for an unfinished run, a checkpoint: --step or --best)"
         )
-    return load_teacher(model, pretrained=pretrained, precision=precision, device=device)
+    return load_frozen_model(model, pretrained=pretrained, precision=precision, device=device)
 
 
 def best_step(run: Path, metric: str = MEAN) -> int:
-    """The step of the best of a run's checkpoints that are still there; of equals, the earliest.
+    """Step of the best checkpoint that a run still has; of equals, the earliest.
 
     Args:
         run: its folder.
-        metric: one that its metrics.jsonl has; more is better.
+        metric: a name in its metrics.jsonl; higher is better.
 
     Raises:
-        InputError: no checkpoint was evaluated by this metric.
+        InputError: no checkpoint has a value of this metric.
     """
     scores = {
         record["step"]: record[metric]
@@ -84,13 +84,14 @@ def best_step(run: Path, metric: str = MEAN) -> int:
     }
     if not scores:
         raise InputError(
-            f"--best {metric}: no checkpoint in {run} has a value of it in {METRICS_FILE}; allowed: one that has"
+            f"--best {metric}: no checkpoint in {run} has a value of it in {METRICS_FILE}; allowed: a metric that "
+            "evaluations during training logged"
         )
     return max(scores, key=lambda step: (scores[step], -step))
 
 
 def fingerprint(tower: Tower) -> str:
-    """sha256 of everything that a model's results come from: weights, architectures, pixels, tokens and precision."""
+    """sha256 of all that determines a model's results: weights, architecture, pixels, tokens and precision."""
     tokens = tower.tokenizer(["a photo of a Cat.", "two\twords, naïve"]).tolist()
     scale, bias = tower.clip.logit_scale.item(), tower.logit_bias()
     logits = [scale, None if bias is None else bias.item()]
@@ -98,7 +99,7 @@ def fingerprint(tower: Tower) -> str:
 
 
 def _load_checkpoint(run: Path, step: int, *, precision: str, device: torch.device | str) -> Tower:
-    """A run's student as a checkpoint has it: the moving average where there is one."""
+    """Load a run's student from a checkpoint: the moving average where there is one."""
     checkpoint = checkpoint_folder(run / CHECKPOINTS_FOLDER, step)
     if not checkpoint.is_dir():
         steps = sorted(int(path.name[5:]) for path in checkpoint_folders(run / CHECKPOINTS_FOLDER))
@@ -108,12 +109,12 @@ def _load_checkpoint(run: Path, step: int, *, precision: str, device: torch.devi
         raise InputError(f"checkpoint {checkpoint}: {damage}; allowed: a complete, unchanged checkpoint")
     averaged = checkpoint / "ema.safetensors"
     weights = averaged if averaged.is_file() else checkpoint / "student.safetensors"
-    settings: Any = load_config(run / CONFIG_FILE)
+    config = load_config(run / CONFIG_FILE)
     teacher = None
-    if settings.student.text == "teacher":
-        teacher = load_teacher(settings.teachers[0].model, pretrained=settings.teachers[0].pretrained)
+    if config.student.text == "teacher":
+        teacher = load_frozen_model(config.teachers[0].model, pretrained=config.teachers[0].pretrained)
     student = load_student(
-        settings.student.model, pretrained=settings.student.pretrained, text_mode=settings.student.text, teacher=teacher
+        config.student.model, pretrained=config.student.pretrained, text_mode=config.student.text, teacher=teacher
     )
     try:
         student.load_state_dict(load_file(weights))
@@ -123,4 +124,4 @@ def _load_checkpoint(run: Path, step: int, *, precision: str, device: torch.devi
         detail = " ".join(str(error).split())[:300]
         raise InputError(f"checkpoint {weights}: weights do not match the architecture: {detail}") from error
     name = f"{run}, step {step}"
-    return Teacher(name, student.clip, student.model_config, student.tokenizer, precision=precision).to(device)
+    return FrozenModel(name, student.clip, student.model_config, student.tokenizer, precision=precision).to(device)

@@ -1,4 +1,4 @@
-"""What a tower says of a set over its class prompts.
+"""Predictions of a model for a set, over its class prompts.
 
 Shapes: N samples, C classes.
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from clipdistill.evaluation.encoding import Features, encode_classes, encode_set
+from clipdistill.evaluation.encoding import SetFeatures, encode_classes, encode_set
 from clipdistill.evaluation.sets.samples import EvaluationSet
 from clipdistill.models.class_embeddings import similarity_logits
 from clipdistill.models.towers import Tower
@@ -18,15 +18,15 @@ from clipdistill.models.towers import Tower
 
 @dataclass(frozen=True, kw_only=True)
 class Predictions:
-    """What one tower says of a whole set; on the CPU.
+    """Predictions of one model for a whole set; on the CPU.
 
     Attributes:
-        logits_NC: similarity logits, float32; NaN where the image cannot be read.
-        readable_N: whether it can.
+        logits_NC: similarity logits, float32; NaN for unreadable images.
+        readable_N: whether the image could be decoded.
         labels_N: the true classes; -1 in multi-label sets.
-        truth_NC: in multi-label sets, whether the image shows the class; else None.
+        truth_NC: in multi-label sets, whether a class applies to the image; else None.
         keys: of the samples.
-        unreadable: one line for each image that cannot be read.
+        unreadable: one line for each unreadable image.
     """
 
     logits_NC: Tensor
@@ -48,15 +48,15 @@ def predict(
     cache: Path | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Predictions:
-    """Run a tower over a set with class names, on this rank alone.
+    """Predictions of a tower for a set with class names, on this rank alone.
 
     Args:
-        tower: teacher or student; its mode is restored afterwards.
+        tower: the model; its mode is restored afterwards.
         data: the set.
         batch_size: images at once.
         workers: threads that decode and resize; 0 means one.
         device: where the tower is.
-        cache: folder for its class features.
+        cache: folder for class features.
         progress: called with the number of samples done.
 
     Raises:
@@ -69,8 +69,8 @@ def predict(
     return predictions_of(tower, features, bank_CD, rows=batch_size)
 
 
-def predictions_of(tower: Tower, features: Features, bank_CD: Tensor, *, rows: int) -> Predictions:
-    """Logits of features over class features, ``rows`` samples at once."""
+def predictions_of(tower: Tower, features: SetFeatures, bank_CD: Tensor, *, rows: int) -> Predictions:
+    """Predictions from image features and class features, ``rows`` samples at once."""
     scale, bias = tower.clip.logit_scale.detach().exp().cpu(), tower.logit_bias()
     bank_CD, bias = bank_CD.cpu(), None if bias is None else bias.detach().cpu()
     logits_NC = torch.cat(

@@ -1,4 +1,4 @@
-"""Work that every rank takes its share of, with what stops one told by all of them, so that none waits in vain."""
+"""Collective calls that raise the first error of any rank on every rank, so that no rank waits for a failed one."""
 
 from collections.abc import Callable, Iterable
 from typing import TypeVar
@@ -13,10 +13,10 @@ T = TypeVar("T")
 
 
 def on_all_ranks(work: Callable[[], T]) -> list[T]:
-    """What ``work`` gives on each rank, in the order of ranks; every rank calls this.
+    """Run ``work`` on every rank, and return all results in the order of ranks; every rank calls this.
 
     Raises:
-        InputError, RunError: on every rank, the first that any rank met.
+        InputError, RunError: on every rank, the error of the first rank that had one.
     """
     outcome: T | InputError | RunError
     try:
@@ -30,11 +30,11 @@ def on_all_ranks(work: Callable[[], T]) -> list[T]:
     return outcomes
 
 
-def in_step(work: Callable[[], T]) -> T:
-    """What ``work`` gives on this rank, of a kind that need not travel; every rank calls this.
+def with_shared_errors(work: Callable[[], T]) -> T:
+    """Run ``work`` on every rank, and return this rank's result, which need not be picklable; every rank calls this.
 
     Raises:
-        InputError, RunError: on every rank, the first that any rank met.
+        InputError, RunError: on every rank, the error of the first rank that had one.
     """
     results: list[T] = []
     on_all_ranks(lambda: results.append(work()))
@@ -42,16 +42,16 @@ def in_step(work: Callable[[], T]) -> T:
 
 
 def from_first_rank(work: Callable[[], T]) -> T:
-    """What ``work`` gives on the first rank; the others wait for it.
+    """Run ``work`` on the first rank, and return its result on every rank; every rank calls this.
 
     Raises:
-        InputError, RunError: on every rank, where the first rank met it.
+        InputError, RunError: on every rank, if the first rank raised it.
     """
     return on_all_ranks(lambda: work() if rank() == 0 else None)[0]  # type: ignore[return-value]
 
 
-def copy_from_first_rank(tensors: Iterable[Tensor]) -> None:
-    """Give the tensors of every rank the first one's values."""
+def broadcast_from_first_rank(tensors: Iterable[Tensor]) -> None:
+    """Overwrite tensors on every rank with the first rank's values."""
     if world_size() > 1:
         for tensor in tensors:
             dist.broadcast(tensor, src=0)

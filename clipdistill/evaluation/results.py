@@ -1,11 +1,11 @@
-"""A folder of results that an interrupted evaluation goes on with.
+"""A folder of evaluation results, from which an interrupted evaluation continues.
 
 ROOT/summary.json, summary.md            all results in the folder
 ROOT/MODEL/SET.TASK.json                 CLIP_benchmark's record
-ROOT/MODEL/eval_results.jsonl            DataComp's lines, one a set
+ROOT/MODEL/eval_results.jsonl            DataComp's lines, one per set
 ROOT/MODEL/details/SET.TASK.json         the record, per-class results, unreadable images, settings, and the key
 
-The details are written first and in one step, and everything else comes from them: a result is there or it is not.
+The details are written first, atomically; all other files are derived from them.
 """
 
 import json
@@ -22,41 +22,41 @@ from clipdistill.evaluation.robustness import TASK as ROBUSTNESS
 from clipdistill.io.files import write_json, write_text, writing
 
 FORMAT = 1
-"""Of the details; another one when results of the same key may differ."""
+"""Version of the details; increased when results under the same key may differ."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where a result belongs: names that a file can have."""
+class ResultName:
+    """What a result's files are named after: model, set and task, as file names."""
 
     model: str
     data: str
     task: str
 
 
-class Results:
-    """The results of any number of models and sets; one process at a time writes into the folder.
+class ResultsFolder:
+    """The results of any number of models and sets; one process at a time may write into the folder.
 
-    What cannot be written is a RunError, one line with the reason.
+    Methods that write raise RunError, one line with the reason, where they cannot.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = root
 
-    def find(self, place: Place, key: str) -> Record | None:
-        """The record of a result that is there under this key: same weights, samples, prompts and settings."""
-        details = _read(self._details(place))
+    def find(self, name: ResultName, key: str) -> Record | None:
+        """The stored record with this key: same weights, samples, prompts and settings; None where there is none."""
+        details = _read(self._details(name))
         return details["record"] if details.get("key") == key else None
 
-    def save(self, place: Place, key: str, record: Record, details: dict[str, Any]) -> None:
-        """Keep a result, in place of another one of its name."""
-        path = self._details(place)
+    def save(self, name: ResultName, key: str, record: Record, details: dict[str, Any]) -> None:
+        """Save a result, replacing one of the same name."""
+        path = self._details(name)
         with writing(f"result {path}", self.root):
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, {"format": FORMAT, "key": key, "record": record, **details})
 
     def write_all(self) -> None:
-        """Write what comes from the details, where there are any: records, DataComp's lines, the summary."""
+        """Write the files derived from the details, if there are any: records, DataComp's lines, the summary."""
         models = sorted({path.parent.parent for path in self.root.glob("*/details/*.json")})
         if models:
             with writing(f"the summary of {self.root}", self.root):
@@ -76,17 +76,17 @@ class Results:
         write_json(self.root / "summary.json", {"results": everything})
         write_text(self.root / "summary.md", as_markdown(table_of(everything)))
 
-    def _details(self, place: Place) -> Path:
-        return self.root / place.model / "details" / f"{place.data}.{place.task}.json"
+    def _details(self, name: ResultName) -> Path:
+        return self.root / name.model / "details" / f"{name.data}.{name.task}.json"
 
 
 def slug(text: str) -> str:
-    """A name that a file can have, of a path, URL or model name."""
+    """A file name made from a path, URL or model name."""
     return re.sub(r"[^A-Za-z0-9.@-]+", "_", text).strip("_.") or "_"
 
 
 def load_results(paths: list[Path]) -> list[Record]:
-    """The records in files and in folders, such as this module writes them; other JSON files are passed over."""
+    """Records in files and folders written by this module; other JSON files are skipped."""
     files = [file for path in paths for file in (sorted(path.rglob("*.json")) if path.is_dir() else [path])]
     found = [_read(file) for file in files if file.parent.name != "details"]
     return [record for record in found if {"dataset", "task", "metrics"} <= record.keys()]
@@ -95,8 +95,7 @@ def load_results(paths: list[Path]) -> list[Record]:
 def table_of(records: list[Record]) -> list[list[str]]:
     """Rows of text: a heading, a row for each set and metric, and the mean; a column for each model.
 
-    With a teacher, the share of its main metric that is kept stands behind the model's own. Sets of one name are
-    numbered.
+    With a teacher, the share of its main metric follows the model's own. Sets of the same name are numbered.
     """
     models = list(dict.fromkeys(_model(record) for record in records))
     cells: dict[tuple[str, str], dict[str, str]] = {}
@@ -104,8 +103,8 @@ def table_of(records: list[Record]) -> list[list[str]]:
     for record in records:
         for label, metric, value in _rows(record):
             keys = ((f"{label}{'' if number == 1 else f' ({number})'}", metric) for number in count(1))
-            free = next(key for key in keys if _model(record) not in cells.get(key, {}))
-            cells.setdefault(free, {})[_model(record)] = value
+            unused = next(key for key in keys if _model(record) not in cells.get(key, {}))
+            cells.setdefault(unused, {})[_model(record)] = value
         if record["task"].startswith("zeroshot_"):
             zero_shot.setdefault(_model(record), []).append(main_metric(record)[1])
     rows = [["set", "metric", *models]]
@@ -116,14 +115,14 @@ def table_of(records: list[Record]) -> list[list[str]]:
 
 
 def as_markdown(rows: list[list[str]]) -> str:
-    """A table in Markdown, numbers to the right."""
+    """A table in Markdown, numbers right-aligned."""
     heading, *body = [[cell.replace("|", "\\|") for cell in row] for row in rows]
     ruler = ["---", "---", *["---:" for _ in heading[2:]]]
     return "".join(f"| {' | '.join(row)} |\n" for row in (heading, ruler, *body))
 
 
 def _rows(record: Record) -> list[tuple[str, str, str]]:
-    """Label, metric and value of what the table shows of a result."""
+    """The table's rows for a result: label, metric, value."""
     metrics, data = record["metrics"], record["dataset"]
     if record["task"] != ROBUSTNESS:
         name, value = main_metric(record)
@@ -148,7 +147,7 @@ def _mean(values: Sequence[float]) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A JSON object, empty where there is none."""
+    """Read a JSON object; empty where the file is missing, damaged or holds something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -6,21 +6,21 @@ Shapes: N images, M captions, D features.
 import torch
 from torch import Tensor
 
-from clipdistill.evaluation.encoding import Features
+from clipdistill.evaluation.encoding import SetFeatures
 
 RECALL_AT = (1, 5, 10)
 _QUERIES = 1024
-"""At once: their scores take 4 bytes a candidate."""
+"""Queries per chunk: their scores take 4 bytes a candidate."""
 
 
-def retrieval_metrics(features: Features) -> dict[str, float | int | None]:
+def retrieval_metrics(features: SetFeatures) -> dict[str, float | int | None]:
     """Recall under CLIP_benchmark's names.
 
     Returns:
-        For k of 1, 5 and 10 ``image_retrieval_recall@k``: the share of captions whose image is among the k images most
-        like it, and ``text_retrieval_recall@k``: the share of images one of whose captions is among the k captions most
-        like it (None where there are fewer than k candidates); ``mean_recall@1`` of both, DataComp's main metric;
-        ``unreadable``: the number of images that cannot be read. These count as not found, and as finding nothing.
+        For k of 1, 5 and 10 ``image_retrieval_recall@k``: the share of captions with their image among the k most
+        similar images, and ``text_retrieval_recall@k``: the share of images with one of their captions among the k most
+        similar captions (None for fewer than k candidates); ``mean_recall@1`` of both, DataComp's main metric;
+        ``unreadable``: the number of unreadable images, which count as misses in both directions.
     """
     images, captions = len(features.keys), len(features.owner_M)
     number_N = torch.arange(images)
@@ -39,11 +39,11 @@ def retrieval_metrics(features: Features) -> dict[str, float | int | None]:
 
 
 def _first_hit(query_QD: Tensor, candidate_PD: Tensor, owner_Q: Tensor, owner_P: Tensor, usable_P: Tensor) -> Tensor:
-    """How many candidates are more like a query than the first one of the same owner (Q,), counted to the deepest k."""
+    """Rank (Q,), from 0 up to the largest k, of the best usable candidate that has the same owner as the query."""
     deepest = min(max(RECALL_AT), len(candidate_PD))
-    before = []
+    ranks = []
     for query_BD, owner_B in zip(query_QD.split(_QUERIES), owner_Q.split(_QUERIES), strict=True):
         scores_BP = (query_BD @ candidate_PD.T).masked_fill(~usable_P, -torch.inf)
         match_BK = owner_P[scores_BP.topk(deepest, dim=1).indices] == owner_B[:, None]
-        before.append(torch.where(match_BK.any(dim=1), match_BK.int().argmax(dim=1), deepest))
-    return torch.cat(before)
+        ranks.append(torch.where(match_BK.any(dim=1), match_BK.int().argmax(dim=1), deepest))
+    return torch.cat(ranks)

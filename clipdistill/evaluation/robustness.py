@@ -1,9 +1,9 @@
-"""Robustness: accuracy under distribution shifts of a base set, and how much of it the base accuracy does not explain.
+"""Robustness: accuracy under distribution shifts of a base set, and its part not explained by the base accuracy.
 
 Taori et al. 2020, "Measuring Robustness to Natural Distribution Shifts in Image Classification", arXiv 2007.00644: the
 accuracies of ordinary models on a base set and on a shift of it lie on a line once both are put through the logit
-function. A model's effective robustness is its accuracy on the shift minus what that line says for its base accuracy.
-The line belongs to the models that it is fitted on, so it is always fitted on given ones; without them there is none.
+function. A model's effective robustness is its accuracy on the shift minus the line's prediction for its base accuracy.
+The line depends on the models that it is fitted to: these are always given by the user.
 
 Shapes: N samples, C classes.
 """
@@ -32,7 +32,7 @@ class BaselineLine:
     models: int
 
     def expected(self, base_accuracy: float) -> float:
-        """Accuracy on the shift that the line says for an accuracy on the base."""
+        """Accuracy on the shift predicted from an accuracy on the base."""
         return float(expit(self.slope * logit(base_accuracy) + self.intercept))
 
 
@@ -46,13 +46,13 @@ def robustness_metrics(
     Args:
         base: class names and predictions of the base set.
         shifts: by name, class names and predictions of each shift.
-        lines: of the shifts; those without have no effective robustness.
+        lines: baseline of each shift by name; without one there is no effective robustness.
 
     Returns:
         ``base_acc1``; for each shift ``NAME/acc1``, ``NAME/base_acc1``: on the base set's samples of the shift's
-        classes, over these classes alone (over all where the shift has classes that the base set has not),
+        classes, over these classes alone (over all if the shift has classes that the base set lacks),
         ``NAME/drop``: their difference, and with a line ``NAME/effective_robustness``; ``mean_acc1``, ``mean_drop`` and
-        ``mean_effective_robustness`` over the shifts; ``unreadable``: images of all sets that cannot be read.
+        ``mean_effective_robustness`` over the shifts; ``unreadable``: number of unreadable images in all sets.
     """
     base_names, base_predictions = base
     metrics: Metrics = {"base_acc1": _accuracy(base_predictions)}
@@ -74,7 +74,7 @@ def robustness_metrics(
 
 
 def fit_lines(records: Sequence[Mapping[str, Any]], base: str, shifts: Sequence[str]) -> dict[str, BaselineLine]:
-    """Fit the line of each shift on the results of other models.
+    """Fit the line of each shift to the results of other models.
 
     Args:
         records: results of `robustness_metrics` for each model, in CLIP_benchmark's format.
@@ -82,8 +82,8 @@ def fit_lines(records: Sequence[Mapping[str, Any]], base: str, shifts: Sequence[
         shifts: names of the shifts.
 
     Raises:
-        InputError: for a shift, fewer than two models of different base accuracy, or an accuracy of 0 or 1, which has
-            no logit.
+        InputError: for a shift, fewer than two models of different base accuracy, or an accuracy of 0 or 1 (infinite
+            logit).
     """
     lines = {}
     for name in shifts:
@@ -95,10 +95,10 @@ def fit_lines(records: Sequence[Mapping[str, Any]], base: str, shifts: Sequence[
         if len({x for x, _ in points}) < 2:
             raise InputError(
                 f"--baseline: {len(points)} models with results of --task robustness on {base} and {name}; allowed: 2 "
-                "or more, of different accuracy"
+                "or more models, of different base accuracy"
             )
         if not all(0 < value < 1 for point in points for value in point):
-            raise InputError(f"--baseline: an accuracy of 0 or 1 on {base} or {name}; allowed: between them")
+            raise InputError(f"--baseline: an accuracy of 0 or 1 on {base} or {name}; allowed: values between 0 and 1")
         fit = linregress([logit(x) for x, _ in points], [logit(y) for _, y in points])
         lines[name] = BaselineLine(float(fit.slope), float(fit.intercept), len(points))
     return lines
@@ -109,7 +109,7 @@ def _accuracy(predictions: Predictions) -> float:
 
 
 def _restricted(predictions: Predictions, names: Sequence[str], kept: Sequence[str]) -> Predictions:
-    """Predictions over some of the classes, on the samples of these; all where one is not among the names."""
+    """Predictions restricted to some classes and their samples; unchanged if one of them is not among the names."""
     if len(kept) >= len(names) or not set(kept) <= set(names):
         return predictions
     classes_K = torch.tensor([names.index(name) for name in kept])
@@ -119,7 +119,7 @@ def _restricted(predictions: Predictions, names: Sequence[str], kept: Sequence[s
     inside_N = labels_N >= 0
     if not inside_N.any():
         raise InputError(
-            f"--data: the base set has no sample of the {len(kept)} classes of a shift; allowed: its shifts"
+            f"--data: the base set has no sample of the {len(kept)} classes of a shift; allowed: shifts of the base set"
         )
     return replace(
         predictions,

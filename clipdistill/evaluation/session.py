@@ -1,4 +1,4 @@
-"""One call of ``clipdistill evaluate``: every model on every set, each result kept at once, all shown at the end."""
+"""One run of ``clipdistill evaluate``: each model on each set; results are saved one by one and shown at the end."""
 
 import argparse
 import json
@@ -20,16 +20,17 @@ from rich.table import Table
 from clipdistill import __version__
 from clipdistill.distributed.collectives import rank, world_size
 from clipdistill.errors import InputError
-from clipdistill.evaluation.benchmark_format import TASKS, Record, benchmark_record
+from clipdistill.evaluation.benchmark_format import Record, benchmark_record
 from clipdistill.evaluation.classification import Metrics
-from clipdistill.evaluation.evaluate import Details, Examinee, probe, robustness, zero_shot
+from clipdistill.evaluation.evaluate import Details, Evaluator, probe, robustness
 from clipdistill.evaluation.models import best_step, fingerprint, load_for_evaluation
 from clipdistill.evaluation.ranks import from_first_rank
-from clipdistill.evaluation.results import FORMAT, Place, Results, load_results, slug, table_of
+from clipdistill.evaluation.results import FORMAT, ResultName, ResultsFolder, load_results, slug, table_of
 from clipdistill.evaluation.robustness import BaselineLine, fit_lines
 from clipdistill.evaluation.sets.hub import Columns
 from clipdistill.evaluation.sets.open import open_set
 from clipdistill.evaluation.sets.samples import EvaluationSet, digest
+from clipdistill.evaluation.tasks import SET_TASKS, tasks_for
 from clipdistill.io.files import write_json, writing
 from clipdistill.io.urls import shown
 from clipdistill.models.towers import Tower
@@ -38,14 +39,14 @@ _GAINS_SHOWN = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """What is asked of every model.
+class SetEvaluation:
+    """One task on one set, run for every model.
 
     Attributes:
         task: CLIP_benchmark's name, or ``robustness``.
-        location: the set as the user gave it.
+        location: the set as given by the user.
         data: the set.
-        others: the training split of a linear probe; the shifts for robustness.
+        others: the training split for a linear probe; the shifts for robustness.
     """
 
     task: str
@@ -55,144 +56,152 @@ class Job:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """A model that is evaluated, and what its results are filed under.
+class EvaluatedModel:
+    """A model, and its identity in the results.
 
     Attributes:
         tower: the model.
-        model: what the user called it.
+        name: as given by the user.
         pretrained: tag or checkpoint.
-        fingerprint: of its weights; empty where no folder keeps results.
+        fingerprint: from ``fingerprint``; empty where no folder stores results.
     """
 
     tower: Tower
-    model: str
+    name: str
     pretrained: str
     fingerprint: str
 
 
 def evaluate_all(args: argparse.Namespace, device: str) -> None:
     """Run the command; with several processes, all call this together."""
-    jobs = _jobs(args)
-    lines = _lines(args, jobs)
-    folder = _folder(args)
-    identities: dict[Job, list[str]] = {}
+    evaluations = _open_sets(args)
+    lines = _fit_lines(args, evaluations)
+    folder = _results_folder(args)
+    identities: dict[SetEvaluation, list[str]] = {}
     if folder is not None:
-        identities = {job: [data.identity() for data in (job.data, *job.others)] for job in jobs}
+        identities = {each: [data.identity() for data in (each.data, *each.others)] for each in evaluations}
     teacher = _load(args, args.teacher, args.teacher_pretrained, device) if args.teacher else None
     with _progress() as report:
-        ask = partial(
-            Examinee,
+        make_evaluator = partial(
+            Evaluator,
             batch_size=args.batch_size,
             workers=args.workers,
             device=device,
             cache=args.cache.expanduser(),
             progress=report,
         )
-        taught = None if teacher is None else ask(teacher.tower, remembers=len(args.model) > 1)
+        teacher_evaluator = None
+        if teacher is not None:
+            teacher_evaluator = make_evaluator(teacher.tower, keep_features=len(args.model) > 1)
         results: list[tuple[Record, Details]] = []
         for name in args.model:
-            candidate = _load(args, name, args.pretrained, device, chosen=True)
-            measure = partial(_measure, candidate=candidate, student=ask(candidate.tower), teacher=taught, lines=lines)
+            model = _load(args, name, args.pretrained, device, of_run=True)
+            evaluator = make_evaluator(model.tower)
+            measure = partial(_measure, model=model, evaluator=evaluator, teacher=teacher_evaluator, lines=lines)
             if folder is None:
-                results += map(measure, jobs)
+                results += map(measure, evaluations)
             else:
-                keys = {job: _key(job.task, found, candidate, teacher, lines) for job, found in identities.items()}
-                results += _complete(folder, candidate, keys, measure, partial(_settings, args, device))
+                keys = {each: _key(each.task, found, model, teacher, lines) for each, found in identities.items()}
+                results += _complete(folder, model, keys, measure, partial(_settings, args, device))
     if rank() == 0:
         _show(args, results)
 
 
-def _folder(args: argparse.Namespace) -> Results | None:
-    """The folder that keeps results, where one was asked for."""
-    return None if args.output is None or args.output.suffix == ".json" else Results(args.output)
+def _results_folder(args: argparse.Namespace) -> ResultsFolder | None:
+    """The folder of ``--output``; None for a single file or standard output."""
+    return None if args.output is None or args.output.suffix == ".json" else ResultsFolder(args.output)
 
 
-def _jobs(args: argparse.Namespace) -> list[Job]:
-    """What the arguments ask of every model; all sets are opened before anything is computed."""
+def _open_sets(args: argparse.Namespace) -> list[SetEvaluation]:
+    """Open all sets, with the task on each, before anything is computed."""
     columns = Columns(image=args.image_column, label=args.label_column, caption=args.caption_column, subset=args.subset)
-    opened = partial(
+    open_split = partial(
         open_set,
         prompts=args.prompts,
         allow_duplicates=args.allow_duplicate_classes,
         columns=columns,
         cache=args.cache.expanduser(),
     )
-    sets = [opened(location, split=args.split) for location in args.data]
+    sets = [open_split(location, split=args.split) for location in args.data]
     if args.task == "robustness":
         if len({data.name for data in sets}) < len(sets):
             raise InputError(
-                f"--data: two sets named {sets[0].name}; allowed: a base set and shifts, of different names"
+                f"--data: two sets named {sets[0].name}; allowed: a base set and shifts with different names"
             )
-        return [Job(task=args.task, location=args.data[0], data=sets[0], others=tuple(sets[1:]))]
-    jobs = []
+        return [SetEvaluation(task=args.task, location=args.data[0], data=sets[0], others=tuple(sets[1:]))]
+    evaluations = []
     for location, data in zip(args.data, sets, strict=True):
         if args.task == "linear_probe":
-            train = opened(location, split=args.train_split)
-            jobs.append(Job(task=args.task, location=location, data=data, others=(train,)))
-        elif args.task in ("auto", TASKS[data.kind]):
-            jobs.append(Job(task=TASKS[data.kind], location=location, data=data))
+            train = open_split(location, split=args.train_split)
+            evaluations.append(SetEvaluation(task=args.task, location=location, data=data, others=(train,)))
         else:
-            raise InputError(f"--task {args.task}: {location} is a {data.kind} set; allowed: {TASKS[data.kind]}")
-    return jobs
+            names = [task.name for task in tasks_for(data.kind)]
+            if args.task not in ("auto", *names):
+                raise InputError(f"--task {args.task}: {location} is a {data.kind} set; allowed: {', '.join(names)}")
+            task = names[0] if args.task == "auto" else args.task
+            evaluations.append(SetEvaluation(task=task, location=location, data=data))
+    return evaluations
 
 
-def _lines(args: argparse.Namespace, jobs: Sequence[Job]) -> dict[str, BaselineLine]:
+def _fit_lines(args: argparse.Namespace, evaluations: Sequence[SetEvaluation]) -> dict[str, BaselineLine]:
+    """The line of each shift, fitted to the results of ``--baseline``."""
     if not args.baseline:
         return {}
-    return fit_lines(load_results(args.baseline), jobs[0].data.name, [data.name for data in jobs[0].others])
+    (robustness_evaluation,) = evaluations
+    shifts = [data.name for data in robustness_evaluation.others]
+    return fit_lines(load_results(args.baseline), robustness_evaluation.data.name, shifts)
 
 
-def _load(args: argparse.Namespace, name: str, pretrained: str, device: str, *, chosen: bool = False) -> Candidate:
-    """Load a model; ``chosen`` ones are a run's checkpoint where one was asked for."""
+def _load(args: argparse.Namespace, name: str, pretrained: str, device: str, *, of_run: bool = False) -> EvaluatedModel:
+    """Load a model; ``of_run``: from the run's checkpoint that ``--step`` or ``--best`` choose, if given."""
     if "," in name and not Path(name).exists():
         name, pretrained = name.split(",", 1)
     if Path(name).is_dir():
         pretrained = ""
     step = None
-    if chosen and (args.step is not None or args.best is not None):
+    if of_run and (args.step is not None or args.best is not None):
         step = args.step if args.best is None else best_step(Path(name), args.best)
         pretrained = f"step_{step:08d}"
     tower = load_for_evaluation(name, pretrained, step=step, precision=args.precision, device=device)
-    of_weights = "" if _folder(args) is None else from_first_rank(partial(fingerprint, tower))
-    return Candidate(tower=tower, model=name, pretrained=pretrained, fingerprint=of_weights)
+    digest_of_model = "" if _results_folder(args) is None else from_first_rank(partial(fingerprint, tower))
+    return EvaluatedModel(tower=tower, name=name, pretrained=pretrained, fingerprint=digest_of_model)
 
 
 def _key(
     task: str,
     identities: Sequence[str],
-    candidate: Candidate,
-    teacher: Candidate | None,
+    model: EvaluatedModel,
+    teacher: EvaluatedModel | None,
     lines: Mapping[str, BaselineLine],
 ) -> str:
-    """Digest of everything that a result comes from."""
+    """Digest of everything that determines a result."""
     fitted = {name: asdict(line) for name, line in lines.items()}
-    return digest([FORMAT, task, identities, candidate.fingerprint, teacher and teacher.fingerprint, fitted])
+    return digest([FORMAT, task, identities, model.fingerprint, teacher and teacher.fingerprint, fitted])
 
 
 def _complete(
-    folder: Results,
-    candidate: Candidate,
-    keys: Mapping[Job, str],
-    measure: Callable[[Job], tuple[Record, Details]],
-    settings: Callable[[Job], dict[str, Any]],
+    folder: ResultsFolder,
+    model: EvaluatedModel,
+    keys: Mapping[SetEvaluation, str],
+    measure: Callable[[SetEvaluation], tuple[Record, Details]],
+    settings: Callable[[SetEvaluation], dict[str, Any]],
 ) -> list[tuple[Record, Details]]:
-    """A model's results: those in the folder, without details, and the others, which are measured and kept there."""
+    """A model's results: those in the folder, without details; missing ones are measured and saved there."""
     results: list[tuple[Record, Details]] = []
     try:
-        for job, key in keys.items():
-            place = Place(
-                model=slug(f"{candidate.model} {candidate.pretrained}"),
-                data=slug(shown(job.location)),
-                task=job.task,
+        for evaluation, key in keys.items():
+            name = ResultName(
+                model=slug(f"{model.name} {model.pretrained}"),
+                data=slug(shown(evaluation.location)),
+                task=evaluation.task,
             )
-            kept = from_first_rank(partial(folder.find, place, key))
-            if kept is not None:
-                results.append((kept, {}))
+            saved = from_first_rank(partial(folder.find, name, key))
+            if saved is not None:
+                results.append((saved, {}))
                 continue
-            record, details = measure(job)
+            record, details = measure(evaluation)
             results.append((record, details))
-            from_first_rank(partial(folder.save, place, key, record, details | {"settings": settings(job)}))
+            from_first_rank(partial(folder.save, name, key, record, details | {"settings": settings(evaluation)}))
     finally:
         if rank() == 0:
             folder.write_all()
@@ -200,34 +209,36 @@ def _complete(
 
 
 def _measure(
-    job: Job,
-    candidate: Candidate,
-    student: Examinee,
-    teacher: Examinee | None,
+    evaluation: SetEvaluation,
+    model: EvaluatedModel,
+    evaluator: Evaluator,
+    teacher: Evaluator | None,
     lines: Mapping[str, BaselineLine],
 ) -> tuple[Record, Details]:
-    metrics, details = _examine(job, student, teacher, lines)
-    record = benchmark_record(job.data, metrics, model=candidate.model, pretrained=candidate.pretrained, task=job.task)
-    return record, details
+    data, task = evaluation.data, evaluation.task
+    metrics, details = _run_task(evaluation, evaluator, teacher, lines)
+    return benchmark_record(data, metrics, model=model.name, pretrained=model.pretrained, task=task), details
 
 
-def _examine(
-    job: Job, student: Examinee, teacher: Examinee | None, lines: Mapping[str, BaselineLine]
+def _run_task(
+    evaluation: SetEvaluation, evaluator: Evaluator, teacher: Evaluator | None, lines: Mapping[str, BaselineLine]
 ) -> tuple[Metrics, Details]:
-    if job.task == "linear_probe":
-        return probe(student, job.data, job.others[0], teacher)
-    if job.task == "robustness":
-        return robustness(student, (job.data, *job.others), teacher, lines=lines)
-    return zero_shot(student, job.data, teacher)
+    data, others = evaluation.data, evaluation.others
+    if evaluation.task == "linear_probe":
+        return probe(evaluator, data, others[0], teacher)
+    if evaluation.task == "robustness":
+        return robustness(evaluator, (data, *others), teacher, lines=lines)
+    task = next(task for task in SET_TASKS if task.name == evaluation.task)
+    return task.measure(evaluator, data, teacher)
 
 
-def _settings(args: argparse.Namespace, device: str, job: Job) -> dict[str, Any]:
-    """How a result was made, for its reader."""
+def _settings(args: argparse.Namespace, device: str, evaluation: SetEvaluation) -> dict[str, Any]:
+    """Settings that are saved with a result."""
     return {
-        "data": shown(job.location),
+        "data": shown(evaluation.location),
         "split": args.split,
         "prompts": args.prompts,
-        "templates": job.data.prompts.num_templates,
+        "templates": evaluation.data.prompts.num_templates,
         "teacher": args.teacher,
         "precision": args.precision,
         "batch_size": args.batch_size,
@@ -241,7 +252,7 @@ def _settings(args: argparse.Namespace, device: str, job: Job) -> dict[str, Any]
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str, int, int], None] | None]:
-    """A bar of the set under way, on a terminal."""
+    """Progress bar of the current set, on a terminal; yields its callback, or None."""
     console = Console(stderr=True)
     if rank() > 0 or not console.is_terminal:
         yield None
@@ -257,6 +268,7 @@ def _progress() -> Iterator[Callable[[str, int, int], None] | None]:
 
 
 def _show(args: argparse.Namespace, results: Sequence[tuple[Record, Details]]) -> None:
+    """Print the results, or write them to the file of ``--output``."""
     records = [record for record, _ in results]
     if args.output is None:
         print(json.dumps(records[0] if len(records) == 1 else records, indent=2, allow_nan=False))
@@ -273,19 +285,19 @@ def _show(args: argparse.Namespace, results: Sequence[tuple[Record, Details]]) -
         for row in rows:
             table.add_row(*map(escape, row))
         Console().print(table)
-        old = sum(not details for _, details in results)
-        print(f"{args.output}: {len(results) - old} new results, {old} that were there")
+        saved = sum(not details for _, details in results)
+        print(f"{args.output}: {len(results) - saved} new results, {saved} already there")
     if len(results) == 1:
         _show_gains(results[0][1])
 
 
 def _show_gains(details: Details) -> None:
-    """The classes in which a student gains and loses most against its teacher."""
+    """Print the classes with the student's largest gains and losses against its teacher."""
     classes = [each for each in details.get("classes", ()) if "gain" in each]
-    for what, chosen in (
+    for what, largest in (
         ("gains", [each for each in classes if each["gain"] > 0][:_GAINS_SHOWN]),
         ("losses", [each for each in reversed(classes) if each["gain"] < 0][:_GAINS_SHOWN]),
     ):
-        if chosen:
-            listed = ", ".join(f"{each['name']} {each['gain']:+.0%}" for each in chosen)
+        if largest:
+            listed = ", ".join(f"{each['name']} {each['gain']:+.0%}" for each in largest)
             print(f"largest {what} against the teacher: {listed}", file=sys.stderr)

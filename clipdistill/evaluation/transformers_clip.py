@@ -1,4 +1,4 @@
-"""A CLIP model of transformers as the open_clip model that computes the same."""
+"""Load a CLIP model of transformers as the equivalent open_clip model."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from clipdistill.errors import InputError
 from clipdistill.io.urls import one_line
-from clipdistill.models.towers import Teacher
+from clipdistill.models.towers import FrozenModel
 
 _WEIGHTS = "model.safetensors"
 _ACTIVATIONS: dict[str, dict[str, str]] = {
@@ -22,13 +22,15 @@ _ACTIVATIONS: dict[str, dict[str, str]] = {
     "gelu_pytorch_tanh": {"approximate": "tanh"},
 }
 _INTERPOLATIONS = {2: "bilinear", 3: "bicubic"}
-_BLOCK = {
+BLOCK_MODULES = {
     "layer_norm1": "ln_1",
     "layer_norm2": "ln_2",
+    "self_attn.out_proj": "attn.out_proj",
     "mlp.fc1": "mlp.c_fc",
     "mlp.fc2": "mlp.c_proj",
-    "self_attn.out_proj": "attn.out_proj",
 }
+"""Modules of a transformer block: transformers' name -> open_clip's."""
+
 _TOWERS = {
     "text_model": {
         "encoder.layers": "transformer.resblocks",
@@ -46,15 +48,15 @@ _TOWERS = {
     },
 }
 _TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.txt",), ("*.model",))
-"""Of the kinds of tokenizers that transformers loads, what one needs at least."""
+"""Files that each kind of tokenizer needs at least to be loaded by transformers."""
 _PROJECTIONS = {"visual_projection.weight": "visual.proj", "text_projection.weight": "text_projection"}
 
 
-def load_transformers_clip(folder: Path, *, precision: str = "fp32", device: torch.device | str = "cpu") -> Teacher:
+def load_transformers_clip(folder: Path, *, precision: str = "fp32", device: torch.device | str = "cpu") -> FrozenModel:
     """Load a folder that ``CLIPModel.save_pretrained`` and its processor wrote.
 
     Raises:
-        InputError: another kind of model, one that open_clip cannot express, missing or damaged weights, no tokenizer.
+        InputError: another kind of model, one that open_clip cannot express, damaged weights, or no tokenizer.
     """
     from transformers import CLIPConfig
 
@@ -74,33 +76,33 @@ def load_transformers_clip(folder: Path, *, precision: str = "fp32", device: tor
     set_model_preprocess_cfg(clip, _preprocess_config(folder, config.vision_config.image_size))
     tokenizer = _load_tokenizer(folder, config.text_config.max_position_embeddings)
     model_config["text_cfg"]["hf_tokenizer_name"] = str(folder.resolve())
-    return Teacher(str(folder), clip, model_config, tokenizer, precision=precision).to(device)
+    return FrozenModel(str(folder), clip, model_config, tokenizer, precision=precision).to(device)
 
 
 def _load_tokenizer(folder: Path, context_length: int) -> Any:
-    """The tokenizer beside the model; where its files are missing, transformers would make one without any words."""
-    allowed = "tokenizer.json, or vocab.json and merges.txt, which its processor's save_pretrained writes"
+    """Load the tokenizer beside the model; without its files, transformers would build one with an empty vocabulary."""
+    allowed = "a folder with tokenizer.json, or vocab.json and merges.txt, as the processor's save_pretrained writes"
     if not any(all(any(folder.glob(name)) for name in names) for names in _TOKENIZER_FILES):
-        raise InputError(f"model {folder}: has no tokenizer; allowed: with {allowed}")
+        raise InputError(f"model {folder}: has no tokenizer; allowed: {allowed}")
     try:
         tokenizer = open_clip.tokenizer.HFTokenizer(str(folder), context_length=context_length)
-    except Exception as error:  # the library tokenizers raises Exception itself
+    except Exception as error:  # tokenizers raises bare Exception
         raise InputError(f"model {folder}: its tokenizer cannot be loaded: {one_line(error)[:300]}") from error
     if set(tokenizer.tokenizer.get_vocab()) <= set(tokenizer.tokenizer.all_special_tokens):
-        raise InputError(f"model {folder}: its tokenizer knows no words; allowed: with {allowed}")
+        raise InputError(f"model {folder}: its tokenizer's vocabulary has only special tokens; allowed: {allowed}")
     return tokenizer
 
 
 def _model_config(folder: Path, config: Any) -> dict[str, Any]:
     """open_clip's config of the same architecture."""
     text, vision = config.text_config, config.vision_config
-    allowed = "; allowed: a CLIP model as OpenAI's"
+    allowed = "; allowed: an architecture like OpenAI's CLIP"
     if config.model_type != "clip":
         raise InputError(f"model {folder}: model_type {config.model_type!r}{allowed}")
     activations = {text.hidden_act, vision.hidden_act}
     if not activations <= _ACTIVATIONS.keys() or ("quick_gelu" in activations and len(activations) > 1):
         raise InputError(f"model {folder}: activations {text.hidden_act} and {vision.hidden_act}{allowed}")
-    legacy = text.eos_token_id == 2  # transformers then takes the largest token id for the end of the text
+    legacy = text.eos_token_id == 2  # transformers then pools at the largest token id
     return {
         "embed_dim": config.projection_dim,
         "quick_gelu": "quick_gelu" in activations,
@@ -131,7 +133,7 @@ def _shape(tower: Any) -> dict[str, Any]:
 
 
 def _map_state(state: dict[str, Tensor], *, layers: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors under open_clip's names; those that have none there keep theirs, and will be refused."""
+    """Rename tensors to open_clip's names; unknown ones keep theirs, so that loading rejects them."""
     mapped: dict[str, Tensor] = {}
     for name, tensor in state.items():
         tower, _, rest = name.partition(".")
@@ -140,8 +142,8 @@ def _map_state(state: dict[str, Tensor], *, layers: dict[str, Any]) -> dict[str,
         if name in _PROJECTIONS:
             mapped[_PROJECTIONS[name]] = tensor.T.contiguous()
             continue
-        for theirs, ours in (_TOWERS.get(tower, {}) | (_BLOCK if ".layers." in name else {})).items():
-            rest = rest.replace(theirs, ours)
+        for source, target in (_TOWERS.get(tower, {}) | (BLOCK_MODULES if ".layers." in name else {})).items():
+            rest = rest.replace(source, target)
         mapped[rest if tower in _TOWERS else name] = tensor
     for tower, config in layers.items():
         for number in range(config.num_hidden_layers):
@@ -154,7 +156,7 @@ def _map_state(state: dict[str, Tensor], *, layers: dict[str, Any]) -> dict[str,
 
 
 def _preprocess_config(folder: Path, image_size: int) -> dict[str, Any]:
-    """open_clip's config of the image processor beside the model; CLIP's own where there is none."""
+    """open_clip's preprocessing config from the image processor beside the model; OpenAI's where there is none."""
     from transformers import CLIPImageProcessor
 
     config = PreprocessCfg(size=image_size)
@@ -165,7 +167,7 @@ def _preprocess_config(folder: Path, image_size: int) -> dict[str, Any]:
         if not shortest == crop == image_size or interpolation is None:
             raise InputError(
                 f"model {folder}: images resized to {shortest} ({processor.resample}) and cropped to {crop}; allowed: "
-                f"{image_size}, the size of its input, and bicubic or bilinear resizing"
+                f"both {image_size}, the model's input size, with bicubic or bilinear resizing"
             )
         config = PreprocessCfg(
             size=image_size,

@@ -1,4 +1,4 @@
-"""Ship a model: one folder that open_clip, transformers and onnxruntime load, proved equal, with a card.
+"""Export a model: one folder that open_clip, transformers and onnxruntime load, verified against it, with a card.
 
 ``export_open_clip`` writes open_clip's format alone, as training does; ``clipdistill export`` writes the rest.
 """
@@ -12,7 +12,7 @@ __all__ = ["PARITY_BOUND", "export_open_clip"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import torch and open_clip only when something is exported: ``clipdistill export --help`` needs neither."""
+    """Import torch and open_clip on first use: ``clipdistill export --help`` needs neither."""
     if name in __all__:
         from clipdistill.export import open_clip_format
 

@@ -1,4 +1,4 @@
-"""One folder in every format that a model has, each proved equal to it: what ``clipdistill export`` writes."""
+"""Write a model into one folder in every possible format, each verified against it."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -26,7 +26,7 @@ from clipdistill.export.tokenizer_files import TOKENIZER_FILE, write_tokenizer
 from clipdistill.export.transformers_format import ProcessorParity
 from clipdistill.io.files import write_json, write_text
 from clipdistill.io.machine import describe_machine
-from clipdistill.models.class_embeddings import prompt_bank
+from clipdistill.models.class_embeddings import class_embeddings
 from clipdistill.models.prompts import CLASSNAMES_FILE, TEMPLATE_FILES, PromptSet
 from clipdistill.models.towers import Tower
 
@@ -36,26 +36,26 @@ FORMATS = ("open_clip", "transformers", "onnx")
 PARITY_FILE = "parity.json"
 
 MOST_TEXTS = 64
-"""Class texts that each text tower is asked for; the classifier has them all."""
+"""Class texts at most that the text towers are compared on; the classifier has all classes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Exported:
-    """What was written and measured.
+    """The formats of an export, and their measurements.
 
     Attributes:
         formats: those that the folder holds.
-        left_out: format -> why the folder does not hold it, in words.
-        no_tokenizer: why only open_clip tokenizes for the model, in words; None: ``tokenizer.json`` gives its ids.
-        notes: what a user of the folder must know besides.
-        measured: each artefact against the model.
-        probe: where the images came from, in words.
-        images: how many.
-        texts: how many.
-        classes: among how many top-1 was taken.
-        processor: transformers' pixels against open_clip's, where that format was written.
-        machine: where the times were taken.
-        versions: of the libraries that ran.
+        left_out: format -> reason why it was not written.
+        no_tokenizer: reason why only open_clip tokenizes for the model; None: ``tokenizer.json`` gives its ids.
+        notes: further limitations, for users of the folder.
+        measured: each artefact compared with the model.
+        probe: description of the images' source.
+        images: number of images compared.
+        texts: number of texts compared.
+        classes: number of classes for top-1.
+        processor: transformers' pixels compared with open_clip's, if that format was written.
+        machine: where the times were measured.
+        versions: of the libraries used.
     """
 
     formats: tuple[str, ...]
@@ -72,7 +72,7 @@ class Exported:
     versions: dict[str, str]
 
     def lines(self) -> Iterator[str]:
-        """What a terminal is told: a line an artefact, and a line for what is missing."""
+        """Summary for the terminal: one line per artefact, and one per format that was not written."""
         for each in self.measured:
             times = ", ".join(f"{part} {value:.2f} ms" for part, value in each.milliseconds.items())
             allowed = f"allowed {each.bound:.0e}" if each.bound is not None else "measured only"
@@ -100,23 +100,23 @@ def write_formats(
     bound: float | None = None,
     cache: Path | None = None,
 ) -> Exported:
-    """Write a model into a folder in every format it has, read each back, and compare it with the model.
+    """Write a model into a folder in every possible format, read each back, and compare it with the model.
 
     Args:
         tower: the model, on the CPU; left in eval mode.
-        folder: exists, and is empty.
-        formats: of `FORMATS`, all required; none: all that are possible, and `Exported.left_out` says why not others.
-        prompts: folded into the ONNX classifier, and the classes among which top-1 is compared.
-        data: a data set in CLIP_benchmark's layout whose images are used; None: synthetic pictures.
+        folder: an existing, empty folder.
+        formats: of `FORMATS`, all required; empty: all possible ones, and `Exported.left_out` has why not others.
+        prompts: classes of the ONNX classifier, and those among which top-1 is compared.
+        data: a data set in CLIP_benchmark's layout that provides the images; None: synthetic ones.
         split: of the data set.
-        images: how many.
+        images: number of images to compare.
         half: float16 weights in every file.
-        int8: quantised ONNX files besides.
+        int8: also write quantised ONNX files.
         bound: largest difference of unit-norm features; None: 1e-4, or 1e-2 with ``half``.
         cache: folder for the class features.
 
     Raises:
-        InputError: an unknown format, or one that is required and impossible; features that are not finite.
+        InputError: an unknown format, a required one that is impossible, or features that are not finite.
         ParityError: an artefact differs from the model by more than the bound.
     """
     unknown = [name for name in formats if name not in FORMATS]
@@ -136,7 +136,7 @@ def write_formats(
         probe = synthetic_probe(tower, count=images, prompts=class_texts)
     else:
         probe = real_probe(tower, data, split=split, count=images, prompts=class_texts)
-    bank_CD = prompt_bank(tower, prompts, cache=cache) if prompts else None
+    bank_CD = class_embeddings(tower, prompts, cache=cache) if prompts else None
     reference = reference_of(tower, probe, bank_CD=bank_CD)
 
     no_tokenizer = write_tokenizer(tower, folder, probe.texts)

@@ -1,5 +1,6 @@
-"""The model card: ``README.md`` and ``.eval_results/*.yaml``, filled from the run and from what was measured."""
+"""The model card: ``README.md`` and ``.eval_results/*.yaml``, from the run and the export's measurements."""
 
+import contextlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -24,115 +25,36 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from clipdistill import __version__
 from clipdistill.errors import InputError
-from clipdistill.evaluation.benchmark_format import TASKS, main_metric
+from clipdistill.evaluation.benchmark_format import main_metric
+from clipdistill.evaluation.tasks import ZeroShotClassification, ZeroShotRetrieval
 from clipdistill.export.build import Exported
 from clipdistill.io.files import write_text
 from clipdistill.io.jsonl import read_jsonl
+from clipdistill.io.run_files import CONFIG_FILE, METRICS_FILE, STUDENT_FOLDER, SUMMARY_FILE
+from clipdistill.losses import Loss, Paper, Term
 from clipdistill.models.prompts import PromptSet, load_prompts
 from clipdistill.models.towers import Tower
+from clipdistill.settings import validate
 
 CARD_FILE = "README.md"
 RESULTS_FOLDER = ".eval_results"
 UNKNOWN = "unknown"
 
 _TASK_TYPES = {
-    TASKS["classification"]: "zero-shot-image-classification",
-    TASKS["retrieval"]: "image-text-retrieval",
+    ZeroShotClassification.name: "zero-shot-image-classification",
+    ZeroShotRetrieval.name: "image-text-retrieval",
 }
-"""A record's task -> its type in the metadata; the Hub's own list of tasks has no retrieval of images and texts."""
+"""A record's task -> its type in the metadata; the Hub's own task list has no image-text retrieval."""
 
 _SHOWN_TEMPLATES = 3
-_DEFAULTS = {"alpha": 1.0, "beta": 1.0, "gamma": 1.0, "temperature": 1.0, "weight_temperature": 1.0}
-_SETTINGS = (*_DEFAULTS, "class_prior", "kind", "warmup_epochs")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Paper:
-    """A publication that a card cites."""
-
-    key: str
-    title: str
-    author: str
-    year: int
-    arxiv: str
-
-
-_PAPERS = {
-    "gkl": (
-        Paper(
-            key="cui2025gkl",
-            title="Generalized Kullback-Leibler Divergence Loss",
-            author="Cui, Jiequan and Zhu, Beier and Xu, Qingshan and Tian, Zhuotao and Qi, Xiaojuan and Yu, Bei and "
-            "Zhang, Hanwang and Hong, Richang",
-            year=2025,
-            arxiv="2503.08038",
-        ),
-        Paper(
-            key="cui2024dkl",
-            title="Decoupled Kullback-Leibler Divergence Loss",
-            author="Cui, Jiequan and Tian, Zhuotao and Zhong, Zhisheng and Qi, Xiaojuan and Yu, Bei and Zhang, Hanwang",
-            year=2023,
-            arxiv="2305.13948",
-        ),
-    ),
-    "kl": (
-        Paper(
-            key="hinton2015distilling",
-            title="Distilling the Knowledge in a Neural Network",
-            author="Hinton, Geoffrey and Vinyals, Oriol and Dean, Jeff",
-            year=2015,
-            arxiv="1503.02531",
-        ),
-    ),
-    "dkd": (
-        Paper(
-            key="zhao2022dkd",
-            title="Decoupled Knowledge Distillation",
-            author="Zhao, Borui and Cui, Quan and Song, Renjie and Qiu, Yiyu and Liang, Jiajun",
-            year=2022,
-            arxiv="2203.08679",
-        ),
-    ),
-    "dist": (
-        Paper(
-            key="huang2022dist",
-            title="Knowledge Distillation from A Stronger Teacher",
-            author="Huang, Tao and You, Shan and Wang, Fei and Qian, Chen and Xu, Chang",
-            year=2022,
-            arxiv="2205.10536",
-        ),
-    ),
-    "feature": (
-        Paper(
-            key="yang2023clipkd",
-            title="CLIP-KD: An Empirical Study of CLIP Model Distillation",
-            author="Yang, Chuanguang and An, Zhulin and Huang, Libo and Bi, Junyu and Yu, Xinqiang and Yang, Han and "
-            "Diao, Boyu and Xu, Yongjun",
-            year=2023,
-            arxiv="2307.12732",
-        ),
-    ),
-    "clip": (
-        Paper(
-            key="radford2021clip",
-            title="Learning Transferable Visual Models From Natural Language Supervision",
-            author="Radford, Alec and Kim, Jong Wook and Hallacy, Chris and Ramesh, Aditya and Goh, Gabriel and "
-            "Agarwal, Sandhini and Sastry, Girish and Askell, Amanda and Mishkin, Pamela and Clark, Jack and "
-            "Krueger, Gretchen and Sutskever, Ilya",
-            year=2021,
-            arxiv="2103.00020",
-        ),
-    ),
-}
-"""What the terms of an objective come from."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
-    """What is known of how a model was trained; everything may be missing.
+class TrainedRun:
+    """A model's training, as far as known; everything may be missing.
 
     Attributes:
-        name: of the run's folder, or of the model where there is no run.
+        name: of the run's folder, or of the model if there is no run.
         config: the resolved config.
         summary: ``summary.json``.
         records: of ``metrics.jsonl``.
@@ -145,57 +67,47 @@ class Run:
 
     @property
     def evaluations(self) -> list[dict[str, Any]]:
-        """CLIP_benchmark's records of the final model; of an older run, what its log has last."""
-        if "evaluations" in self.summary:
-            return list(self.summary["evaluations"])
-        logged = (record for record in reversed(self.records) if any(key.startswith("evaluation/") for key in record))
-        last: Mapping[str, Any] = next(logged, {})
-        sets: dict[str, dict[str, Any]] = {}
-        for key, value in last.items():
-            match = re.fullmatch(r"evaluation/(.+)/([^/]+)", key)
-            if match:
-                sets.setdefault(match[1], {})[match[2]] = value
-        return [
-            {
-                "dataset": name,
-                "task": TASKS["retrieval" if "mean_recall@1" in metrics else "classification"],
-                "metrics": metrics,
-            }
-            for name, metrics in sets.items()
-        ]
+        """CLIP_benchmark's records of the final model."""
+        return list(self.summary.get("evaluations", ()))
 
     @property
-    def losses(self) -> Mapping[str, Any]:
+    def terms(self) -> list[Loss]:
+        """The terms of the objective with a weight above 0."""
+        terms = [validate(Term, term, at=f"objective.{n}") for n, term in enumerate(self.config.get("objective") or [])]
+        return [term for term in terms if term.weight > 0]
+
+    @property
+    def last_record(self) -> Mapping[str, Any]:
         """The last record of the training log."""
         return next((record for record in reversed(self.records) if "loss" in record), {})
 
 
-def read_run(checkpoint: str) -> Run:
-    """What lies beside a checkpoint: in the folder itself, or in the run's whose ``student/`` it is."""
+def read_run(checkpoint: str) -> TrainedRun:
+    """Read config, summary and metrics beside a checkpoint: in its folder, or in the run's if it is a ``student/``."""
     folder = Path(checkpoint)
-    candidates = [folder, *([folder.parent] if folder.name == "student" else [])]
-    found = next((path for path in candidates if (path / "config.yaml").is_file()), None)
+    candidates = [folder, *([folder.parent] if folder.name == STUDENT_FOLDER else [])]
+    found = next((path for path in candidates if (path / CONFIG_FILE).is_file()), None)
     name = folder.resolve().name if folder.is_dir() else checkpoint.rstrip("/").rsplit("/", 1)[-1]
     if found is None:
-        return Run(name=name)
+        return TrainedRun(name=name)
     try:
-        config = yaml.safe_load((found / "config.yaml").read_text(encoding="utf-8"))
-        summary_file = found / "summary.json"
+        config = yaml.safe_load((found / CONFIG_FILE).read_text(encoding="utf-8"))
+        summary_file = found / SUMMARY_FILE
         summary = json.loads(summary_file.read_text(encoding="utf-8")) if summary_file.is_file() else {}
     except (ValueError, yaml.YAMLError) as error:
         detail = " ".join(str(error).split())
         raise InputError(f"checkpoint {checkpoint}: config.yaml or summary.json is damaged: {detail}") from error
-    return Run(
+    return TrainedRun(
         name=found.resolve().name,
         config=config if isinstance(config, dict) else {},
         summary=summary,
-        records=read_jsonl(found / "metrics.jsonl"),
+        records=read_jsonl(found / METRICS_FILE),
     )
 
 
 @dataclass(frozen=True, kw_only=True)
-class Statement:
-    """What only the user knows.
+class UserMetadata:
+    """Card metadata that only the user knows.
 
     Attributes:
         license: of the exported weights, as the Hub writes it.
@@ -213,7 +125,7 @@ class Statement:
 
 
 def check_repo_id(what: str, repo_id: str) -> None:
-    """Raise ``InputError`` unless a name is a whole repo id of the Hub."""
+    """Raise ``InputError`` unless a name is a complete repo id of the Hub."""
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
@@ -226,9 +138,9 @@ def write_card(
     folder: Path,
     tower: Tower,
     exported: Exported,
-    run: Run,
+    run: TrainedRun,
     *,
-    statement: Statement | None = None,
+    user_metadata: UserMetadata | None = None,
     prompts: PromptSet | None = None,
     half: bool = False,
     repo_id: str | None = None,
@@ -238,19 +150,20 @@ def write_card(
     Args:
         folder: holds the export.
         tower: the model.
-        exported: what was written and measured.
+        exported: formats and measurements.
         run: how it was trained.
-        statement: what only the user knows.
+        user_metadata: given by the user.
         prompts: classes and templates of the classifier, and of the examples.
         half: whether the weights are in float16.
-        repo_id: where it will be on the Hub; None: the examples load from the folder itself.
+        repo_id: future repo on the Hub; None: the examples load from the folder itself.
     """
-    statement = statement or Statement()
+    user_metadata = user_metadata or UserMetadata()
     name = repo_id.partition("/")[2] if repo_id else run.name
     teachers = [_teacher(teacher) for teacher in run.config.get("teachers") or []]
     records = run.evaluations
     sets = [_evaluated(record, run.config) for record in records]
-    entries = {item["dataset"]: _entries(record, item, statement) for record, item in zip(records, sets, strict=True)}
+    pairs = zip(records, sets, strict=True)
+    entries = {item["dataset"]: _leaderboard_entry(record, item, user_metadata) for record, item in pairs}
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         undefined=StrictUndefined,
@@ -266,19 +179,19 @@ def write_card(
         model=_model(tower),
         half=half,
         teachers=teachers,
-        statement=statement,
+        user_metadata=user_metadata,
         data=_data(run.config),
         prompts=prompts,
-        objective=[_term(term) for term in run.config.get("objective") or [] if term.get("weight", 1.0) > 0],
+        objective=[_term(term) for term in run.terms],
         settings=_settings(run),
-        losses={k: v for k, v in run.losses.items() if k.startswith("loss") and isinstance(v, int | float)},
+        losses={k: v for k, v in run.last_record.items() if k.startswith("loss") and isinstance(v, int | float)},
         sets=sets,
         exported=exported,
         examples=_examples(tower, prompts, repo_id),
-        papers=_papers(run.config),
+        papers=_papers(run.terms),
         unknown=UNKNOWN,
     )
-    metadata = _metadata(name, statement, teachers, sets, exported)
+    metadata = _metadata(name, user_metadata, teachers, sets, exported)
     write_text(folder / CARD_FILE, str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}")))
     for dataset, entry in entries.items():
         if entry:
@@ -293,7 +206,7 @@ def _time(milliseconds: Mapping[str, float], *parts: str) -> str:
 
 def _metadata(
     name: str,
-    statement: Statement,
+    user_metadata: UserMetadata,
     teachers: Sequence[Mapping[str, Any]],
     sets: Sequence[Mapping[str, Any]],
     exported: Exported,
@@ -302,7 +215,7 @@ def _metadata(
         EvalResult(
             task_type=item["task_type"],
             task_name=item["task"],
-            dataset_type=statement.benchmarks.get(item["dataset"], item["dataset"]).partition(":")[0],
+            dataset_type=user_metadata.benchmarks.get(item["dataset"], item["dataset"]).partition(":")[0],
             dataset_name=item["dataset"],
             metric_type="accuracy" if metric.startswith("acc") else metric,
             metric_name=metric,
@@ -315,9 +228,9 @@ def _metadata(
     return ModelCardData(
         library_name="open_clip",
         pipeline_tag="zero-shot-image-classification",
-        license=statement.license,
+        license=user_metadata.license,
         base_model=list(bases) or None,
-        datasets=list(statement.datasets) or None,
+        datasets=list(user_metadata.datasets) or None,
         tags=[
             "clip",
             "clipdistill",
@@ -329,9 +242,11 @@ def _metadata(
     )
 
 
-def _entries(record: Mapping[str, Any], item: Mapping[str, Any], statement: Statement) -> EvalResultEntry | None:
-    """A set's result as the benchmark's leaderboard reads it, where the user has named the benchmark."""
-    benchmark = statement.benchmarks.get(item["dataset"])
+def _leaderboard_entry(
+    record: Mapping[str, Any], item: Mapping[str, Any], user_metadata: UserMetadata
+) -> EvalResultEntry | None:
+    """A set's result in the format of the benchmark's leaderboard; None unless the user has named the benchmark."""
+    benchmark = user_metadata.benchmarks.get(item["dataset"])
     if benchmark is None:
         return None
     dataset_id, _, task_id = benchmark.partition(":")
@@ -341,7 +256,7 @@ def _entries(record: Mapping[str, Any], item: Mapping[str, Any], statement: Stat
 
 
 def _teacher(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A teacher's public name, its repo on the Hub, and its licence where either can be known."""
+    """A teacher's public name and share, with its Hub repo and licence if known."""
     model, pretrained = config["model"], config.get("pretrained") or ""
     schema, _, rest = model.partition(":")
     hub_id, card = None, None
@@ -409,31 +324,24 @@ def _data(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _public(path: str) -> str:
-    """A path or URL as others may see it: no home folder, no user, no signature."""
+    """A path or URL without private parts: the last two names of a path, no user, no signature."""
     if "://" in path:
         parts = urlsplit(path)
         return f"{parts.scheme}://{parts.hostname or ''}{parts.path}"
     return "/".join(Path(path).parts[-2:])
 
 
-def _term(term: Mapping[str, Any]) -> dict[str, Any]:
-    settings = {key: term[key] for key in _SETTINGS if key in term and term[key] != _DEFAULTS.get(key, term[key])}
-    if term.get("class_prior"):
-        settings["class_prior"] = True
-    if term["loss"] == "feature":
-        settings["kind"] = term.get("kind", "cosine")
-    if term.get("warmup_epochs"):
-        settings["warmup_epochs"] = term["warmup_epochs"]
+def _term(term: Loss) -> dict[str, Any]:
     return {
-        "loss": term["loss"],
-        "over": term.get("over", ""),
-        "weight": term.get("weight", 1.0),
-        "settings": ", ".join(f"{key} {value}" for key, value in settings.items()),
+        "loss": term.loss,
+        "over": term.over,
+        "weight": term.weight,
+        "settings": ", ".join(f"{key} {value}" for key, value in term.notable_settings.items()),
     }
 
 
-def _settings(run: Run) -> dict[str, Any]:
-    """Rows of the table of settings, of a run that has a config."""
+def _settings(run: TrainedRun) -> dict[str, Any]:
+    """Rows of the settings table; empty without a config."""
     if not run.config:
         return {}
     config = run.config
@@ -445,7 +353,7 @@ def _settings(run: Run) -> dict[str, Any]:
     speeds = [r["samples_per_second"] for r in run.records if "samples_per_second" in r]
     rows = {
         "student": f"{_public(str(student.get('model', UNKNOWN)))}, from {start}, text tower: {student.get('text')}",
-        "steps": run.summary.get("steps") or run.losses.get("step") or UNKNOWN,
+        "steps": run.summary.get("steps") or run.last_record.get("step") or UNKNOWN,
         "batch": f"{(config.get('data') or {}).get('batch_size')} a process x {training.get('accumulate', 1)}",
         "AdamW": f"rate {rate}; weight decay {optimizer.get('weight_decay')}, betas {optimizer.get('betas')}",
         "precision": training.get("precision"),
@@ -461,16 +369,14 @@ def _settings(run: Run) -> dict[str, Any]:
 
 
 def _evaluated(record: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """A data set's metrics, and the prompts behind them where its folder is still there."""
+    """A data set's metrics, and a description of its prompts if its folder still exists."""
     metrics = {k: v for k, v in record["metrics"].items() if isinstance(v, int | float) and not isinstance(v, bool)}
     folders = (config.get("evaluation") or {}).get("folders") or []
     folder = next((path for path in folders if Path(path).name == record["dataset"] and Path(path).is_dir()), None)
     prompts = ""
     if folder is not None:
-        try:
-            prompts = _prompts_in_words(load_prompts(Path(folder), allow_duplicates=True))
-        except InputError:
-            prompts = ""
+        with contextlib.suppress(InputError):
+            prompts = _describe_prompts(load_prompts(Path(folder), allow_duplicates=True))
     return {
         "dataset": record["dataset"],
         "task": record["task"].replace("zeroshot", "zero-shot").replace("_", " "),
@@ -480,7 +386,7 @@ def _evaluated(record: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str
     }
 
 
-def _prompts_in_words(prompts: PromptSet) -> str:
+def _describe_prompts(prompts: PromptSet) -> str:
     shown = ", ".join(f'"{template}"' for template in prompts.templates[:_SHOWN_TEMPLATES])
     more = prompts.num_templates - _SHOWN_TEMPLATES
     return f"{prompts.num_classes} classes, {shown}" + (f" and {more} more templates" if more > 0 else "")
@@ -499,6 +405,5 @@ def _examples(tower: Tower, prompts: PromptSet | None, repo_id: str | None) -> d
     }
 
 
-def _papers(config: Mapping[str, Any]) -> list[Paper]:
-    losses = [term["loss"] for term in config.get("objective") or [] if term.get("weight", 1.0) > 0]
-    return [paper for loss in dict.fromkeys(losses) for paper in _PAPERS.get(loss, ())]
+def _papers(terms: Sequence[Loss]) -> list[Paper]:
+    return list(dict.fromkeys(paper for term in terms for paper in term.papers))

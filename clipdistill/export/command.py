@@ -1,4 +1,4 @@
-"""``clipdistill export``: its arguments, and what it does in which order."""
+"""``clipdistill export``: its arguments, and the steps of an export."""
 
 import argparse
 from pathlib import Path
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="FORMAT",
-        help=f"of {_FORMATS}; each must be possible (default: all that are, and why not the others)",
+        help=f"of {_FORMATS}; each must be possible (default: all possible ones; the reasons for others are printed)",
     )
     parser.add_argument(
         "--prompts",
@@ -41,15 +41,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="accept a class list that names a class twice (published ImageNet lists do)",
     )
     parser.add_argument("--half", action="store_true", help="float16 weights in every file: half the size")
-    parser.add_argument("--int8", action="store_true", help="dynamically quantised ONNX files besides")
-    checks = parser.add_argument_group("the check against the model")
+    parser.add_argument("--int8", action="store_true", help="also write dynamically quantised ONNX files")
+    checks = parser.add_argument_group("verification against the model")
     checks.add_argument(
         "--data",
         metavar="FOLDER",
         help="use images of this data set in CLIP_benchmark's layout (default: synthetic ones)",
     )
     checks.add_argument("--split", default="test", help="of the data set (default: %(default)s)")
-    checks.add_argument("--images", type=positive, default=64, help="how many (default: %(default)s)")
+    checks.add_argument("--images", type=positive, default=64, help="number of images (default: %(default)s)")
     checks.add_argument(
         "--parity-bound",
         type=float,
@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="SET=OWNER/NAME[:TASK]",
-        help="the Hub's benchmark that an evaluation set of the run is: its result goes to .eval_results/ (repeatable)",
+        help="the Hub benchmark of an evaluation set of the run; its result goes to .eval_results/ (repeatable)",
     )
     hub = parser.add_argument_group("the Hugging Face Hub (token: HF_TOKEN, or `hf auth login`)")
     hub.add_argument("--push-to-hub", metavar="OWNER/NAME", help="push the export, in one commit")
@@ -81,33 +81,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Check, write, compare, describe, push.
+    """Check the arguments, write and verify the export, write its card, push it.
 
     Raises:
-        InputError: whatever is wrong with the arguments, the checkpoint or the token; nothing is written.
-        RunError: a file differs from the model (nothing is left behind), a full disk, or a push that failed.
+        InputError: bad arguments, checkpoint or token; nothing is written.
+        RunError: a file differs from the model (nothing is left behind), the disk is full, or the push failed.
     """
     import transformers
 
     from clipdistill.errors import InputError
     from clipdistill.evaluation import load_for_evaluation
     from clipdistill.export.build import write_formats
-    from clipdistill.export.card import Statement, check_repo_id, read_run, write_card
+    from clipdistill.export.card import UserMetadata, check_repo_id, read_run, write_card
     from clipdistill.export.hub import check_token, push
     from clipdistill.io.files import new_folder, writing
 
     if args.output.exists():
         raise InputError(f"--output {args.output}: exists; allowed: a new folder")
     if args.private and not args.push_to_hub:
-        raise InputError("--private: without --push-to-hub; allowed: with it")
-    statement = Statement(license=args.license, datasets=args.datasets, benchmarks=_benchmarks(args.benchmark))
+        raise InputError("--private: given without --push-to-hub; allowed: only together with --push-to-hub")
+    user_metadata = UserMetadata(license=args.license, datasets=args.datasets, benchmarks=_benchmarks(args.benchmark))
     if args.push_to_hub:
         check_repo_id("--push-to-hub", args.push_to_hub)
         check_token(args.push_to_hub)
 
     transformers.utils.logging.disable_progress_bar()
-    facts = read_run(args.checkpoint)
-    prompts = _prompts(args.prompts, facts.config.get("prompts"), allow_duplicates=args.allow_duplicate_classes)
+    trained_run = read_run(args.checkpoint)
+    prompts = _prompts(args.prompts, trained_run.config.get("prompts"), allow_duplicates=args.allow_duplicate_classes)
     tower = load_for_evaluation(args.checkpoint, args.pretrained)
     with writing(f"export {args.output}", args.output), new_folder(args.output) as folder:
         exported = write_formats(
@@ -127,8 +127,8 @@ def run(args: argparse.Namespace) -> None:
             folder,
             tower,
             exported,
-            facts,
-            statement=statement,
+            trained_run,
+            user_metadata=user_metadata,
             prompts=prompts,
             half=args.half,
             repo_id=args.push_to_hub,
@@ -141,7 +141,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _prompts(chosen: str | None, of_run: str | None, *, allow_duplicates: bool) -> "PromptSet | None":
-    """The prompt set that was asked for; else the run's, if it is still where it was."""
+    """The prompt set chosen by the user; else the run's, if it still exists."""
     from clipdistill.errors import InputError
     from clipdistill.models.prompts import load_prompts
 
@@ -152,7 +152,7 @@ def _prompts(chosen: str | None, of_run: str | None, *, allow_duplicates: bool) 
     try:
         return load_prompts(of_run, allow_duplicates=allow_duplicates)
     except InputError as error:
-        print(f"without the run's prompt set: {error}")
+        print(f"the run's prompt set is left out: {error}")
         return None
 
 
@@ -163,6 +163,6 @@ def _benchmarks(arguments: list[str]) -> dict[str, str]:
     for argument in arguments:
         name, equals, benchmark = argument.partition("=")
         if not (name and equals and benchmark):
-            raise InputError(f"--benchmark {argument}: not SET=OWNER/NAME; allowed: such as icons=OWNER/icons:default")
+            raise InputError(f"--benchmark {argument}: not SET=OWNER/NAME; allowed: e.g. icons=OWNER/icons:default")
         benchmarks[name] = benchmark
     return benchmarks

@@ -1,7 +1,7 @@
-"""The push: one commit to a model repo of the Hugging Face Hub, made again until it is there, never half of it.
+"""Push an export to a model repo of the Hugging Face Hub: one atomic commit, retried until it succeeds.
 
-Weights go to the Hub's large file storage first, and are seen by nobody until the commit that names them. An attempt
-that was cut off begins anew: what has arrived already is not sent again, and a commit that had gone through is found.
+Weights go to the Hub's large file storage first, and become visible with the commit that refers to them. A retry does
+not upload again what has arrived, and recognises a commit that went through.
 
 The token comes from the environment (``HF_TOKEN``) or from the file that ``hf auth login`` writes.
 """
@@ -19,28 +19,28 @@ from clipdistill.io.retries import Retries, may_pass, status_of
 log = logging.getLogger(__name__)
 
 RETRIES = Retries(attempts=6, first_wait=1.0, seconds=600.0)
-"""Of the push as a whole; the Hub's client repeats single uploads besides."""
+"""Retries of the whole push; the Hub's client also retries single uploads."""
 
 _OWN_SUFFIXES = (".onnx", ".safetensors")
-_ALLOWED = "a token that may write, in HF_TOKEN or from `hf auth login`"
+_ALLOWED = "a token with write access, in HF_TOKEN or from `hf auth login`"
 
 
 class PushError(RunError):
-    """The Hub could not be reached, or would not take the model."""
+    """The Hub could not be reached, or rejected the push."""
 
 
 def check_token(repo_id: str) -> None:
-    """Find out before any work is done that there is no token, or one that the Hub does not know.
+    """Check the token before any work is done; passes if the Hub cannot be reached.
 
     Raises:
-        InputError: in one line.
+        InputError: no token, one that the Hub does not know, or HF_HUB_OFFLINE is set.
     """
     if not get_token():
         raise InputError(f"--push-to-hub {repo_id}: no token; allowed: {_ALLOWED}")
     try:
         HfApi().whoami()
     except OfflineModeIsEnabled as error:
-        raise InputError(f"--push-to-hub {repo_id}: HF_HUB_OFFLINE is set; allowed: without it") from error
+        raise InputError(f"--push-to-hub {repo_id}: HF_HUB_OFFLINE is set; allowed: HF_HUB_OFFLINE unset") from error
     except Exception as error:
         if status_of(error) == 401:
             raise InputError(
@@ -50,46 +50,47 @@ def check_token(repo_id: str) -> None:
 
 
 def push(folder: Path, repo_id: str, *, private: bool = False, retries: Retries = RETRIES) -> str:
-    """Push an export in one commit; the repo is created where there is none.
+    """Push an export in one commit; the repo is created if it does not exist.
 
-    Weights and ONNX files of an earlier export that this one does not have are removed by the same commit.
+    The commit also removes weights and ONNX files of an earlier export that this one does not have.
 
     Args:
         folder: the export.
         repo_id: OWNER/NAME.
-        private: create the repo as a private one; one that exists must be private.
-        retries: how often and how long.
+        private: create the repo as private; an existing one must be private.
+        retries: number and duration of retries.
 
     Returns:
         The commit's address.
 
     Raises:
-        InputError: the token is missing, unknown or may not write there; or the repo is not private.
-        PushError: whatever else the Hub answered last.
+        InputError: the token is missing, unknown or lacks write access, the Hub rejects the card, or the repo is not
+            private.
+        PushError: any other failure, after the last retry.
     """
     try:
         return retries.run(
             lambda: _commit(folder, repo_id, private=private),
-            lambda error, what: log.warning("push to %s: %s: %s", repo_id, _in_words(error), what),
+            lambda error, what: log.warning("push to %s: %s: %s", repo_id, _describe(error), what),
         )
     except InputError:
         raise
     except Exception as error:
         if str(error).startswith("Invalid metadata"):
-            raise InputError(f"--push-to-hub {repo_id}: the Hub refuses the card: {_in_words(error)}") from error
+            raise InputError(f"--push-to-hub {repo_id}: the Hub refuses the card: {_describe(error)}") from error
         status = status_of(error)
         if status in (401, 403):
             refused = "does not know the token" if status == 401 else "does not let this token write there"
             raise InputError(f"--push-to-hub {repo_id}: the Hub {refused}; allowed: {_ALLOWED}") from error
         attempts = f" after {retries.attempts} attempts" if may_pass(error) else ""
         raise PushError(
-            f"--push-to-hub {repo_id}: not pushed{attempts}: {_in_words(error)}; the export in {folder} is whole, "
-            f"`hf upload {repo_id} {folder}` sends it"
+            f"--push-to-hub {repo_id}: not pushed{attempts}: {_describe(error)}; the export in {folder} is complete, "
+            f"`hf upload {repo_id} {folder}` uploads it"
         ) from error
 
 
 def _commit(folder: Path, repo_id: str, *, private: bool) -> str:
-    """One attempt, with operations of its own: they learn from the Hub what is there already."""
+    """One attempt; returns the commit's URL. Each needs new operations, as these cache what the Hub already has."""
     api = HfApi()
     api.create_repo(repo_id, private=private or None, exist_ok=True)
     if private and not api.model_info(repo_id).private:
@@ -102,12 +103,12 @@ def _commit(folder: Path, repo_id: str, *, private: bool) -> str:
     ]
     try:
         return api.create_commit(repo_id, operations, commit_message="Export with clipdistill").commit_url
-    except JSONDecodeError:  # of a proxy's page where the client looks for the Hub's opinion of the card
-        raise ConnectionError("an answer that is not the Hub's") from None
+    except JSONDecodeError:  # a proxy's page in place of the Hub's answer to the card validation
+        raise ConnectionError("the answer is not the Hub's") from None
 
 
-def _in_words(error: BaseException) -> str:
-    """What went wrong in one line: the server's own words where it had any."""
+def _describe(error: BaseException) -> str:
+    """One-line description of an error, with the server's own message if there is one."""
     if isinstance(error, HfHubHTTPError):
         status = f"HTTP {error.response.status_code}"
         return f"{status}: {' '.join(error.server_message.split())}" if error.server_message else status

@@ -1,4 +1,4 @@
-"""ONNX: what onnxruntime runs on a server, a phone, or in a browser (onnxruntime-web).
+"""ONNX files, for onnxruntime on servers and phones, and onnxruntime-web in browsers.
 
 ``image.onnx``       pixel_values float32 (batch, 3, H, W), normalised -> image_embeds (batch, D), unit norm
 ``text.onnx``        input_ids int64 (batch, L), padded to the context -> text_embeds (batch, D), unit norm
@@ -32,29 +32,29 @@ from clipdistill.models.prompts import PromptSet
 from clipdistill.models.towers import Tower
 
 OPSET = 18
-"""Of the default domain; onnxruntime and onnxruntime-web know it since 1.14."""
+"""Of the default domain; supported by onnxruntime and onnxruntime-web since 1.14."""
 
 IMAGE_FILE = "image.onnx"
 TEXT_FILE = "text.onnx"
 CLASSIFIER_FILE = "classifier.onnx"
 
 LARGEST = 2**31
-"""Bytes of float32 weights that one file can hold (a protocol buffer's limit)."""
+"""Size limit of one file, in bytes of float32 weights (that of protocol buffers)."""
 
 _PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 _QUANTISED: tuple[dict[str, Any], ...] = (
     {"op_types_to_quantize": ["Conv"], "weight_type": "QUInt8", "per_channel": False},
     {"op_types_to_quantize": ["MatMul", "Gemm", "Gather"], "weight_type": "QInt8", "per_channel": True},
 )
-"""Passes of the quantiser: convolutions by signed weights are unknown to onnxruntime before 1.24, and matrix products
-by unsigned ones take twice as long."""
+"""Passes of the quantiser: onnxruntime before 1.24 has no convolution with signed weights, and matrix products with
+unsigned weights take twice as long."""
 
 
 def require_onnx() -> None:
     """Raise ``InputError`` unless the packages of the extra ``onnx`` are installed."""
     missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise InputError(f"{', '.join(missing)}: not installed; allowed: after pip install 'clipdistill[onnx]'")
+        raise InputError(f"{', '.join(missing)}: not installed; allowed: pip install 'clipdistill[onnx]'")
 
 
 class _ImageTower(nn.Module):
@@ -95,23 +95,21 @@ def write_onnx(
     half: bool = False,
     int8: bool = False,
 ) -> list[Path]:
-    """Write the ONNX files of a tower that is on the CPU and in eval mode.
+    """Write the ONNX files of a tower on the CPU and in eval mode.
 
     Args:
-        tower: what to ship.
+        tower: the model.
         folder: receives the files.
         prompts: classes and templates of the classifier; None: no classifier.
         bank_CD: the tower's class features of these prompts.
-        half: store weights in float16; they are cast back when the file is loaded, and computed with in float32.
-        int8: write ``*.int8.onnx`` beside each file, dynamically quantised: int8 weights, and activations that are
-            quantised as they come.
+        half: store weights in float16; they are cast to float32 when the file is loaded.
+        int8: also write ``*.int8.onnx`` for each file: int8 weights, and activations quantised dynamically.
 
     Returns:
-        The files, the quantised ones last.
+        The files, quantised ones last.
 
     Raises:
-        InputError: the packages are not installed, the model is larger than a file can be, or torch cannot translate
-            it.
+        InputError: the packages are not installed, the model exceeds the size limit, or torch cannot export it.
     """
     require_onnx()
     size = 4 * sum(parameter.numel() for parameter in tower.clip.parameters())
@@ -134,9 +132,9 @@ def write_onnx(
         }
         programs.append((CLASSIFIER_FILE, classifier, classes))
     paths = []
-    for name, program, more in programs:
+    for name, program, extra in programs:
         path = folder / name
-        values = {key: json.dumps(value) for key, value in (metadata | more).items()}
+        values = {key: json.dumps(value) for key, value in (metadata | extra).items()}
         program.model.metadata_props.update(values)
         program.save(path)
         paths.append(path)
@@ -150,12 +148,12 @@ def write_onnx(
 
 
 def load_onnx(path: Path, tower: Tower, *, tokenizer_file: Path | None = None) -> Runnable:
-    """A written file as onnxruntime reads it.
+    """Load a written file with onnxruntime.
 
     Args:
         path: the file.
-        tower: tokenizes where there is no ``tokenizer_file``.
-        tokenizer_file: a ``tokenizer.json`` that gives the tower's ids; one beside the file need not.
+        tower: tokenizes if there is no ``tokenizer_file``.
+        tokenizer_file: a ``tokenizer.json`` known to give the tower's ids.
     """
     import onnxruntime  # type: ignore[import-untyped]
 
@@ -214,11 +212,11 @@ def _export(module: nn.Module, example: Tensor, input_name: str, output_name: st
     except torch.onnx.OnnxExporterError as error:
         cause = error.__cause__ or error
         detail = next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
-        raise InputError(f"torch cannot translate what gives {output_name}: {detail.strip()[:200]}") from error
+        raise InputError(f"torch cannot export the graph of {output_name}: {detail.strip()[:200]}") from error
 
 
 def _store_as_half(path: Path) -> None:
-    """Keep float32 initializers in float16, each with a cast back to float32, which runtimes fold when they load."""
+    """Store float32 initializers in float16, each with a cast to float32, which runtimes fold at load time."""
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
@@ -243,7 +241,7 @@ def _quantise(path: Path) -> Path:
     target = path.with_suffix(".int8.onnx")
     model = onnx.load(path)
     for settings in _QUANTISED:
-        del model.graph.value_info[:]  # the quantiser transposes weights, and older ones keep the shapes they had
+        del model.graph.value_info[:]  # older quantisers transpose weights without updating their shapes
         with _quiet():
             quantize_dynamic(model, target, **settings | {"weight_type": QuantType[settings["weight_type"]]})
         model = onnx.load(target)
@@ -258,7 +256,7 @@ def _check(path: Path) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporters' progress and their warnings about what they leave as it is."""
+    """Suppress the progress output and warnings of exporter and quantiser."""
     logging.disable(logging.WARNING)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -22,7 +22,8 @@ from clipdistill.export.parity import (
     text_features,
 )
 from clipdistill.io.files import new_folder, write_json
-from clipdistill.models.towers import Tower, load_teacher
+from clipdistill.models.loading import load_frozen_model
+from clipdistill.models.towers import Tower
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"
@@ -32,15 +33,15 @@ PARITY_BOUND = 1e-5
 
 
 def export_open_clip(tower: Tower, folder: Path, *, dtype: torch.dtype = torch.float32) -> float:
-    """Write a folder that open_clip loads, with the tokenizer's files where it has any, and check it.
+    """Write a folder that open_clip loads, with the tokenizer's files if it has any, and verify it.
 
     Args:
-        tower: what to ship.
-        folder: must not exist yet; written aside and renamed when it is complete and loads to the same features.
-        dtype: of the floating-point weights in the file (float16 halves it; parity is then checked to 1e-2).
+        tower: the model.
+        folder: must not exist; written under a temporary name, and renamed once its reloaded features agree.
+        dtype: of the floating-point weights (float16 halves the file; parity is then checked to 1e-2).
 
     Returns:
-        The largest difference of features between the tower and its reloaded export.
+        The largest difference in features between the tower and its reloaded export.
 
     Raises:
         InputError: the folder exists.
@@ -65,21 +66,21 @@ def export_open_clip(tower: Tower, folder: Path, *, dtype: torch.dtype = torch.f
 
 
 def write_open_clip(tower: Tower, folder: Path, *, dtype: torch.dtype = torch.float32) -> None:
-    """Write config and weights into a folder that holds the tokenizer already, if it needs one."""
+    """Write config and weights into a folder that already holds the tokenizer's files, if any are needed."""
     state = {name: _cast(tensor, dtype) for name, tensor in tower.clip.state_dict().items()}
     write_json(folder / CONFIG_FILE, _config(tower))
     save_weights(state, folder / WEIGHTS_FILE, beside=folder / CONFIG_FILE)
 
 
 def save_weights(state: dict[str, Tensor], path: Path, *, beside: Path) -> None:
-    """Write a safetensors file that whoever may read the file ``beside`` it may read: the library's are private."""
+    """Write a safetensors file with the permissions of the file ``beside``: safetensors' own are private."""
     save_file(state, path, metadata={"format": "pt"})
     shutil.copymode(beside, path)
 
 
 def load_open_clip(folder: Path, *, device: torch.device | str = "cpu") -> Runnable:
-    """The exported model, read back from the disk."""
-    tower = load_teacher(f"local-dir:{folder}", device=device)
+    """Load the exported model with open_clip."""
+    tower = load_frozen_model(f"local-dir:{folder}", device=device)
 
     return Runnable(
         name=WEIGHTS_FILE,

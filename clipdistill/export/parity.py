@@ -1,4 +1,4 @@
-"""Proof that what was written computes what the model computes, and how fast: the same images and texts through both.
+"""Compare a written artefact with the model in memory, on the same images and texts, and time it.
 
 Shapes: B images, N texts, C classes, D features, H and W pixels.
 """
@@ -12,24 +12,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
 import torch.nn.functional as F
-from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
 from torch import Tensor
 
 from clipdistill.errors import InputError, RunError
+from clipdistill.evaluation.encoding import evaluation_transform
+from clipdistill.evaluation.sets.open import load_classification_set
 from clipdistill.models.towers import Tower
 
 FEATURE_BOUND = 1e-4
 """Largest difference of unit-norm features, in float32, between a model and another runtime."""
 
 HALF_BOUND = 1e-2
-"""The same where weights are stored in float16."""
+"""The same, for weights stored in float16."""
 
 BATCH_SIZE = 16
-"""Images or texts at once: more than one, and a last batch of another size, so that a fixed batch would be seen."""
+"""Images or texts at once. The last batch is usually smaller, which detects a fixed batch size."""
 
 _READ_AHEAD = 1024
 _TEXTS = (
@@ -40,23 +40,23 @@ _TEXTS = (
     "",
     "one word after another " * 40,
 )
-"""Beside the prompts: punctuation, capitals, an accent, nothing at all, and more than any context holds."""
+"""Texts besides the prompts: punctuation, capitals, an accent, an empty text, one longer than any context."""
 
 
 class ParityError(RunError):
-    """What was written computes something else than the model."""
+    """A written artefact differs from the model."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """What every format is given.
+    """The inputs on which formats are compared.
 
     Attributes:
-        images: pictures as they lie in a set, of any size.
-        source: where they come from, in words.
-        pixels_BCHW: the same after open_clip's own evaluation transform of the model.
-        texts: what the text tower is given.
-        classes: how many texts, from the first, stand for classes of their own.
+        images: original images, of any size.
+        source: description of their source.
+        pixels_BCHW: the images after open_clip's own evaluation transform of the model.
+        texts: inputs of the text tower.
+        classes: number of texts, from the first, that serve as classes.
     """
 
     images: tuple[Image.Image, ...]
@@ -68,12 +68,12 @@ class Probe:
 
 @dataclass(frozen=True, kw_only=True)
 class Reference:
-    """What the model in memory says of a probe.
+    """Outputs of the model in memory for a probe.
 
     Attributes:
         image_BD: unit-norm image features.
         text_ND: unit-norm text features.
-        bank_CD: the class features among which top-1 is taken: those of a prompt set, or of the probe's texts.
+        bank_CD: class features for top-1: those of a prompt set, or of the probe's texts.
         scale: multiplier of the cosine similarities.
     """
 
@@ -89,15 +89,15 @@ class Reference:
 
 @dataclass(frozen=True, kw_only=True)
 class Runnable:
-    """A written artefact, read back from the disk: as much of it as it has.
+    """A written artefact, read back from the disk; parts that it lacks are None.
 
     Attributes:
         name: its file.
-        runtime: what runs it.
+        runtime: library that runs it.
         image: normalised pixels (B, 3, H, W) -> unit-norm features (B, D).
-        text: texts -> unit-norm features (N, D), through the tokenizer that was written.
+        text: texts -> unit-norm features (N, D), with the written tokenizer.
         classify: normalised pixels (B, 3, H, W) -> class probabilities (B, C).
-        exact: whether it must agree within the bound; a quantised model is measured only.
+        exact: whether the bound applies; a quantised model is only measured.
     """
 
     name: str
@@ -110,15 +110,15 @@ class Runnable:
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """How one artefact compares with the model.
+    """Comparison of one artefact with the model.
 
     Attributes:
         name: its file.
-        runtime: what ran it.
+        runtime: library that ran it.
         megabytes: its size on disk, in 10^6 bytes.
-        difference: the largest of any unit-norm feature or class probability.
-        bound: what it may differ by; None for a quantised model.
-        agreement: share of the images for which it names the model's class.
+        difference: largest absolute difference of any unit-norm feature or class probability.
+        bound: largest allowed difference; None for a quantised model.
+        agreement: share of the images with the model's top-1 class.
         milliseconds: median CPU time of one image, one text (with its tokenizer), or one classification.
     """
 
@@ -152,17 +152,15 @@ def real_probe(
     """A probe of a data set's images, spread evenly over its first 1,024.
 
     Args:
-        tower: whose transform prepares them.
+        tower: model that provides the transform.
         folder: a data set in CLIP_benchmark's layout.
         split: which split.
-        count: at most so many images.
-        prompts: texts that stand for classes.
+        count: largest number of images.
+        prompts: texts that serve as classes.
 
     Raises:
-        InputError: no such data set, or an image that cannot be read.
+        InputError: no such data set, or an unreadable image.
     """
-    from clipdistill.evaluation import load_classification_set
-
     data = load_classification_set(folder, split=split, allow_duplicates=True)
     ahead = list(itertools.islice(data.samples(), _READ_AHEAD))
     if not ahead:
@@ -176,15 +174,15 @@ def _probe(tower: Tower, images: Sequence[Image.Image], source: str, prompts: Se
     return Probe(
         images=tuple(images),
         source=source,
-        pixels_BCHW=transformed(tower, images),
+        pixels_BCHW=transform_images(tower, images),
         texts=(*prompts, *_TEXTS),
         classes=len(prompts) or len(_TEXTS),
     )
 
 
-def transformed(tower: Tower, images: Sequence[Image.Image]) -> Tensor:
-    """Pixels (B, 3, H, W) of pictures, after open_clip's own evaluation transform."""
-    transform = image_transform_v2(PreprocessCfg(**open_clip.get_model_preprocess_cfg(tower.clip)), is_train=False)
+def transform_images(tower: Tower, images: Sequence[Image.Image]) -> Tensor:
+    """Pixels (B, 3, H, W) of images after open_clip's own evaluation transform."""
+    transform = evaluation_transform(tower)
     return torch.stack([transform(image) for image in images])
 
 
@@ -197,15 +195,16 @@ def image_features(tower: Tower, pixels_BCHW: Tensor) -> Tensor:
 
 @torch.no_grad()
 def text_features(tower: Tower, texts: Sequence[str]) -> Tensor:
-    """Unit-norm text features (N, D) of texts of full length, on the CPU."""
+    """Unit-norm text features (N, D) from untrimmed tokens, on the CPU."""
     device = tower.device
     return _batched(
-        lambda some: F.normalize(tower.clip.encode_text(tower.tokenizer(some).to(device)).float(), dim=-1), list(texts)
+        lambda batch: F.normalize(tower.clip.encode_text(tower.tokenizer(batch).to(device)).float(), dim=-1),
+        list(texts),
     )
 
 
 def reference_of(tower: Tower, probe: Probe, *, bank_CD: Tensor | None = None) -> Reference:
-    """What a model in memory says of a probe; its mode is the caller's.
+    """Outputs of a model in memory for a probe; the caller sets its mode.
 
     Raises:
         InputError: features that are not finite.
@@ -223,7 +222,7 @@ def reference_of(tower: Tower, probe: Probe, *, bank_CD: Tensor | None = None) -
 
 
 def difference(artefact: Runnable, probe: Probe, reference: Reference) -> float:
-    """The largest difference of any feature or probability; NaN where one is not a number."""
+    """Largest absolute difference of any feature or probability; NaN if any is NaN."""
     return max(_differences(_outputs(artefact, probe), reference), key=_nan_first)
 
 
@@ -231,14 +230,14 @@ def measure(artefact: Runnable, probe: Probe, reference: Reference, *, files: Se
     """Compare an artefact with the model, and time it.
 
     Args:
-        artefact: what was read back.
-        probe: what both are given.
-        reference: what the model says.
-        files: of which the artefact consists.
-        bound: of the features' difference; that of probabilities is the logit scale times as much.
+        artefact: read back from the disk.
+        probe: inputs of both.
+        reference: outputs of the model.
+        files: that the artefact consists of.
+        bound: largest difference of features; for probabilities, times the logit scale.
 
     Raises:
-        ParityError: an exact artefact differs by more, or any gives what is no number.
+        ParityError: an exact artefact exceeds the bound, or any artefact returns NaN.
     """
     outputs = _outputs(artefact, probe)
     found = max(_differences(outputs, reference), key=_nan_first)
@@ -281,17 +280,17 @@ def _nan_first(value: float) -> tuple[bool, float]:
 
 
 def _agreement(outputs: dict[str, Tensor], probe: Probe, reference: Reference) -> float:
-    """Share of the images with the model's top class; a text tower is asked with the model's image features."""
+    """Share of the images with the model's top-1 class; a text tower is combined with the model's image features."""
     if "classify" in outputs:
-        return _same(outputs["classify"], reference.probabilities())
+        return _same_top1(outputs["classify"], reference.probabilities())
     image_BD = outputs.get("image", reference.image_BD)
     if "text" not in outputs:
-        return _same(image_BD @ reference.bank_CD.T, reference.image_BD @ reference.bank_CD.T)
+        return _same_top1(image_BD @ reference.bank_CD.T, reference.image_BD @ reference.bank_CD.T)
     text_CD, expected_CD = outputs["text"][: probe.classes], reference.text_ND[: probe.classes]
-    return _same(image_BD @ text_CD.T, reference.image_BD @ expected_CD.T)
+    return _same_top1(image_BD @ text_CD.T, reference.image_BD @ expected_CD.T)
 
 
-def _same(logits_BC: Tensor, expected_BC: Tensor) -> float:
+def _same_top1(logits_BC: Tensor, expected_BC: Tensor) -> float:
     return float((logits_BC.argmax(dim=1) == expected_BC.argmax(dim=1)).double().mean())
 
 
@@ -311,15 +310,15 @@ def _latencies(artefact: Runnable, probe: Probe) -> dict[str, float]:
 
 
 def _median_milliseconds(call: Callable[[], Any], *, times: int = 21, seconds: float = 3.0) -> float:
-    """Median of ``times`` calls after two to warm up, or of as many as fit in ``seconds``."""
+    """Median duration of ``times`` calls after two warm-up calls, or of as many as fit in ``seconds``."""
     call()
     call()
-    taken: list[float] = []
-    while len(taken) < times and sum(taken) < seconds:
+    durations: list[float] = []
+    while len(durations) < times and sum(durations) < seconds:
         start = time.perf_counter()
         call()
-        taken.append(time.perf_counter() - start)
-    return 1e3 * statistics.median(taken)
+        durations.append(time.perf_counter() - start)
+    return 1e3 * statistics.median(durations)
 
 
 def _batched(run: Callable[[Any], Tensor], inputs: Any) -> Tensor:

@@ -1,6 +1,6 @@
-"""The tokenizer's files: ``tokenizer.json`` gives the model's own ids to whatever reads Hugging Face tokenizers.
+"""The tokenizer's files: ``tokenizer.json`` gives the model's own ids in any reader of Hugging Face tokenizers.
 
-Where it cannot, because open_clip cleans texts in its own way, it is left out, unless open_clip itself loads it.
+Where its ids differ, because open_clip cleans texts differently, it is left out, unless open_clip itself loads it.
 """
 
 import json
@@ -20,20 +20,20 @@ TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 
 _SPECIAL = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
-"""open_clip's names of the special tokens, and those that transformers' CLIP tokenizer knows."""
+"""Special tokens: open_clip's name -> the name in transformers' CLIP tokenizer."""
 
 
 def write_tokenizer(tower: Tower, folder: Path, texts: Sequence[str]) -> str | None:
-    """Write the tokenizer into a folder, padding and truncation to the context length included.
+    """Write the tokenizer into a folder, with padding and truncation to the context length.
 
     Args:
-        tower: whose tokenizer.
-        folder: receives ``tokenizer.json`` and ``tokenizer_config.json``; where they do not give the tower's ids, only
-            those from which open_clip itself loads the tokenizer.
-        texts: on which the file must give the tower's ids.
+        tower: owner of the tokenizer.
+        folder: receives ``tokenizer.json`` and ``tokenizer_config.json``; if they do not give the tower's ids, only if
+            open_clip itself loads the tokenizer from them.
+        texts: on which the ids are compared.
 
     Returns:
-        None; or why other libraries than open_clip cannot tokenize for this model from the files, in words.
+        None if the files give the tower's ids; else the reason why only open_clip can tokenize for this model.
     """
     with tempfile.TemporaryDirectory(dir=folder) as aside:
         reason = _write(tower.tokenizer, Path(aside), texts)
@@ -65,7 +65,7 @@ def _write(tokenizer: Any, folder: Path, texts: Sequence[str]) -> str | None:
     written.enable_padding(length=context, pad_id=pad_id, pad_token=padding)
     ids = [encoding.ids for encoding in written.encode_batch(list(texts))]
     expected = tokenizer(list(texts)).tolist()
-    differing = next((text for text, ours, theirs in zip(texts, ids, expected, strict=True) if ours != theirs), None)
+    differing = next((text for text, own, clip in zip(texts, ids, expected, strict=True) if own != clip), None)
     if differing is not None:
         return f"tokenizer: other ids than open_clip's for {differing[:40]!r}"
     written.save(str(path))

@@ -1,6 +1,6 @@
-"""transformers' format, where the architecture maps exactly: what ``CLIPModel.from_pretrained`` loads.
+"""transformers' format, for architectures that map exactly to a ``CLIPModel``.
 
-open_clip can build many more kinds of model than ``CLIPModel`` is; ``unmapped`` names what stands in the way.
+open_clip can build many more kinds of models; ``unmapped`` lists the parts that do not map.
 
 Shapes: B images, N texts, D features, H and W pixels.
 """
@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
 
+from clipdistill.evaluation.transformers_clip import BLOCK_MODULES
 from clipdistill.export.open_clip_format import save_weights
 from clipdistill.export.parity import (
     ParityError,
@@ -26,7 +27,7 @@ from clipdistill.export.parity import (
     Runnable,
     image_features,
     smooth_pictures,
-    transformed,
+    transform_images,
 )
 from clipdistill.io.files import write_json
 from clipdistill.models.towers import Tower
@@ -36,19 +37,11 @@ WEIGHTS_FILE = "model.safetensors"
 PREPROCESSOR_FILE = "preprocessor_config.json"
 
 GREY_LEVELS = 1.0
-"""By how much, on average, the processor's pixels may differ from open_clip's: other libraries round otherwise."""
-
-_OF_BLOCK = {
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-    "attn.out_proj": "self_attn.out_proj",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-}
+"""Largest mean difference, of 255, of the processor's pixels from open_clip's, as libraries round differently."""
 
 
 def unmapped(tower: Tower) -> list[str]:
-    """Why a model is no ``CLIPModel``: each part that does not map, and how it differs; empty where all of it maps."""
+    """The parts of a model that do not map to a ``CLIPModel``, each with its difference; empty if all map."""
     clip = tower.clip
     visual, text = clip.visual, tower.text
     reasons = [
@@ -136,7 +129,7 @@ def _pool_type(text: Any) -> str:
 
 
 def _eos_id(text: Any) -> int:
-    """Id of the token at which texts are pooled: ``argmax`` takes the highest there is."""
+    """Id of the token at which texts are pooled; with ``argmax``, the highest id."""
     if _pool_type(text) == "argmax":
         return text.token_embedding.num_embeddings - 1
     return getattr(text, "text_eos_id", None) or text.eos_id
@@ -147,10 +140,10 @@ def _preprocessing(tower: Tower) -> dict[str, Any]:
 
 
 def write_transformers(tower: Tower, folder: Path, *, dtype: torch.dtype = torch.float32) -> None:
-    """Write config, weights and processor of a model of which nothing is `unmapped`, beside its tokenizer's files.
+    """Write config, weights and processor of a model without `unmapped` parts, beside its tokenizer's files.
 
-    The config says float32 whatever the file holds, so that the model computes in float32 unless asked otherwise, as
-    open_clip does.
+    The config's dtype is float32 for any stored ``dtype``, so that the model computes in float32 by default, as in
+    open_clip.
     """
     config = _config(tower)
     state = _state(tower)
@@ -166,13 +159,13 @@ def _config(tower: Tower) -> CLIPConfig:
     visual, text = tower.clip.visual, tower.text
     eos_id = _eos_id(text)
     vision = {
-        **_of_blocks(visual),
+        **_block_config(visual),
         "image_size": visual.image_size[0],
         "patch_size": visual.patch_size[0],
         "projection_dim": tower.embed_dim,
     }
     words = {
-        **_of_blocks(text),
+        **_block_config(text),
         "vocab_size": text.token_embedding.num_embeddings,
         "max_position_embeddings": text.positional_embedding.shape[0],
         "projection_dim": tower.embed_dim,
@@ -195,7 +188,7 @@ def _other_special_ids(tokenizer: Any, eos_id: int) -> dict[str, int | None]:
     return {"bos_token_id": tokenizer.tokenizer.bos_token_id, "pad_token_id": tokenizer.tokenizer.pad_token_id}
 
 
-def _of_blocks(tower: Any) -> dict[str, Any]:
+def _block_config(tower: Any) -> dict[str, Any]:
     block = tower.transformer.resblocks[0]
     return {
         "hidden_size": block.attn.embed_dim,
@@ -220,15 +213,15 @@ def _state(tower: Tower) -> dict[str, Tensor]:
         "vision_model.embeddings.position_embedding.weight": visual.positional_embedding,
         "text_model.embeddings.token_embedding.weight": text.token_embedding.weight,
         "text_model.embeddings.position_embedding.weight": text.positional_embedding,
-        **_both("vision_model.pre_layrnorm", visual.ln_pre),
-        **_both("vision_model.post_layernorm", visual.ln_post),
-        **_both("text_model.final_layer_norm", text.ln_final),
+        **_weight_and_bias("vision_model.pre_layrnorm", visual.ln_pre),
+        **_weight_and_bias("vision_model.post_layernorm", visual.ln_post),
+        **_weight_and_bias("text_model.final_layer_norm", text.ln_final),
     }
     for model, blocks in (("vision_model", visual.transformer.resblocks), ("text_model", text.transformer.resblocks)):
         for number, block in enumerate(blocks):
             prefix = f"{model}.encoder.layers.{number}"
-            for ours, theirs in _OF_BLOCK.items():
-                state |= _both(f"{prefix}.{theirs}", block.get_submodule(ours))
+            for target, source in BLOCK_MODULES.items():
+                state |= _weight_and_bias(f"{prefix}.{target}", block.get_submodule(source))
             parts = zip("qkv", block.attn.in_proj_weight.chunk(3), block.attn.in_proj_bias.chunk(3), strict=True)
             for letter, weight, bias in parts:
                 state[f"{prefix}.self_attn.{letter}_proj.weight"] = weight
@@ -236,7 +229,7 @@ def _state(tower: Tower) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu() for name, tensor in state.items()}
 
 
-def _both(name: str, module: nn.Module) -> dict[str, Tensor]:
+def _weight_and_bias(name: str, module: nn.Module) -> dict[str, Tensor]:
     return {f"{name}.weight": module.weight, f"{name}.bias": module.bias}  # type: ignore[dict-item]
 
 
@@ -257,7 +250,7 @@ def _image_processor(tower: Tower) -> CLIPImageProcessor:
 
 
 def load_transformers(folder: Path) -> Runnable:
-    """The exported model as transformers reads it, with the tokenizer that it finds."""
+    """Load the exported model and its tokenizer with transformers."""
     model = CLIPModel.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
 
@@ -275,11 +268,11 @@ def load_transformers(folder: Path) -> Runnable:
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessorParity:
-    """How the exported processor's pixels compare with those of open_clip's transform.
+    """Comparison of the exported processor's pixels with those of open_clip's transform.
 
     Attributes:
-        grey_levels: mean difference, of 255, on pictures that both crop at the same place.
-        agreement: share of the probe's images for which the model, given the processor's pixels, names the same class.
+        grey_levels: mean absolute difference, of 255, on images that both crop at the same place.
+        agreement: share of the probe's images with the same top-1 class from the processor's pixels.
     """
 
     grey_levels: float
@@ -289,19 +282,20 @@ class ProcessorParity:
 def compare_processor(folder: Path, tower: Tower, probe: Probe, reference: Reference) -> ProcessorParity:
     """Compare the exported processor with open_clip's transform.
 
-    Where the margin of a crop is odd, transformers crops one pixel further to the left or to the top than torchvision
-    does. The grey levels are therefore those of pictures three times as long as wide, whose margins are even.
+    If the margin of a crop is odd, transformers crops one pixel further to the left or top than torchvision. The grey
+    levels are therefore measured on images with a side ratio of 3, which have even margins.
 
     Raises:
-        ParityError: the grey levels differ by more than `GREY_LEVELS`, or the pictures have another size.
+        ParityError: the grey levels differ by more than `GREY_LEVELS`, or the pixels have another shape.
     """
     processor = AutoImageProcessor.from_pretrained(folder)
     side = 2 * tower.image_size
     long = smooth_pictures(2, height=side, width=3 * side) + smooth_pictures(2, height=3 * side, width=side)
     pixels_BCHW = processor(images=long, return_tensors="pt").pixel_values
-    expected_BCHW = transformed(tower, long)
+    expected_BCHW = transform_images(tower, long)
     if pixels_BCHW.shape != expected_BCHW.shape:
-        raise ParityError(f"{PREPROCESSOR_FILE}: pixels of shape {tuple(pixels_BCHW.shape[1:])}")
+        found, expected = tuple(pixels_BCHW.shape[1:]), tuple(expected_BCHW.shape[1:])
+        raise ParityError(f"{PREPROCESSOR_FILE}: pixels of shape {found}; allowed: {expected}")
     std_C11 = torch.tensor(processor.image_std).view(3, 1, 1)
     grey_levels = float(((pixels_BCHW - expected_BCHW) * std_C11 * 255).abs().mean())
     if not grey_levels <= GREY_LEVELS:

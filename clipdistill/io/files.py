@@ -27,7 +27,7 @@ def writing(what: str, folder: Path) -> Iterator[None]:
 
 
 def why(error: BaseException) -> str:
-    """What the operating system says of an error of reading or writing."""
+    """The reason of an error of reading or writing, in the operating system's words."""
     return (isinstance(error, OSError) and error.strerror) or str(error).splitlines()[0]
 
 

@@ -32,7 +32,7 @@ def describe_machine() -> str:
 
 
 def device_time(device: torch.device) -> float:
-    """The time when the device has done all that it was told."""
+    """The time, after the device has finished all queued work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     return time.perf_counter()

@@ -1,4 +1,4 @@
-"""How a remote store that fails is asked again: which faults may pass, after which wait, and for how long."""
+"""Retries of requests to remote stores: which errors are transient, the waits between attempts, and their limit."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -77,7 +77,7 @@ DEFAULT_RETRIES = Retries()
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether what went wrong with a request may be gone when it is made again."""
+    """Whether an error of a request is transient."""
     errors = list(_causes(error))
     if (status := status_of(error)) is not None:
         return status in _PASSING_STATUS

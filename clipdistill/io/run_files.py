@@ -1,4 +1,4 @@
-"""What the files and folders of a run are called; `training.run_folder` says what is in them."""
+"""Names of the files and folders of a run; `training.run_folder` describes them."""
 
 from pathlib import Path
 

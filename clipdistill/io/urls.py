@@ -42,7 +42,7 @@ class ShardChangedError(Exception):
 
 @dataclass(frozen=True, kw_only=True)
 class Stat:
-    """What tells one version of a shard from another."""
+    """What identifies a version of a shard."""
 
     size: int
     """Bytes."""
@@ -70,12 +70,12 @@ def expand_urls(patterns: Sequence[str], *, retries: Retries = DEFAULT_RETRIES) 
 
     Raises:
         InputError: A pattern names nothing, a local file is missing, a shard is named twice, or a pattern
-            asks for a shell (`pipe:`), which is never run.
+            would run a shell (`pipe:`), which is refused.
     """
     urls: dict[str, None] = {}
     for pattern in patterns:
         if any(part.startswith("pipe:") for part in pattern.split("::")):
-            raise InputError(f"shards: {pattern!r} asks for a shell, which is never run; allowed: a path or a URL")
+            raise InputError(f"shards: {pattern!r} would run a shell, which is refused; allowed: a path or a URL")
         for url in _expand(pattern, retries):
             if url in urls:
                 raise InputError(f"shards: {shown(url)!r} is named twice (again by {shown(pattern)!r})")
@@ -143,7 +143,7 @@ def stat(url: str, *, retries: Retries = DEFAULT_RETRIES) -> Stat:
 class ShardFile:
     """An open shard. Reading at rising offsets is cheap everywhere: a server without ranges is read through.
 
-    Shards on one's own disk are only read where asked. Not safe for threads.
+    Local shards are read without reading ahead. Not thread-safe.
 
     What is read of a remote shard is of one version: over HTTP each answer must have the size and the ETag (or
     time) of the first; of S3 no other ETag is accepted; elsewhere the shard is looked up again with each new
@@ -258,7 +258,7 @@ class ShardFile:
             raise self._changed()
 
     async def _check(self, response: aiohttp.ClientResponse) -> None:
-        """Called by aiohttp with every answer, before its body: raise unless it is the part that was asked for,
+        """Called by aiohttp with every response, before its body: raise unless it is the requested range,
         of the right version."""
         response.raise_for_status()
         asked = re.match(r"bytes=(\d+)-", response.request_info.headers.get("Range", "bytes=0-"))

@@ -1,47 +1,58 @@
 """Distillation losses: tensors in, a 0-d loss out, or sums with their denominator for a trainer.
 
-Each loss comes in two layers. ``<name>_loss`` is the whole loss of a batch. ``<name>_sums`` is the same as a
-``LossSum``: add those of all micro-batches and ranks and divide once. (``dist_loss`` couples its rows and has
-no sums.) ``<name>_from_features`` is the same from the embeddings, without a matrix of logits.
+Each loss is a file. ``<name>_loss`` is the whole loss of a batch; ``<name>_sums`` the same as a ``LossSum``, to be
+added up over micro-batches and ranks and divided once (``dist_loss`` couples its rows and has none). A subclass of
+``base.Loss`` is its term in the objective: settings, needs, papers. ``<name>_loss_from_features`` computes it from the
+embeddings, without a matrix of logits.
 """
 
+from typing import TYPE_CHECKING
+
 from clipdistill.losses._common import LossSum
-from clipdistill.losses.clip import clip_loss, contrastive_sums, positive_targets
-from clipdistill.losses.dist import dist_loss
-from clipdistill.losses.dkd import dkd_loss, dkd_sums
-from clipdistill.losses.feature import FeatureKind, feature_loss, feature_sums
-from clipdistill.losses.fused import (
+from clipdistill.losses.base import Comparison, Implementation, Loss, LossParts, Paper
+from clipdistill.losses.clip import CLIP, clip_loss, contrastive_sums, positive_targets
+from clipdistill.losses.dist import DIST, dist_loss
+from clipdistill.losses.dkd import DKD, dkd_loss, dkd_sums
+from clipdistill.losses.feature import Feature, FeatureKind, feature_loss, feature_sums
+from clipdistill.losses.fused import gkl_denominators_from_features, gkl_loss_from_features, kd_loss_from_features
+from clipdistill.losses.fused_common import (
+    FUSED_FROM,
+    FusedImplementation,
     GKLDenominators,
-    gkl_denominators_from_features,
-    gkl_loss_from_features,
-    gkl_sums_from_features,
-    kd_loss_from_features,
-    kd_sums_from_features,
-    soft_ce_sums_from_features,
-)
-from clipdistill.losses.fused_common import FUSED_FROM, Implementation, fused_wins
-from clipdistill.losses.fused_prior import TopKPrior
-from clipdistill.losses.gkl import (
     GKLOutput,
     GKLSums,
-    gkl_denominator,
-    gkl_loss,
-    gkl_sums,
-    gkl_weights,
-    gkl_wmse_denominator,
-    soft_ce_sums,
-    wmse_sums,
+    fused_wins,
 )
-from clipdistill.losses.kd import kd_loss, kd_sums
+from clipdistill.losses.gkl import GKL, gkl_denominator, gkl_loss, gkl_sums
+from clipdistill.losses.kd import KL, kd_loss, kd_sums
+from clipdistill.losses.prior import ClassPrior, TopKPrior
+from clipdistill.settings import union_of
+
+LOSSES: tuple[type[Loss], ...] = (GKL, KL, DKD, DIST, CLIP, Feature)
+"""Every loss that a config may name."""
+
+if TYPE_CHECKING:
+    Term = Loss
+else:
+    Term = union_of(LOSSES, "loss")
+"""Settings of one term of the objective; ``loss`` names the loss."""
 
 __all__ = [
     "FUSED_FROM",
+    "LOSSES",
+    "ClassPrior",
+    "Comparison",
     "FeatureKind",
+    "FusedImplementation",
     "GKLDenominators",
     "GKLOutput",
     "GKLSums",
     "Implementation",
+    "Loss",
+    "LossParts",
     "LossSum",
+    "Paper",
+    "Term",
     "TopKPrior",
     "clip_loss",
     "contrastive_sums",
@@ -56,15 +67,8 @@ __all__ = [
     "gkl_loss",
     "gkl_loss_from_features",
     "gkl_sums",
-    "gkl_sums_from_features",
-    "gkl_weights",
-    "gkl_wmse_denominator",
     "kd_loss",
     "kd_loss_from_features",
     "kd_sums",
-    "kd_sums_from_features",
     "positive_targets",
-    "soft_ce_sums",
-    "soft_ce_sums_from_features",
-    "wmse_sums",
 ]

@@ -8,10 +8,56 @@ Shape suffixes: B pairs (rows), N pairs gathered over ranks (columns), C columns
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from clipdistill.losses._common import LossSum, matching_matrices, mean_over_rows, outside_autocast
+from clipdistill.losses.base import Comparison, Loss, LossParts, Paper
+
+
+class CLIP(Loss):
+    """``clip_loss`` as a term: no teacher. Over prompts, the cross-entropy with the labels."""
+
+    loss: Literal["clip"] = "clip"
+    over: Literal["captions", "prompts"] = "captions"
+
+    papers: ClassVar = (
+        Paper(
+            key="radford2021clip",
+            title="Learning Transferable Visual Models From Natural Language Supervision",
+            author="Radford, Alec and Kim, Jong Wook and Hallacy, Chris and Ramesh, Aditya and Goh, Gabriel and "
+            "Agarwal, Sandhini and Sastry, Girish and Askell, Amanda and Mishkin, Pamela and Clark, Jack and "
+            "Krueger, Gretchen and Sutskever, Ilya",
+            year=2021,
+            arxiv="2103.00020",
+        ),
+    )
+    needs_teacher: ClassVar = False
+
+    @property
+    def needs_labels(self) -> bool:
+        """Over prompts the positive is the sample's class."""
+        return self.over == "prompts"
+
+    @property
+    def needs_caption_ids(self) -> bool:
+        """Over captions the positives are all captions equal to the row's own."""
+        return self.over == "captions"
+
+    def compute(self, comparison: Comparison, rows: Tensor, denominators: Mapping[str, Tensor]) -> LossParts:  # noqa: ARG002
+        """One part, ``clip``."""
+        assert comparison.student is not None
+        logits_BC = comparison.student.logits_BC
+        if comparison.row_ids_B is not None and comparison.column_ids_C is not None:
+            positive_BC = positive_targets(comparison.row_ids_B, comparison.column_ids_C, dtype=logits_BC.dtype)
+        else:
+            assert comparison.target_B is not None
+            positive_BC = F.one_hot(comparison.target_B, logits_BC.shape[1]).to(logits_BC)
+        return LossParts.single("clip", contrastive_sums(logits_BC, positive_BC).numerator / rows)
 
 
 def clip_loss(
@@ -33,7 +79,7 @@ def clip_loss(
     Args:
         image_features: (B, D), L2-normalised by the caller, any floating type; half precision is computed in
             float32.
-        text_features: (B, D), likewise; row b belongs to image b.
+        text_features: (B, D), also L2-normalised; row b belongs to image b.
         logit_scale: multiplies the cosine: a model's ``logit_scale.exp()``, 0-d or a number.
         logit_bias: added to the logits, 0-d or a number. A softmax ignores it.
         caption_ids: (B,) integers, equal where captions are equal.

@@ -7,10 +7,44 @@ Shape suffixes: B rows of a batch, C classes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
 import torch
 from torch import Tensor
 
 from clipdistill.losses._common import logit_pair, nan_where_softmax_hides_infinity, outside_autocast
+from clipdistill.losses.base import Comparison, Loss, LossParts, Paper
+
+
+class DIST(Loss):
+    """``dist_loss`` as a term, on the logits of the whole batch."""
+
+    loss: Literal["dist"] = "dist"
+    over: Literal["prompts", "captions"] = "prompts"
+    beta: float = 1.0
+    """Factor of the inter-class relation, within a sample."""
+    gamma: float = 1.0
+    """Factor of the intra-class relation, within a class."""
+
+    papers: ClassVar = (
+        Paper(
+            key="huang2022dist",
+            title="Knowledge Distillation from A Stronger Teacher",
+            author="Huang, Tao and You, Shan and Wang, Fei and Qian, Chen and Xu, Chang",
+            year=2022,
+            arxiv="2205.10536",
+        ),
+    )
+    couples_rows: ClassVar = True
+
+    def compute(self, comparison: Comparison, rows: Tensor, denominators: Mapping[str, Tensor]) -> LossParts:  # noqa: ARG002
+        """One part, ``dist``."""
+        student, teacher = comparison.pair
+        return LossParts.single(
+            "dist", dist_loss(student.logits_BC, teacher.logits_BC, beta=self.beta, gamma=self.gamma)
+        )
+
 
 _EPS = 1e-8  # as in the authors' code: a constant row or column has correlation 0
 

@@ -7,6 +7,9 @@ Shape suffixes: B rows of a batch, C classes.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar, Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,6 +24,50 @@ from clipdistill.losses._common import (
     outside_autocast,
     tempered,
 )
+from clipdistill.losses.base import Comparison, Loss, LossParts, Paper
+from clipdistill.settings import Positive
+
+
+class DKD(Loss):
+    """``dkd_loss`` as a term."""
+
+    loss: Literal["dkd"] = "dkd"
+    over: Literal["prompts", "captions"] = "prompts"
+    alpha: float = 1.0
+    """Factor of the target-class part (TCKD)."""
+    beta: float = 1.0
+    """Factor of the part within the other classes (NCKD)."""
+    temperature: Positive = 1.0
+    """Divides the logits; the loss is multiplied by its square."""
+
+    papers: ClassVar = (
+        Paper(
+            key="zhao2022dkd",
+            title="Decoupled Knowledge Distillation",
+            author="Zhao, Borui and Cui, Quan and Song, Renjie and Qiu, Yiyu and Liang, Jiajun",
+            year=2022,
+            arxiv="2203.08679",
+        ),
+    )
+
+    @property
+    def needs_labels(self) -> bool:
+        """Over captions the target is the row's own pair."""
+        return self.over == "prompts"
+
+    def compute(self, comparison: Comparison, rows: Tensor, denominators: Mapping[str, Tensor]) -> LossParts:  # noqa: ARG002
+        """One part, ``dkd``."""
+        student, teacher = comparison.pair
+        assert comparison.target_B is not None
+        sums = dkd_sums(
+            student.logits_BC,
+            teacher.logits_BC,
+            comparison.target_B,
+            alpha=self.alpha,
+            beta=self.beta,
+            temperature=self.temperature,
+        )
+        return LossParts.single("dkd", sums.numerator / rows)
 
 
 def dkd_loss(

@@ -7,14 +7,45 @@ Shape suffixes: B rows of a batch, D feature width.
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import ClassVar, Literal
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from clipdistill.losses._common import LossSum, matching_matrices, mean_over_rows, outside_autocast
+from clipdistill.losses.base import Comparison, Loss, LossParts, Paper
 
 FeatureKind = Literal["cosine", "mse"]
+
+
+class Feature(Loss):
+    """``feature_loss`` as a term: of the images' features, or of the images' and the captions'."""
+
+    loss: Literal["feature"] = "feature"
+    over: Literal["images", "captions"] = "images"
+    kind: FeatureKind = "cosine"
+    """cosine, or mse: mean squared difference over the dimensions."""
+
+    papers: ClassVar = (
+        Paper(
+            key="yang2023clipkd",
+            title="CLIP-KD: An Empirical Study of CLIP Model Distillation",
+            author="Yang, Chuanguang and An, Zhulin and Huang, Libo and Bi, Junyu and Yu, Xinqiang and Yang, Han and "
+            "Diao, Boyu and Xu, Yongjun",
+            year=2023,
+            arxiv="2307.12732",
+        ),
+    )
+    needs_logits: ClassVar = False
+    needs_equal_widths: ClassVar = True
+
+    def compute(self, comparison: Comparison, rows: Tensor, denominators: Mapping[str, Tensor]) -> LossParts:  # noqa: ARG002
+        """One part, by the name of its kind."""
+        student, teacher = comparison.pair
+        return LossParts.single(
+            self.kind, feature_sums(student.rows_BD, teacher.rows_BD, kind=self.kind).numerator / rows
+        )
 
 
 def feature_loss(student: Tensor, teacher: Tensor, *, kind: FeatureKind = "cosine") -> Tensor:

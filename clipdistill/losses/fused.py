@@ -1,11 +1,10 @@
-"""GKL, KL and soft cross-entropy straight from the embeddings, without the (B, C) matrices of logits.
+"""GKL and KL straight from the embeddings, without the (B, C) matrices of logits.
 
 Each function is its namesake of ``gkl`` or ``kd`` at ``logits = scale * image @ text.T + bias``, in value and in
-gradient, with memory that grows as the embeddings do. Three implementations:
+gradient, with memory that grows as the embeddings do. Two implementations:
 
 - ``tiled`` (``fused_tiled``): PyTorch, block by block of rows, on any device and of any floating type;
-- ``triton`` (``fused_triton``): CUDA kernels for float32, bfloat16 and float16;
-- ``plain``: the matrices of logits and the losses of ``gkl`` and ``kd``; the fastest where they are small.
+- ``triton`` (``fused_triton``): CUDA kernels for float32, bfloat16 and float16.
 
 A bias added to all logits of a row changes neither a softmax nor a difference of logits: it takes no part in the
 arithmetic, its gradient is exactly 0, and one that is not finite still makes the loss nan.
@@ -17,30 +16,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from clipdistill.losses import fused_tiled
-from clipdistill.losses._common import (
-    LossSum,
-    nan_where_softmax_hides_infinity,
-    outside_autocast,
-    refuse_second_derivative,
+from clipdistill.losses._common import LossSum, mean_over_rows, outside_autocast, refuse_second_derivative
+from clipdistill.losses.fused_common import (
+    FeaturePair,
+    FusedImplementation,
+    GKLDenominators,
+    GKLOutput,
+    GKLSums,
+    Inputs,
+    Weights,
+    read_inputs,
 )
-from clipdistill.losses.fused_common import Features, Implementation, Inputs, Problem, Weights, read_inputs
-from clipdistill.losses.fused_prior import TopKPrior, fill_weights
-from clipdistill.losses.gkl import GKLOutput, GKLSums, gkl_sums, gkl_weights, soft_ce_sums
-from clipdistill.losses.kd import kd_sums
-
-
-class GKLDenominators(NamedTuple):
-    """What the sums of GKL are divided by, 0-d: ``sum_b v_b`` and ``sum_b v_b W_b^2``."""
-
-    soft_ce: Tensor
-    wmse: Tensor
+from clipdistill.losses.prior import TopKPrior
 
 
 def gkl_loss_from_features(
@@ -60,17 +53,16 @@ def gkl_loss_from_features(
     teacher_bias: Tensor | float | None = None,
     class_prior: Tensor | TopKPrior | None = None,
     labels: Tensor | None = None,
-    sample_weights: Tensor | None = None,
     denominators: GKLDenominators | None = None,
-    implementation: Implementation = "auto",
+    implementation: FusedImplementation = "auto",
 ) -> GKLOutput:
     """``gkl_loss`` (arXiv 2503.08038) of ``scale * image @ text.T``, without a matrix of that size.
 
-        soft_ce = sum_b v_b ce_b / sum_b v_b            ce_b = -sum_j softmax(t/T)_bj log_softmax(s/T)_bj
-        wmse    = sum_b v_b n_b / sum_b v_b W_b^2       n_b  = 1/2 W_b sum_j w_bj (delta_bj - mu_b)^2
+        soft_ce = sum_b ce_b / B                ce_b = -sum_j softmax(t/T)_bj log_softmax(s/T)_bj
+        wmse    = sum_b n_b / sum_b W_b^2       n_b  = 1/2 W_b sum_j w_bj (delta_bj - mu_b)^2
 
     with ``delta = t - s``, ``w = softmax(t/T2)^gamma`` or ``class_prior[labels]^gamma``, ``W_b = sum_j w_bj`` and
-    ``mu_b = sum_j w_bj delta_bj / W_b``; v are the sample weights, all 1 in ``gkl_loss``.
+    ``mu_b = sum_j w_bj delta_bj / W_b``.
 
     Only ``.loss`` has its gradient ready after the forward pass of the tiled implementation. ``.soft_ce`` and
     ``.wmse`` are differentiable too; that computes the logits once more.
@@ -85,25 +77,24 @@ def gkl_loss_from_features(
         teacher_image: (B, E); E need not be D.
         teacher_text: (C, E).
         student_scale: multiplies the cosines: a model's ``logit_scale.exp()``, a tensor of one element or a number.
-        teacher_scale: likewise.
+        teacher_scale: the same of the teacher.
         alpha: weight of the soft cross-entropy.
         beta: weight of the weighted MSE.
         gamma: in [0, 1]; 1 weights by the teacher's probabilities, 0 uniformly.
         temperature: T of the soft cross-entropy, above 0.
         weight_temperature: T2 of the weights, above 0. Has no effect with a class prior.
         student_bias: added to the student's logits, a tensor of one element or a number.
-        teacher_bias: likewise.
+        teacher_bias: the same of the teacher.
         class_prior: (C, C), any floating type, row c the mean teacher prediction over the samples of class c; or
             its largest entries (not for ``triton``). Only the rows of ``labels`` are read, block by block.
         labels: (B,) integers in [0, C): the class of each row. Given together with class_prior or not at all.
-        sample_weights: v, (B,), at or above 0, taken as constants.
         denominators: those of a larger batch, of which this is a part: ``loss``, ``soft_ce`` and ``wmse`` are then
             this part's shares, which add up over the parts. Sums of ``gkl_denominators_from_features`` over
             micro-batches and ranks. With them, labels on a GPU are checked without waiting for it, as in
             ``gkl_sums``. Without them, and with ``0 < gamma < 1`` and no prior, the tiled implementation multiplies
             the teacher's features twice.
-        implementation: ``auto`` takes ``plain`` for matrices below ``FUSED_FROM``, above them ``triton`` on CUDA
-            where it is installed, else ``tiled``.
+        implementation: ``auto`` takes ``triton`` on CUDA where it is installed, else ``tiled``. (The losses of logits
+            are faster below ``FUSED_FROM``.)
 
     Returns:
         GKLOutput, 0-d, in nats. The gradient goes to the student's image, text, scale and bias; there is no second
@@ -132,7 +123,6 @@ def gkl_loss_from_features(
         gamma=gamma,
         class_prior=class_prior,
         labels=labels,
-        sample_weights=sample_weights,
         implementation=implementation,
         wait_for_device=denominators is None,
     )
@@ -146,45 +136,6 @@ def gkl_loss_from_features(
     return GKLOutput(alpha * soft_ce + beta * wmse if total is None else total, soft_ce, wmse)
 
 
-def gkl_sums_from_features(
-    student_image: Tensor,
-    student_text: Tensor,
-    teacher_image: Tensor,
-    teacher_text: Tensor,
-    *,
-    student_scale: Tensor | float,
-    teacher_scale: Tensor | float,
-    gamma: float = 1.0,
-    temperature: float = 1.0,
-    weight_temperature: float = 1.0,
-    student_bias: Tensor | float | None = None,
-    teacher_bias: Tensor | float | None = None,
-    class_prior: Tensor | TopKPrior | None = None,
-    labels: Tensor | None = None,
-    sample_weights: Tensor | None = None,
-    implementation: Implementation = "auto",
-) -> GKLSums:
-    """``gkl_sums`` of ``scale * image @ text.T``: the parts of ``gkl_loss_from_features`` with their denominators.
-
-    Arguments and errors as there; labels on a GPU are checked without waiting for it. The tiled implementation
-    computes the logits once more in the backward pass: where the denominators are known beforehand, the shares that
-    ``gkl_loss_from_features`` returns cost a third less.
-    """
-    inputs = read_inputs(
-        "gkl",
-        (student_image, student_text, student_scale, student_bias),
-        (teacher_image, teacher_text, teacher_scale, teacher_bias),
-        temperature=temperature,
-        weight_temperature=weight_temperature,
-        gamma=gamma,
-        class_prior=class_prior,
-        labels=labels,
-        sample_weights=sample_weights,
-        implementation=implementation,
-    )
-    return _sums(inputs, None)[1]
-
-
 @torch.no_grad()
 def gkl_denominators_from_features(
     teacher_image: Tensor,
@@ -195,10 +146,9 @@ def gkl_denominators_from_features(
     weight_temperature: float = 1.0,
     class_prior: Tensor | TopKPrior | None = None,
     labels: Tensor | None = None,
-    sample_weights: Tensor | None = None,
-    implementation: Implementation = "auto",
+    implementation: FusedImplementation = "auto",
 ) -> GKLDenominators:
-    """The denominators of ``gkl_sums_from_features``, without a student.
+    """The denominators of ``gkl_loss_from_features``, without a student.
 
     They need the teacher's logits only for ``0 < gamma < 1`` without a class prior. Arguments and errors as for
     ``gkl_loss_from_features``.
@@ -213,7 +163,6 @@ def gkl_denominators_from_features(
         gamma=gamma,
         class_prior=class_prior,
         labels=labels,
-        sample_weights=sample_weights,
         implementation=implementation,
     )
     return _uncompiled(_denominators, inputs)
@@ -230,88 +179,25 @@ def kd_loss_from_features(
     temperature: float,
     student_bias: Tensor | float | None = None,
     teacher_bias: Tensor | float | None = None,
-    sample_weights: Tensor | None = None,
-    implementation: Implementation = "auto",
+    rows: Tensor | None = None,
+    implementation: FusedImplementation = "auto",
 ) -> Tensor:
-    """``kd_loss`` (arXiv 1503.02531) of ``scale * image @ text.T``: ``T^2 sum_b v_b KL_b / sum_b v_b``, 0-d.
+    """``kd_loss`` (arXiv 1503.02531) of ``scale * image @ text.T``: ``T^2 sum_b KL_b / rows``, 0-d, in nats.
 
-    Arguments, gradients and errors as for ``gkl_loss_from_features``.
+    ``rows`` are those of a larger batch (0-d), of which this is a part; by default the rows given. Other arguments,
+    gradients and errors as for ``gkl_loss_from_features``.
     """
-    return kd_sums_from_features(
-        student_image,
-        student_text,
-        teacher_image,
-        teacher_text,
-        student_scale=student_scale,
-        teacher_scale=teacher_scale,
-        temperature=temperature,
-        student_bias=student_bias,
-        teacher_bias=teacher_bias,
-        sample_weights=sample_weights,
-        implementation=implementation,
-    ).value
-
-
-def kd_sums_from_features(
-    student_image: Tensor,
-    student_text: Tensor,
-    teacher_image: Tensor,
-    teacher_text: Tensor,
-    *,
-    student_scale: Tensor | float,
-    teacher_scale: Tensor | float,
-    temperature: float,
-    student_bias: Tensor | float | None = None,
-    teacher_bias: Tensor | float | None = None,
-    sample_weights: Tensor | None = None,
-    implementation: Implementation = "auto",
-) -> LossSum:
-    """``kd_loss_from_features`` as a sum over rows and its denominator ``sum_b v_b``."""
     inputs = read_inputs(
         "kl",
         (student_image, student_text, student_scale, student_bias),
         (teacher_image, teacher_text, teacher_scale, teacher_bias),
         temperature=temperature,
-        sample_weights=sample_weights,
         implementation=implementation,
     )
-    return _single_sum(inputs)
-
-
-def soft_ce_sums_from_features(
-    student_image: Tensor,
-    student_text: Tensor,
-    teacher_image: Tensor,
-    teacher_text: Tensor,
-    *,
-    student_scale: Tensor | float,
-    teacher_scale: Tensor | float,
-    temperature: float,
-    student_bias: Tensor | float | None = None,
-    teacher_bias: Tensor | float | None = None,
-    sample_weights: Tensor | None = None,
-    implementation: Implementation = "auto",
-) -> LossSum:
-    """``soft_ce_sums`` of ``scale * image @ text.T``: the alpha term of GKL alone, over ``sum_b v_b``.
-
-    Arguments, gradients and errors as for ``gkl_loss_from_features``.
-    """
-    inputs = read_inputs(
-        "soft_ce",
-        (student_image, student_text, student_scale, student_bias),
-        (teacher_image, teacher_text, teacher_scale, teacher_bias),
-        temperature=temperature,
-        sample_weights=sample_weights,
-        implementation=implementation,
-    )
-    return _single_sum(inputs)
-
-
-def _single_sum(inputs: Inputs) -> LossSum:
-    """The sum of a problem that has one."""
     one = torch.ones((), dtype=inputs.problem.dtype, device=inputs.features.student_image_BD.device)
     total, sums = _sums(inputs, (one, one))
-    return sums.soft_ce if total is None else LossSum(total, sums.soft_ce.denominator)
+    divergence = sums.soft_ce.numerator if total is None else total
+    return divergence / (sums.soft_ce.denominator if rows is None else rows)
 
 
 def _uncompiled(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -324,16 +210,12 @@ def _uncompiled(function: Callable[..., Any], *arguments: Any) -> Any:
 def _denominators(inputs: Inputs) -> GKLDenominators:
     with torch.no_grad(), outside_autocast(inputs.features.teacher_image_BE):
         mass_B = _engine(inputs).weight_masses(inputs.features, inputs.problem)
-        v_B = inputs.problem.sample_weight_B
-        return GKLDenominators(v_B.sum(), (v_B * mass_B.square()).sum())
+        return GKLDenominators(mass_B.new_full((), len(mass_B)), mass_B.square().sum())
 
 
 def _sums(inputs: Inputs, weights: Weights | None) -> tuple[Tensor | None, GKLSums]:
     """The sums and, where their gradient comes first, their sum with the given weights, cheaper to differentiate."""
-    if inputs.implementation == "plain":
-        total, sums = None, _plain_sums(inputs.features, inputs.problem)
-    else:
-        total, sums = _uncompiled(_fused_sums, inputs, weights if inputs.gradient_comes_first else None)
+    total, sums = _uncompiled(_fused_sums, inputs, weights if inputs.gradient_comes_first else None)
     if inputs.no_bias is None:
         return total, sums
     soft_ce, wmse = (LossSum(part.numerator + inputs.no_bias, part.denominator) for part in sums)
@@ -343,7 +225,7 @@ def _sums(inputs: Inputs, weights: Weights | None) -> tuple[Tensor | None, GKLSu
 def _fused_sums(inputs: Inputs, weights: Weights | None) -> tuple[Tensor | None, GKLSums]:
     with outside_autocast(inputs.features.student_image_BD):
         total, soft, wmse, denominator = _FromFeatures.apply(*inputs.features, inputs.problem, weights, _engine(inputs))
-        return total, GKLSums(LossSum(soft, inputs.problem.sample_weight_B.sum()), LossSum(wmse, denominator))
+        return total, GKLSums(mean_over_rows(soft, len(inputs.features.student_image_BD)), LossSum(wmse, denominator))
 
 
 def _engine(inputs: Inputs) -> ModuleType:
@@ -365,7 +247,7 @@ class _FromFeatures(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
         *features, problem, weights, engine = arguments
-        sums = engine.forward(Features(*features), problem, weights, ctx.needs_input_grad[:3])
+        sums = engine.forward(FeaturePair(*features), problem, weights, ctx.needs_input_grad[:3])
         ctx.save_for_backward(*features)
         ctx.problem, ctx.weights, ctx.engine = problem, weights, engine
         ctx.gradients, ctx.state = sums.gradients, sums.state
@@ -381,7 +263,7 @@ class _FromFeatures(torch.autograd.Function):
         refuse_second_derivative("a loss from features")
         if grad_total is None and grad_soft is None and grad_wmse is None:
             return (None,) * 9
-        features = Features(*ctx.saved_tensors)
+        features = FeaturePair(*ctx.saved_tensors)
         factor, weights, gradients = grad_total, ctx.weights, ctx.gradients
         ctx.gradients = None
         if grad_soft is not None or grad_wmse is not None:
@@ -397,52 +279,3 @@ def _added(weights: Weights | None, factor: Tensor | None, *more: Tensor | None)
     """``factor * weights + more``, where None is 0."""
     scaled = [0.0 if weights is None or factor is None else weight * factor for weight in weights or (0, 0)]
     return tuple(a if b is None else a + b for a, b in zip(scaled, more, strict=True))
-
-
-def _plain_sums(features: Features, problem: Problem) -> GKLSums:
-    """By way of the matrices of logits."""
-    image_BD, text_CD, scale, teacher_image_BE, teacher_text_CE, teacher_scale = (x.to(problem.dtype) for x in features)
-    with outside_autocast(image_BD):
-        student_BC = scale * (image_BD @ text_CD.T)
-        teacher_BC = teacher_scale * (teacher_image_BE @ teacher_text_CE.T)
-        if problem.weighted or isinstance(problem.prior, TopKPrior):
-            return _plain_sums_with_weights(student_BC, teacher_BC, problem)
-    if problem.kind == "gkl":
-        return gkl_sums(
-            student_BC,
-            teacher_BC,
-            gamma=problem.gamma,
-            temperature=problem.temperature,
-            weight_temperature=problem.weight_temperature,
-            class_prior=problem.prior,
-            labels=problem.labels_B,
-        )
-    single = kd_sums if problem.kind == "kl" else soft_ce_sums
-    soft = single(student_BC, teacher_BC, temperature=problem.temperature)
-    return GKLSums(soft, LossSum(torch.zeros_like(soft.numerator), soft.denominator))
-
-
-def _plain_sums_with_weights(student_BC: Tensor, teacher_BC: Tensor, problem: Problem) -> GKLSums:
-    """What the losses of logits do not offer: sample weights, and priors cut to their largest entries."""
-    v_B, temperature = problem.sample_weight_B, problem.temperature
-    log_q_BC = torch.log_softmax(student_BC / temperature, 1)
-    log_p_BC = torch.log_softmax(teacher_BC / temperature, 1)
-    if problem.kind == "kl":
-        divergence_B = F.kl_div(log_q_BC, log_p_BC, reduction="none", log_target=True).sum(1)
-        soft = LossSum(temperature**2 * (v_B * divergence_B).sum(), v_B.sum())
-    else:
-        soft_B = nan_where_softmax_hides_infinity(teacher_BC) - (log_p_BC.exp() * log_q_BC).sum(1)
-        soft = LossSum((v_B * soft_B).sum(), v_B.sum())
-    if problem.kind != "gkl":
-        return GKLSums(soft, LossSum(torch.zeros_like(soft.numerator), soft.denominator))
-    if problem.prior is None:
-        weight_BC = gkl_weights(teacher_BC, gamma=problem.gamma, weight_temperature=problem.weight_temperature)
-    else:
-        assert problem.labels_B is not None
-        weight_BC = fill_weights(torch.empty_like(teacher_BC), problem.prior, problem.labels_B, problem.gamma)
-    mass_B1 = weight_BC.sum(1, keepdim=True)
-    delta_BC = teacher_BC - student_BC
-    mean_B1 = (weight_BC * delta_BC).sum(1, keepdim=True) / mass_B1
-    variance_B1 = (weight_BC * (delta_BC - mean_B1).square()).sum(1, keepdim=True)
-    numerator, denominator = ((v_B[:, None] * part).sum() for part in (mass_B1 * variance_B1 / 2, mass_B1.square()))
-    return GKLSums(soft, LossSum(numerator, denominator))

@@ -1,4 +1,4 @@
-"""What the implementations of the fused losses share: their inputs, checked, and the choice among them.
+"""What the losses from features share: their results, their checked inputs, and the choice of an implementation.
 
 Shape suffixes: B rows of a batch, C classes, D and E feature widths of student and teacher.
 """
@@ -9,29 +9,53 @@ import functools
 import importlib.util
 import os
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from clipdistill.losses._common import check_labels, check_temperature, common_float
-from clipdistill.losses.fused_prior import TopKPrior
+from clipdistill.losses._common import LossSum, check_labels, check_temperature, common_float
+from clipdistill.losses.prior import TopKPrior
 
-Implementation = Literal["auto", "tiled", "triton", "plain"]
+FusedImplementation = Literal["auto", "tiled", "triton"]
+"""How a loss is computed from features; auto: triton on CUDA where it is installed, else tiled."""
 
 FUSED_FROM = {"cpu": 2**23, "cuda": 2**24}
-"""Elements B * C of a matrix of logits from which ``auto`` leaves the plain path, by type of device; others as cuda.
+"""Elements B * C of a matrix of logits from which the fused losses are faster, by type of device; others as cuda.
 
 CPU: measured. CUDA: a guess, at which a matrix in float32 is 64 MB; nothing was measured yet.
 """
 
 
-def fused_wins(rows: int, classes: int, device: torch.device) -> bool:
-    """Whether ``auto`` leaves the plain path for (rows, classes) logits on the device."""
-    return rows * classes >= FUSED_FROM.get(device.type, FUSED_FROM["cuda"])
+def fused_wins(rows: int, columns: int, device: torch.device) -> bool:
+    """Whether a loss of (rows, columns) logits is computed sooner from the features."""
+    return rows * columns >= FUSED_FROM.get(device.type, FUSED_FROM["cuda"])
 
 
-class Features(NamedTuple):
+@dataclass(frozen=True)
+class GKLOutput:
+    """``loss = alpha * soft_ce + beta * wmse`` and its two parts: 0-d, in nats, each with its gradient."""
+
+    loss: Tensor
+    soft_ce: Tensor
+    wmse: Tensor
+
+
+class GKLSums(NamedTuple):
+    """The parts of GKL, unweighted, as sums over the rows of a batch."""
+
+    soft_ce: LossSum
+    wmse: LossSum
+
+
+class GKLDenominators(NamedTuple):
+    """What the sums of GKL are divided by, 0-d: the number of rows and ``sum_b W_b^2``."""
+
+    soft_ce: Tensor
+    wmse: Tensor
+
+
+class FeaturePair(NamedTuple):
     """The embeddings of both models and the scales of their logits (0-d)."""
 
     student_image_BD: Tensor
@@ -47,26 +71,22 @@ class Problem:
     """What is computed of the features.
 
     Attributes:
-        kind: ``gkl``: soft cross-entropy and wMSE; ``kl``: KL times T^2; ``soft_ce``. The latter two have a wMSE of 0.
+        kind: ``gkl``: soft cross-entropy and wMSE; ``kl``: KL times T^2, with a wMSE of 0.
         dtype: of the arithmetic, float32 or float64.
         temperature: T.
         weight_temperature: T2.
         gamma: exponent of the weights of wMSE.
         prior: the class prior, or None: weights from the teacher's own logits.
         labels_B: rows of the prior.
-        sample_weight_B: v.
-        weighted: whether v may be other than 1.
     """
 
-    kind: Literal["gkl", "kl", "soft_ce"]
+    kind: Literal["gkl", "kl"]
     dtype: torch.dtype
     temperature: float
     weight_temperature: float
     gamma: float
     prior: Tensor | TopKPrior | None
     labels_B: Tensor | None
-    sample_weight_B: Tensor
-    weighted: bool
 
     @property
     def soft_factor(self) -> float:
@@ -88,7 +108,7 @@ Needs = tuple[bool, ...]
 
 
 class Gradients(NamedTuple):
-    """Towards the student's embeddings and scale, in the arithmetic's type; None where nobody asks."""
+    """Towards the student's embeddings and scale, in the arithmetic's type; None where it is not needed."""
 
     image_BD: Tensor | None
     text_CD: Tensor | None
@@ -124,10 +144,10 @@ class Inputs:
         implementation: the one chosen.
     """
 
-    features: Features
+    features: FeaturePair
     problem: Problem
     no_bias: Tensor | None
-    implementation: Literal["tiled", "triton", "plain"]
+    implementation: Literal["tiled", "triton"]
 
     @property
     def gradient_comes_first(self) -> bool:
@@ -141,7 +161,7 @@ Side = tuple[Tensor, Tensor, Tensor | float, Tensor | float | None]
 
 
 def read_inputs(
-    kind: Literal["gkl", "kl", "soft_ce"],
+    kind: Literal["gkl", "kl"],
     student: Side,
     teacher: Side,
     *,
@@ -150,8 +170,7 @@ def read_inputs(
     gamma: float = 1.0,
     class_prior: Tensor | TopKPrior | None = None,
     labels: Tensor | None = None,
-    sample_weights: Tensor | None = None,
-    implementation: Implementation = "auto",
+    implementation: FusedImplementation = "auto",
     wait_for_device: bool = False,
 ) -> Inputs:
     """Check the arguments of a fused loss; ValueError for a wrong one."""
@@ -179,10 +198,8 @@ def read_inputs(
         gamma,
         class_prior,
         labels,
-        _checked_sample_weights(sample_weights, image, dtype),
-        sample_weights is not None,
     )
-    features = Features(
+    features = FeaturePair(
         image,
         student[1],
         _scalar("student_scale", student[2], image.device, dtype),
@@ -195,7 +212,7 @@ def read_inputs(
         student_bias, teacher_bias = (0.0 if side[3] is None else side[3] for side in (student, teacher))
         no_bias = 0 * _scalar("student_bias", student_bias, image.device, dtype)
         no_bias = no_bias + 0 * _scalar("teacher_bias", teacher_bias, image.device, dtype).detach()
-    return Inputs(features, problem, no_bias, _choose(implementation, features, problem))
+    return Inputs(features, problem, no_bias, _choose(implementation, image.device, problem))
 
 
 def _check_embeddings(student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor]) -> None:
@@ -228,17 +245,6 @@ def _check_prior(prior: Tensor | TopKPrior, classes: int, device: torch.device) 
         common_float(class_prior=prior)
 
 
-def _checked_sample_weights(weights: Tensor | None, image: Tensor, dtype: torch.dtype) -> Tensor:
-    if weights is None:
-        return torch.ones(len(image), dtype=dtype, device=image.device)
-    common_float(sample_weights=weights)
-    if tuple(weights.shape) != (len(image),):
-        raise ValueError(f"sample_weights must have shape ({len(image)},), one per row, got {tuple(weights.shape)}")
-    if weights.device.type == "cpu" and (weights < 0).any():
-        raise ValueError(f"sample_weights must be at or above 0, got {weights.min().item()}")
-    return weights.detach().to(image.device, dtype, non_blocking=True)
-
-
 def _scalar(name: str, value: Tensor | float, device: torch.device, dtype: torch.dtype) -> Tensor:
     """0-d on the device; a tensor keeps its type and its gradient."""
     if not isinstance(value, Tensor):
@@ -249,23 +255,18 @@ def _scalar(name: str, value: Tensor | float, device: torch.device, dtype: torch
     return value.reshape(()).to(device)
 
 
-def _choose(
-    implementation: Implementation, features: Features, problem: Problem
-) -> Literal["tiled", "triton", "plain"]:
-    image, text = features.student_image_BD, features.student_text_CD
+def _choose(implementation: FusedImplementation, device: torch.device, problem: Problem) -> Literal["tiled", "triton"]:
     match implementation:
         case "auto":
-            if not fused_wins(len(image), len(text), image.device):
-                return "plain"
-            on_gpu = image.device.type == "cuda" and _triton_obstacle(image.device, problem) is None
+            on_gpu = device.type == "cuda" and _triton_obstacle(device, problem) is None
             return "triton" if on_gpu else "tiled"
         case "triton":
-            if obstacle := _triton_obstacle(image.device, problem):
+            if obstacle := _triton_obstacle(device, problem):
                 raise ValueError(f"implementation 'triton' needs {obstacle}")
             return "triton"
-        case "tiled" | "plain":
-            return implementation
-    raise ValueError(f"implementation must be one of {', '.join(get_args(Implementation))}, got {implementation!r}")
+        case "tiled":
+            return "tiled"
+    raise ValueError(f"implementation must be auto, tiled or triton, got {implementation!r}")
 
 
 def _triton_obstacle(device: torch.device, problem: Problem) -> str | None:

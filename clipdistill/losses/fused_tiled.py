@@ -11,23 +11,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clipdistill.losses.fused_common import Features, Gradients, Needs, Problem, Sums, Weights
-from clipdistill.losses.fused_prior import fill_weights, weight_mass
+from clipdistill.losses.fused_common import FeaturePair, Gradients, Needs, Problem, Sums, Weights
+from clipdistill.losses.prior import fill_weights, weight_mass
 
 
-def forward(features: Features, problem: Problem, weights: Weights | None, needs: Needs) -> Sums:
+def forward(features: FeaturePair, problem: Problem, weights: Weights | None, needs: Needs) -> Sums:
     """The sums and, with weights (0-d) of soft and wmse, the gradient of their weighted sum."""
     return _sweep(features, problem, weights, needs)
 
 
-def backward(features: Features, problem: Problem, weights: Weights, needs: Needs, _state: None) -> Gradients:
+def backward(features: FeaturePair, problem: Problem, weights: Weights, needs: Needs, _state: None) -> Gradients:
     """The gradient of the sum of soft and wmse with the given weights, from the embeddings again."""
     gradients = _sweep(features, problem, weights, needs).gradients
     assert gradients is not None
     return gradients
 
 
-def _sweep(features: Features, problem: Problem, weights: Weights | None, needs: Needs) -> Sums:
+def _sweep(features: FeaturePair, problem: Problem, weights: Weights | None, needs: Needs) -> Sums:
     """Pass once over the rows."""
     dtype, temperature = problem.dtype, problem.temperature
     image_BD, text_CD, scale, teacher_image_BE, teacher_text_CE, teacher_scale = (x.to(dtype) for x in features)
@@ -49,7 +49,7 @@ def _sweep(features: Features, problem: Problem, weights: Weights | None, needs:
         if grad_text_CD is not None:
             grad_text_CD.addmm_(grad_bC.T, scaled_bD)
 
-    soft, wmse, denominator = (problem.sample_weight_B * statistics_3B).sum(1)
+    soft, wmse, denominator = statistics_3B.sum(1)
     if weights is None:
         return Sums(soft, wmse, denominator)
     grad_scale = None
@@ -60,7 +60,7 @@ def _sweep(features: Features, problem: Problem, weights: Weights | None, needs:
     return Sums(soft, wmse, denominator, gradients)
 
 
-def weight_masses(features: Features, problem: Problem) -> Tensor:
+def weight_masses(features: FeaturePair, problem: Problem) -> Tensor:
     """``W_B = sum_j w_bj``, of the teacher alone."""
     dtype = problem.dtype
     image_BE, text_CE, scale = (x.to(dtype) for x in features[3:])
@@ -138,9 +138,8 @@ def _gkl_block(
     soft_b1 = weighted_sum_b1 * 0 - _row_products(p_bC, log_q_bC)
     grad_bC = log_q_bC
     if weights is not None:
-        v_b1 = problem.sample_weight_B[rows, None]
-        grad_bC.exp_().sub_(p_bC).mul_(weights[0] * v_b1)
-        grad_bC.addcmul_(weighted_bC, weights[1] * v_b1 * mass_b1 * temperature**2, value=-1)
+        grad_bC.exp_().sub_(p_bC).mul_(weights[0])
+        grad_bC.addcmul_(weighted_bC, weights[1] * mass_b1 * temperature**2, value=-1)
     return torch.cat((soft_b1, wmse_b1, mass_b1.square()), 1).T, grad_bC
 
 
@@ -150,21 +149,17 @@ def _kl_block(
     p_bC: Tensor,
     log_p_bC: Tensor,
     problem: Problem,
-    rows: slice,
+    _rows: slice,
     weights: Weights | None,
 ) -> tuple[Tensor, Tensor]:
-    """(3, b) KL or soft cross-entropy, zeros and ones, and the gradient; as ``_gkl_block``."""
+    """(3, b) KL, zeros and ones, and the gradient; as ``_gkl_block``."""
     torch.log_softmax(teacher_bC, 1, out=log_p_bC)
     torch.exp(log_p_bC, out=p_bC)
     log_q_bC = torch.log_softmax(student_bC, 1, out=teacher_bC)
-    if problem.kind == "kl":
-        soft_b1 = _row_products(p_bC, log_p_bC.sub_(log_q_bC))
-    else:
-        # the entropy is not finite where a logit of the teacher is not
-        soft_b1 = _row_products(p_bC, log_p_bC) * 0 - _row_products(p_bC, log_q_bC)
+    soft_b1 = _row_products(p_bC, log_p_bC.sub_(log_q_bC))
     grad_bC = log_q_bC
     if weights is not None:
-        grad_bC.exp_().sub_(p_bC).mul_(problem.soft_factor * weights[0] * problem.sample_weight_B[rows, None])
+        grad_bC.exp_().sub_(p_bC).mul_(problem.soft_factor * weights[0])
     return torch.cat((soft_b1 * problem.soft_factor, torch.zeros_like(soft_b1), torch.ones_like(soft_b1)), 1).T, grad_bC
 
 

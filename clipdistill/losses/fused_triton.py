@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from clipdistill.losses.fused_common import Features, Gradients, Needs, Problem, Sums, Weights
+from clipdistill.losses.fused_common import FeaturePair, Gradients, Needs, Problem, Sums, Weights
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _SHARE_STEP = 32 if _INTERPRETED else 128
@@ -61,31 +61,33 @@ class _RowStatistics(NamedTuple):
     mass: Tensor
 
 
-def forward(features: Features, problem: Problem, weights: None, needs: Needs) -> Sums:  # noqa: ARG001
+def forward(features: FeaturePair, problem: Problem, weights: None, needs: Needs) -> Sums:  # noqa: ARG001
     """The sums; their gradient waits for the backward pass."""
     statistics, soft_B, variance_B = _statistics(features, problem)
-    v_B, squared_mass_B = problem.sample_weight_B, statistics.mass.square()
-    soft = problem.soft_factor * (v_B * soft_B).sum()
-    wmse = (v_B * squared_mass_B * variance_B).sum() * (problem.temperature**2 / 2)
-    return Sums(soft, wmse, (v_B * squared_mass_B).sum(), state=statistics)
+    squared_mass_B = statistics.mass.square()
+    soft = problem.soft_factor * soft_B.sum()
+    wmse = (squared_mass_B * variance_B).sum() * (problem.temperature**2 / 2)
+    return Sums(soft, wmse, squared_mass_B.sum(), state=statistics)
 
 
-def weight_masses(features: Features, problem: Problem) -> Tensor:
+def weight_masses(features: FeaturePair, problem: Problem) -> Tensor:
     """``W_B = sum_j w_bj``, of the teacher alone."""
     mass = problem.known_mass(len(features.teacher_text_CE))
     if mass is not None:
-        return problem.sample_weight_B.new_full((len(features.teacher_image_BE),), mass)
+        return torch.full(
+            (len(features.teacher_image_BE),), mass, dtype=problem.dtype, device=features.teacher_image_BE.device
+        )
     return _masses(_row_sums(features, problem, student=False), problem)[2]
 
 
 def backward(
-    features: Features, problem: Problem, weights: Weights, needs: Needs, statistics: _RowStatistics
+    features: FeaturePair, problem: Problem, weights: Weights, needs: Needs, statistics: _RowStatistics
 ) -> Gradients:
     """The gradient of the sum of soft and wmse with the given weights, chunk by chunk of the classes."""
     image_BD, text_CD = _of_one_type(features.student_image_BD, features.student_text_CD)
     (rows, width), classes = image_BD.shape, len(text_CD)
-    soft_B = problem.sample_weight_B * (problem.soft_factor * weights[0])
-    wmse_B = problem.sample_weight_B * statistics.mass.square() * (problem.temperature**2 * weights[1])
+    wmse_B = statistics.mass.square() * (problem.temperature**2 * weights[1])
+    soft_B = torch.ones_like(wmse_B) * (problem.soft_factor * weights[0])
     # gradients of a mean over many rows are too small for float16
     peak = torch.maximum(soft_B.abs().amax(), wmse_B.abs().amax())
     peak = torch.where(peak > 0, peak, 1.0)
@@ -115,7 +117,7 @@ def backward(
     return Gradients(grad_image_BD if needs[0] else None, grad_text_CD, grad_scale if needs[2] else None)
 
 
-def _statistics(features: Features, problem: Problem) -> tuple[_RowStatistics, Tensor, Tensor]:
+def _statistics(features: FeaturePair, problem: Problem) -> tuple[_RowStatistics, Tensor, Tensor]:
     """Statistics of the rows, the rows of the soft part, and the variances of delta, all (B,)."""
     sums = _row_sums(features, problem, student=True)
     student_max, teacher_max = sums.student_max.amax(0), sums.teacher_max.amax(0)
@@ -153,7 +155,7 @@ def _masses(sums: _RowSums, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     return weight_factor, weight_sum, weight_sum / base_sum**problem.gamma
 
 
-def _row_sums(features: Features, problem: Problem, *, student: bool) -> _RowSums:
+def _row_sums(features: FeaturePair, problem: Problem, *, student: bool) -> _RowSums:
     """Run the kernel of the forward pass; without ``student``, only what W needs."""
     rows, classes = len(features.teacher_image_BE), len(features.teacher_text_CE)
     device = features.teacher_image_BE.device
@@ -178,7 +180,7 @@ def _row_sums(features: Features, problem: Problem, *, student: bool) -> _RowSum
     return _RowSums(*sums_NSB)
 
 
-def _operands(features: Features, problem: Problem) -> tuple[Tensor | int | float, ...]:
+def _operands(features: FeaturePair, problem: Problem) -> tuple[Tensor | int | float, ...]:
     """The arguments with which both kernels of logits begin."""
     student = _of_one_type(features.student_image_BD, features.student_text_CD)
     teacher = _of_one_type(features.teacher_image_BE, features.teacher_text_CE)

@@ -16,44 +16,127 @@ Shape suffixes: B rows of a batch, b rows of a block of it, C classes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
+from pydantic import ValidationInfo, field_validator
 from torch import Tensor
 
 from clipdistill.losses._common import (
     LossSum,
-    at_least_float32,
     check_labels,
     check_matrices,
     check_temperature,
     common_float,
-    logit_pair,
-    matching_matrices,
     mean_over_rows,
-    nan_where_softmax_hides_infinity,
-    outside_autocast,
     refuse_second_derivative,
     row_blocks,
     tempered,
 )
+from clipdistill.losses.base import Comparison, Loss, LossParts, Paper
+from clipdistill.losses.fused import gkl_denominators_from_features, gkl_loss_from_features
+from clipdistill.losses.fused_common import GKLDenominators, GKLOutput, GKLSums
+from clipdistill.losses.prior import TopKPrior, prior_rows
+from clipdistill.settings import Fraction, Positive
 
 
-@dataclass(frozen=True)
-class GKLOutput:
-    """``loss = alpha * soft_ce + beta * wmse`` and its two parts: 0-d, in nats, each with its gradient."""
+class GKL(Loss):
+    """``gkl_loss`` as a term: soft cross-entropy plus weighted MSE of logit differences, whose gradient KL lacks."""
 
-    loss: Tensor
-    soft_ce: Tensor
-    wmse: Tensor
+    loss: Literal["gkl"] = "gkl"
+    over: Literal["prompts", "captions"] = "prompts"
+    alpha: float = 1.0
+    """Factor of the soft cross-entropy."""
+    beta: float = 1.0
+    """Factor of wMSE."""
+    gamma: Fraction = 1.0
+    """Exponent of the weights of wMSE; 0: uniform weights."""
+    temperature: Positive = 1.0
+    """Divides the logits in the soft cross-entropy."""
+    weight_temperature: Positive = 1.0
+    """Divides the teacher's logits in the weights of wMSE (the authors' T2)."""
+    class_prior: bool = False
+    """Over prompts: weights from the teacher's mean prediction of the sample's class (needs ``labels``)."""
 
+    papers: ClassVar = (
+        Paper(
+            key="cui2025gkl",
+            title="Generalized Kullback-Leibler Divergence Loss",
+            author="Cui, Jiequan and Zhu, Beier and Xu, Qingshan and Tian, Zhuotao and Qi, Xiaojuan and Yu, Bei and "
+            "Zhang, Hanwang and Hong, Richang",
+            year=2025,
+            arxiv="2503.08038",
+        ),
+        Paper(
+            key="cui2024dkl",
+            title="Decoupled Kullback-Leibler Divergence Loss",
+            author="Cui, Jiequan and Tian, Zhuotao and Zhong, Zhisheng and Qi, Xiaojuan and Yu, Bei and Zhang, Hanwang",
+            year=2023,
+            arxiv="2305.13948",
+        ),
+    )
 
-class GKLSums(NamedTuple):
-    """The parts of GKL, unweighted, as sums over the rows of a batch."""
+    @field_validator("class_prior")
+    @classmethod
+    def _prior_is_of_prompts(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("over") != "prompts":
+            raise ValueError("over: prompts only")
+        return value
 
-    soft_ce: LossSum
-    wmse: LossSum
+    @property
+    def needs_labels(self) -> bool:
+        """The class prior has a row for each class."""
+        return self.class_prior
+
+    @property
+    def prior_temperature(self) -> float | None:
+        """The weights' own."""
+        return self.weight_temperature if self.class_prior else None
+
+    def denominators(self, comparison: Comparison) -> dict[str, Tensor]:
+        """wMSE's: ``sum_b W_b^2``."""
+        teacher = comparison.teacher
+        assert teacher is not None
+        if (fused := comparison.fused_implementation) is None:
+            return {"wmse": gkl_denominator(teacher.logits_BC, **self._weighting(comparison))}
+        wmse = gkl_denominators_from_features(
+            teacher.rows_BD,
+            teacher.columns_CD,
+            teacher_scale=teacher.scale,
+            implementation=fused,
+            **self._weighting(comparison),
+        ).wmse
+        return {"wmse": wmse}
+
+    def compute(self, comparison: Comparison, rows: Tensor, denominators: Mapping[str, Tensor]) -> LossParts:
+        """Parts ``soft_ce`` and ``wmse``, with alpha and beta applied."""
+        student, teacher = comparison.pair
+        wmse_denominator = denominators["wmse"].to(rows.dtype)
+        if (fused := comparison.fused_implementation) is not None:
+            out = gkl_loss_from_features(
+                **comparison.features,
+                alpha=self.alpha,
+                beta=self.beta,
+                temperature=self.temperature,
+                denominators=GKLDenominators(rows, wmse_denominator),
+                implementation=fused,
+                **self._weighting(comparison),
+            )
+            return LossParts({"soft_ce": self.alpha * out.soft_ce, "wmse": self.beta * out.wmse}, out.loss)
+        sums = gkl_sums(
+            student.logits_BC, teacher.logits_BC, temperature=self.temperature, **self._weighting(comparison)
+        )
+        soft_ce = self.alpha * sums.soft_ce.numerator / rows
+        wmse = self.beta * sums.wmse.numerator / wmse_denominator
+        return LossParts({"soft_ce": soft_ce, "wmse": wmse}, soft_ce + wmse)
+
+    def _weighting(self, comparison: Comparison) -> dict[str, Any]:
+        """What the weights of wMSE come from."""
+        weighting: dict[str, Any] = {"gamma": self.gamma, "weight_temperature": self.weight_temperature}
+        if self.class_prior:
+            weighting |= {"class_prior": comparison.class_prior, "labels": comparison.target_B}
+        return weighting
 
 
 def gkl_loss(
@@ -65,7 +148,7 @@ def gkl_loss(
     gamma: float = 1.0,
     temperature: float = 1.0,
     weight_temperature: float = 1.0,
-    class_prior: Tensor | None = None,
+    class_prior: Tensor | TopKPrior | None = None,
     labels: Tensor | None = None,
 ) -> GKLOutput:
     """GKL divergence of the student from the teacher: ``alpha * soft_ce + beta * wmse``.
@@ -89,8 +172,8 @@ def gkl_loss(
         gamma: in [0, 1]; 1 weights by the teacher's probabilities, 0 uniformly.
         temperature: T of the soft cross-entropy, above 0.
         weight_temperature: T2 of the weights, above 0. Has no effect with a class prior.
-        class_prior: (C, C), row c the mean teacher prediction over the samples of class c. Zero entries are
-            allowed; a row of zeros has no weighted mean and makes the loss nan.
+        class_prior: (C, C), row c the mean teacher prediction over the samples of class c, or its largest entries. Zero
+            entries are allowed; a row of zeros has no weighted mean and makes the loss nan.
         labels: (B,) integers in [0, C): the class of each row. Given together with class_prior or not at all.
             On a GPU the check of their range waits for the device; labels on the CPU do not.
 
@@ -134,7 +217,7 @@ def gkl_sums(
     gamma: float = 1.0,
     temperature: float = 1.0,
     weight_temperature: float = 1.0,
-    class_prior: Tensor | None = None,
+    class_prior: Tensor | TopKPrior | None = None,
     labels: Tensor | None = None,
 ) -> GKLSums:
     """Both parts of ``gkl_loss`` as sums over rows with their denominators, from one pass over the logits.
@@ -172,7 +255,7 @@ def gkl_denominator(
     *,
     gamma: float = 1.0,
     weight_temperature: float = 1.0,
-    class_prior: Tensor | None = None,
+    class_prior: Tensor | TopKPrior | None = None,
     labels: Tensor | None = None,
 ) -> Tensor:
     """The denominator of ``gkl_sums(...).wmse``, ``sum_b W_b^2``, without a student: 0-d.
@@ -184,7 +267,7 @@ def gkl_denominator(
     labels = _check_weight_settings(teacher_logits, gamma, weight_temperature, class_prior, labels)
     dtype = common_float(teacher_logits=teacher_logits)
     if class_prior is None and gamma in (0, 1):
-        mass = len(teacher_logits[0]) if gamma == 0 else 1
+        mass = teacher_logits.shape[1] if gamma == 0 else 1
         return teacher_logits.new_full((), len(teacher_logits) * mass**2, dtype=dtype)
     settings = _Settings(dtype, gamma, weight_temperature, weight_temperature)
     denominator = torch.zeros((), dtype=dtype, device=teacher_logits.device)
@@ -195,106 +278,6 @@ def gkl_denominator(
         mass_b1 = _masses(teacher_bC, p_bC, prior_bC, share_bC, settings)
         denominator += len(teacher_bC) if mass_b1 is None else mass_b1.square().sum()
     return denominator
-
-
-@torch.no_grad()
-def gkl_weights(
-    teacher_logits: Tensor,
-    *,
-    gamma: float,
-    weight_temperature: float,
-    class_prior: Tensor | None = None,
-    labels: Tensor | None = None,
-) -> Tensor:
-    """The weights of wMSE: ``softmax(t/T2)^gamma``, or ``class_prior[labels]^gamma``; arXiv 2503.08038.
-
-    A probability 0 in the prior is weight 0, or weight 1 for ``gamma = 0`` (uniform weights).
-
-    Args:
-        teacher_logits: (B, C).
-        gamma: in [0, 1].
-        weight_temperature: T2, above 0. Has no effect with a class prior.
-        class_prior: (C, C), given together with labels or not at all.
-        labels: (B,) integers in [0, C). No GPU synchronisation: the range of labels on a GPU is left to the
-            indexing kernel, which stops the program on a bad label.
-
-    Returns:
-        (B, C), float32 or float64, without gradient.
-
-    Raises:
-        ValueError: as ``gkl_loss``.
-    """
-    (teacher_BC,) = matching_matrices(teacher_logits=teacher_logits)
-    labels = _check_weight_settings(teacher_BC, gamma, weight_temperature, class_prior, labels)
-    with outside_autocast(teacher_BC):
-        if class_prior is None or labels is None:
-            log_weight_BC = torch.log_softmax(tempered(teacher_BC, weight_temperature), 1)
-            return log_weight_BC.mul_(gamma).exp_()
-        prior_CC, _ = at_least_float32(class_prior=class_prior, teacher_logits=teacher_BC)
-        return prior_CC.index_select(0, labels).pow_(gamma)
-
-
-def gkl_wmse_denominator(weight_BC: Tensor) -> Tensor:
-    """The denominator of wMSE, ``sum_b W_b^2 = sum_b sum_jk w_bj w_bk``: 0-d, from (B, C) weights.
-
-    It is a sum over the whole batch: add it up over micro-batches and ranks before dividing.
-    """
-    (weight_BC,) = matching_matrices(weight_BC=weight_BC)
-    return weight_BC.sum(1).square().sum()
-
-
-def soft_ce_sums(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float) -> LossSum:
-    """Soft cross-entropy, ``-sum_b sum_j softmax(t/T)_bj log_softmax(s/T)_bj`` over B; no factor T^2.
-
-    The alpha term of GKL (arXiv 2503.08038). It differs from KL by the teacher's entropy, so its gradient is
-    KL's.
-
-    Args:
-        student_logits: (B, C).
-        teacher_logits: (B, C), taken as a constant.
-        temperature: T, above 0.
-
-    Returns:
-        LossSum in nats; the gradient goes to the student's logits only.
-
-    Raises:
-        ValueError: wrong shapes or types, a temperature not above 0.
-    """
-    student_BC, teacher_BC = logit_pair(student_logits, teacher_logits)
-    check_temperature("temperature", temperature)
-    with outside_autocast(student_BC):
-        p_BC = torch.softmax(tempered(teacher_BC, temperature), 1)
-        log_q_BC = torch.log_softmax(tempered(student_BC, temperature), 1)
-        rows_B = nan_where_softmax_hides_infinity(teacher_BC) - (p_BC * log_q_BC).sum(1)
-        return mean_over_rows(rows_B.sum(), len(rows_B))
-
-
-def wmse_sums(student_logits: Tensor, teacher_logits: Tensor, weight_BC: Tensor) -> LossSum:
-    """Weighted MSE of logit differences, ``1/4 sum_b sum_jk w_bj w_bk (Dt - Ds)_bjk^2`` over ``sum_b W_b^2``.
-
-    The beta term of GKL (arXiv 2503.08038), in the closed form of this module's docstring, on raw logits.
-
-    Args:
-        student_logits: (B, C).
-        teacher_logits: (B, C).
-        weight_BC: (B, C) weights from ``gkl_weights``, taken as constants.
-
-    Returns:
-        LossSum in nats. The gradient goes to the student's logits and, where they require it, with the opposite sign
-        to the teacher's (KL's own wMSE trains the teacher alone: detach the student).
-
-    Raises:
-        ValueError: wrong shapes or types.
-    """
-    student_BC, teacher_BC, weight_BC = matching_matrices(
-        student_logits=student_logits, teacher_logits=teacher_logits, weight_BC=weight_BC.detach()
-    )
-    with outside_autocast(student_BC):
-        mass_B1 = weight_BC.sum(1, keepdim=True)
-        delta_BC = teacher_BC - student_BC
-        mean_B1 = (weight_BC * delta_BC).sum(1, keepdim=True) / mass_B1
-        variance_B1 = (weight_BC * (delta_BC - mean_B1).square()).sum(1, keepdim=True)
-        return LossSum((mass_B1 * variance_B1).sum() / 2, mass_B1.square().sum())
 
 
 class _Settings(NamedTuple):
@@ -317,7 +300,7 @@ class _GKL(torch.autograd.Function):
         ctx: Any,
         student_BC: Tensor,
         teacher_BC: Tensor,
-        prior_CC: Tensor | None,
+        prior_CC: Tensor | TopKPrior | None,
         labels_B: Tensor | None,
         settings: _Settings,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -329,8 +312,8 @@ class _GKL(torch.autograd.Function):
             variance_B, denominator = square_B * variance_B, square_B.sum()
         else:
             square_B, denominator = None, mean_B.new_full((), len(mean_B))
-        ctx.save_for_backward(mean_B, square_B, *inputs)
-        ctx.settings = settings
+        ctx.save_for_backward(mean_B, square_B, student_BC, teacher_BC, labels_B)
+        ctx.prior, ctx.settings = prior_CC, settings
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(denominator)
         return soft_ce_B.sum(), variance_B.sum() / 2, denominator
@@ -338,11 +321,11 @@ class _GKL(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_soft_ce: Tensor | None, grad_wmse: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("GKL")
-        mean_B, square_B, *inputs = ctx.saved_tensors
-        grad_BC = torch.empty_like(inputs[0])
+        mean_B, square_B, student_BC, teacher_BC, labels_B = ctx.saved_tensors
+        grad_BC = torch.empty_like(student_BC)
         for rows in row_blocks(grad_BC):
             slope = grad_wmse if grad_wmse is None or square_B is None else grad_wmse * square_B[rows, None]
-            block = _block(ctx.settings.dtype, rows, *inputs)
+            block = _block(ctx.settings.dtype, rows, student_BC, teacher_BC, ctx.prior, labels_B)
             _gradient(*block, ctx.settings, mean_B[rows, None], grad_soft_ce, slope, out_bC=grad_BC[rows])
         return grad_BC, None, None, None, None
 
@@ -352,14 +335,14 @@ def _block(
     rows: slice,
     student_BC: Tensor,
     teacher_BC: Tensor,
-    prior_CC: Tensor | None,
+    prior_CC: Tensor | TopKPrior | None,
     labels_B: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The student's and the teacher's logits and, where there is a class prior, its rows, in the given precision."""
     student_bC, teacher_bC = student_BC[rows].to(dtype), teacher_BC[rows].to(dtype)
     if prior_CC is None or labels_B is None:
         return student_bC, teacher_bC, None
-    return student_bC, teacher_bC, prior_CC.index_select(0, labels_B[rows]).to(dtype)
+    return student_bC, teacher_bC, prior_rows(prior_CC, labels_B[rows], dtype)
 
 
 def _statistics(student_bC: Tensor, teacher_bC: Tensor, prior_bC: Tensor | None, settings: _Settings) -> Tensor:
@@ -434,7 +417,7 @@ def _check_weight_settings(
     teacher_logits: Tensor,
     gamma: float,
     weight_temperature: float,
-    class_prior: Tensor | None,
+    class_prior: Tensor | TopKPrior | None,
     labels: Tensor | None,
 ) -> Tensor | None:
     """Raise ValueError for wrong settings of w; returns the labels as ``check_labels`` does."""
@@ -449,5 +432,6 @@ def _check_weight_settings(
     square = (teacher_logits.shape[1], teacher_logits.shape[1])
     if tuple(class_prior.shape) != square:
         raise ValueError(f"class_prior must have shape {square}, got {tuple(class_prior.shape)}")
-    common_float(class_prior=class_prior)
+    if not isinstance(class_prior, TopKPrior):
+        common_float(class_prior=class_prior)
     return check_labels(labels, teacher_logits, wait_for_device=False)

@@ -7,7 +7,8 @@ Shape suffixes: B rows of a batch, b rows of a block of it, C classes.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -22,13 +23,49 @@ from clipdistill.losses._common import (
     row_blocks,
     tempered,
 )
+from clipdistill.losses.base import Comparison, Loss, LossParts, Paper
+from clipdistill.losses.fused import kd_loss_from_features
+from clipdistill.settings import Positive
+
+
+class KL(Loss):
+    """``kd_loss`` as a term."""
+
+    loss: Literal["kl"] = "kl"
+    over: Literal["prompts", "captions"] = "prompts"
+    temperature: Positive = 1.0
+    """Divides the logits; the loss is multiplied by its square."""
+
+    papers: ClassVar = (
+        Paper(
+            key="hinton2015distilling",
+            title="Distilling the Knowledge in a Neural Network",
+            author="Hinton, Geoffrey and Vinyals, Oriol and Dean, Jeff",
+            year=2015,
+            arxiv="1503.02531",
+        ),
+    )
+
+    def compute(self, comparison: Comparison, rows: Tensor, denominators: Mapping[str, Tensor]) -> LossParts:  # noqa: ARG002
+        """One part, ``kl``."""
+        student, teacher = comparison.pair
+        if (fused := comparison.fused_implementation) is not None:
+            loss = kd_loss_from_features(
+                **comparison.features,
+                temperature=self.temperature,
+                rows=rows,
+                implementation=fused,
+            )
+        else:
+            loss = kd_sums(student.logits_BC, teacher.logits_BC, temperature=self.temperature).numerator / rows
+        return LossParts.single("kl", loss)
 
 
 def kd_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float) -> Tensor:
     """``T^2 / B * sum_b KL(softmax(t_b/T) || softmax(s_b/T))``.
 
     Section 2 of arXiv 1503.02531, whose factor T^2 keeps the gradient's size when T changes.
-    ``temperature=1`` is plain KL. The soft cross-entropy of GKL (``soft_ce_sums``) has no such factor and
+    ``temperature=1`` is plain KL. The soft cross-entropy of GKL has no such factor and
     leaves out the teacher's entropy.
 
     Args:

@@ -1,4 +1,4 @@
-"""Class text features and similarity logits: what a CLIP-like model says of an image over a set of prompts.
+"""Class embeddings (zero-shot weights) and similarity logits.
 
 Shapes: B images, C classes, T templates, L tokens, D features.
 """
@@ -27,7 +27,7 @@ def similarity_logits(image_BD: Tensor, text_CD: Tensor, scale: Tensor | float, 
         return logits_BC if bias is None else logits_BC + bias
 
 
-def prompt_bank(
+def class_embeddings(
     tower: Tower,
     prompts: PromptSet,
     *,
@@ -38,7 +38,7 @@ def prompt_bank(
     """Class features (C, D) of a tower, unit norm: the mean over templates of unit-norm text features, as in CLIP.
 
     Args:
-        tower: who encodes; called without gradient.
+        tower: encodes the prompts, without gradient.
         prompts: classes and templates.
         cache: folder for the result, keyed by the text tower's weights and the prompts' tokens; None: not cached.
         device: where the tower is, and the result will be.
@@ -50,9 +50,9 @@ def prompt_bank(
         digest = hashlib.sha256(tower.text_fingerprint().encode())
         digest.update(f"{prompts.num_templates}:{tuple(tokens_NL.shape)}".encode())
         digest.update(tokens_NL.numpy().tobytes())
-        path = cache / "prompt_banks" / f"{digest.hexdigest()}.safetensors"
+        path = cache / "class_embeddings" / f"{digest.hexdigest()}.safetensors"
         try:
-            return load_file(path)["bank"].to(device)
+            return load_file(path)["embeddings"].to(device)
         except (OSError, SafetensorError, KeyError):
             pass  # none yet, or a damaged one that is about to be replaced
     was_training = tower.training
@@ -61,15 +61,15 @@ def prompt_bank(
         text_ND = torch.cat([tower.encode_tokens(chunk.to(device)) for chunk in tokens_NL.split(batch_size)])
     tower.train(was_training)
     text_CTD = text_ND.view(prompts.num_classes, prompts.num_templates, -1)
-    bank_CD = F.normalize(text_CTD.mean(1), dim=-1)
+    class_CD = F.normalize(text_CTD.mean(1), dim=-1)
     if path is not None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             with new_file(path) as temporary:
-                save_file({"bank": bank_CD.contiguous().cpu()}, temporary)
+                save_file({"embeddings": class_CD.contiguous().cpu()}, temporary)
         except (OSError, SafetensorError) as error:  # it will be computed again
             log.warning("class features are not kept in %s: %s", path.parent, error)
-    return bank_CD
+    return class_CD
 
 
 def class_prompt_tokens(tower: Tower, prompts: PromptSet) -> Tensor:

@@ -1,1 +1,1 @@
-"""A run as one HTML file."""
+"""Report of a run as one HTML file: ``clipdistill report``."""

@@ -7,7 +7,7 @@ from clipdistill.io.arguments import not_negative, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what ``run`` reads."""
+    """Declare the arguments of ``clipdistill report``."""
     parser.add_argument("folder", type=Path, metavar="RUN", help="a run's folder")
     parser.add_argument("--output", type=Path, metavar="FILE.html", help="default: RUN/report.html")
     parser.add_argument(
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write the report that the arguments of `add_arguments` ask for."""
+    """Write the report and print its path."""
     from clipdistill.distributed.collectives import available_device
     from clipdistill.report.page import write_report
 

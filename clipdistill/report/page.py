@@ -1,4 +1,4 @@
-"""A run as one HTML file that opens anywhere: curves, accuracy against the teacher, what is confused with what.
+"""A run as one self-contained HTML file: curves, accuracy against the teacher, calibration, confusions, examples.
 
 Shapes: N samples of a set, C classes.
 """
@@ -23,7 +23,7 @@ from clipdistill.evaluation.agreement import class_gains
 from clipdistill.evaluation.benchmark_format import MEAN
 from clipdistill.evaluation.calibration import expected_calibration_error, reliability
 from clipdistill.evaluation.classification import Metrics, recall_per_class
-from clipdistill.evaluation.evaluate import Examinee, zero_shot
+from clipdistill.evaluation.evaluate import Evaluator, zero_shot
 from clipdistill.io.files import write_text, writing
 from clipdistill.io.jsonl import read_jsonl
 from clipdistill.io.run_files import CONFIG_FILE, METRICS_FILE, STUDENT_FOLDER
@@ -40,13 +40,13 @@ _KINDS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Compared:
-    """A test set and what both models say of it; the teacher may be missing.
+class SetComparison:
+    """A test set with the results of student and teacher; the teacher may be missing.
 
     Attributes:
         data: the set.
-        metrics: of each model by its role, ``student`` or ``teacher``.
-        predictions: likewise; empty for a set that has not one class a sample.
+        metrics: by role, ``student`` or ``teacher``.
+        predictions: by role; empty for a set without single labels.
     """
 
     data: EvaluationSet
@@ -66,24 +66,24 @@ def write_report(
     device: torch.device | str = "cpu",
     progress: Callable[[str], None] = lambda _: None,
 ) -> Path:
-    """Write a run's report: one file, scripts and pictures inside, no network needed to read it.
+    """Write a run's report: one file that includes its scripts and images, readable offline.
 
     Args:
-        run: folder of a run, finished or under way; without a student it has curves only.
-        output: the file; ``RUN/report.html`` where it is not given.
-        data: test sets, as ``open_set`` takes them; those of the run's config where none is given.
-        with_teacher: whether the run's first teacher is evaluated, too.
-        examples: test images that are shown for each set.
+        run: folder of a finished or unfinished run; without a student the report has curves only.
+        output: the file; by default ``RUN/report.html``.
+        data: test sets, as for ``open_set``; by default those of the run's config.
+        with_teacher: also evaluate the run's first teacher.
+        examples: number of test images shown for each set.
         batch_size: images at once.
         workers: threads that decode images; 0 means one.
         device: where the models run.
-        progress: called with what is done next.
+        progress: called with a description of each step, before it.
 
     Returns:
         The file.
 
     Raises:
-        InputError: the folder holds no run, or a test set is broken; or plotly is not installed.
+        InputError: the folder holds no run, a test set is damaged, or plotly is not installed.
         RunError: the file could not be written.
     """
     try:
@@ -111,19 +111,19 @@ def write_report(
     steps = [record for record in records if "loss" in record]
     evaluations = [record for record in records if MEAN in record]
 
-    compared: list[Compared] = []
+    comparisons: list[SetComparison] = []
     if sets and (run / STUDENT_FOLDER).is_dir():
-        named = {"student": (str(run), "")}
+        names = {"student": (str(run), "")}
         if with_teacher and config.teachers:
-            named["teacher"] = (config.teachers[0].model, config.teachers[0].pretrained)
-        models: dict[str, Examinee] = {}
-        for role, (model, pretrained) in named.items():
+            names["teacher"] = (config.teachers[0].model, config.teachers[0].pretrained)
+        models: dict[str, Evaluator] = {}
+        for role, (model, pretrained) in names.items():
             progress(f"load the {role}")
             tower = load_for_evaluation(model, pretrained, device=device)
-            models[role] = Examinee(tower, batch_size=batch_size, workers=workers, device=device)
-        for one in sets:
-            progress(f"evaluate {one.name}")
-            compared.append(_compare(one, models))
+            models[role] = Evaluator(tower, batch_size=batch_size, workers=workers, device=device)
+        for test_set in sets:
+            progress(f"evaluate {test_set.name}")
+            comparisons.append(_compare(test_set, models))
     progress("draw")
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("clipdistill.report", ""), autoescape=True, undefined=jinja2.StrictUndefined
@@ -133,8 +133,8 @@ def write_report(
         version=__version__,
         summary=_summary(config, steps),
         curves=_curves(steps, evaluations) if steps else [],
-        sets=[_set_section(one, examples) for one in compared],
-        why_no_sets="" if compared else _why_no_sets(sets, run),
+        sets=[_set_section(comparison, examples) for comparison in comparisons],
+        why_no_sets="" if comparisons else _why_no_sets(sets, run),
         config=OmegaConf.to_yaml(to_dict(config)),
         plotly=get_plotlyjs(),
     )
@@ -143,15 +143,15 @@ def write_report(
     return path
 
 
-def _compare(data: EvaluationSet, models: Mapping[str, Examinee]) -> Compared:
+def _compare(data: EvaluationSet, models: Mapping[str, Evaluator]) -> SetComparison:
     if data.kind != "classification":
         metrics = {role: zero_shot(model, data, temperature=False)[0] for role, model in models.items()}
-        return Compared(data=data, metrics=metrics, predictions={})
+        return SetComparison(data=data, metrics=metrics, predictions={})
     predictions = {role: model.predictions(data) for role, model in models.items()}
     metrics = {"student": classification_metrics(predictions["student"], predictions.get("teacher"))}
     if "teacher" in predictions:
         metrics["teacher"] = classification_metrics(predictions["teacher"])
-    return Compared(data=data, metrics=metrics, predictions=predictions)
+    return SetComparison(data=data, metrics=metrics, predictions=predictions)
 
 
 def _why_no_sets(sets: Sequence[EvaluationSet], run: Path) -> str:
@@ -160,7 +160,7 @@ def _why_no_sets(sets: Sequence[EvaluationSet], run: Path) -> str:
     return f"The run has not ended: {run.name} holds no student yet."
 
 
-# The head: what the run is.
+# Summary of the run.
 
 
 def _summary(config: Config, steps: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
@@ -240,33 +240,33 @@ def _lines(
 # A test set.
 
 
-def _set_section(one: Compared, examples: int) -> dict[str, Any]:
-    names = list(dict.fromkeys(name for values in one.metrics.values() for name in values))
-    shown = {role: {name: values.get(name) for name in names} for role, values in one.metrics.items()}
+def _set_section(comparison: SetComparison, examples: int) -> dict[str, Any]:
+    names = list(dict.fromkeys(name for values in comparison.metrics.values() for name in values))
+    shown = {role: {name: values.get(name) for name in names} for role, values in comparison.metrics.items()}
     plots = []
-    if one.predictions:
-        plots = [_reliability(one), _confusion(one)]
-    if "teacher" in one.predictions:
-        plots.insert(0, _gains(one))
+    if comparison.predictions:
+        plots = [_reliability(comparison), _confusion(comparison)]
+    if "teacher" in comparison.predictions:
+        plots.insert(0, _gains(comparison))
     return {
-        "name": one.data.name,
-        "samples": len(one.data),
-        "classes": one.data.prompts.num_classes,
+        "name": comparison.data.name,
+        "samples": len(comparison.data),
+        "classes": comparison.data.prompts.num_classes,
         "names": names,
         "metrics": shown,
-        "kept": one.metrics["student"].get("share_of_teacher"),
+        "kept": comparison.metrics["student"].get("share_of_teacher"),
         "plots": plots,
-        "examples": _examples(one, examples) if one.predictions else [],
+        "examples": _examples(comparison, examples) if comparison.predictions else [],
     }
 
 
-def _gains(one: Compared) -> dict[str, str]:
-    """The classes whose recall gains and loses most against the teacher's."""
+def _gains(comparison: SetComparison) -> dict[str, str]:
+    """The classes with the largest gains and losses of recall against the teacher."""
     from plotly import graph_objects as go
 
-    student, teacher = one.predictions["student"], one.predictions["teacher"]
+    student, teacher = comparison.predictions["student"], comparison.predictions["teacher"]
     gains = class_gains(
-        recall_per_class(student), recall_per_class(teacher), student.labels_N, one.data.prompts.classnames
+        recall_per_class(student), recall_per_class(teacher), student.labels_N, comparison.data.prompts.classnames
     )[::-1]
     half = _CLASSES_SHOWN // 2
     chosen = gains if len(gains) <= _CLASSES_SHOWN else gains[:half] + gains[-half:]
@@ -283,14 +283,14 @@ def _gains(one: Compared) -> dict[str, str]:
     return {"title": "Classes that gain and lose most against the teacher", "plot": _div(figure)}
 
 
-def _reliability(one: Compared) -> dict[str, str]:
+def _reliability(comparison: SetComparison) -> dict[str, str]:
     from plotly import graph_objects as go
 
     figure = go.Figure()
     figure.add_scatter(x=[0, 1], y=[0, 1], mode="lines", name="calibrated", line={"dash": "dot", "color": "gray"})
-    for role, said in one.predictions.items():
-        error = expected_calibration_error(said.logits_NC, said.labels_N)
-        used = [each for each in reliability(said.logits_NC, said.labels_N) if each.samples]
+    for role, predictions in comparison.predictions.items():
+        error = expected_calibration_error(predictions.logits_NC, predictions.labels_N)
+        used = [each for each in reliability(predictions.logits_NC, predictions.labels_N) if each.samples]
         figure.add_scatter(
             x=[each.confidence for each in used],
             y=[each.accuracy for each in used],
@@ -304,19 +304,19 @@ def _reliability(one: Compared) -> dict[str, str]:
     return {"title": "Reliability", "plot": _div(figure)}
 
 
-def _confusion(one: Compared) -> dict[str, str]:
-    """Where the student's errors go, among the classes that have the most of them."""
+def _confusion(comparison: SetComparison) -> dict[str, str]:
+    """The student's confusion matrix, over the classes with the most errors."""
     from plotly import graph_objects as go
 
-    student = one.predictions["student"]
+    student = comparison.predictions["student"]
     labels_N = student.labels_N[student.readable_N]
     guess_N = student.logits_NC[student.readable_N].argmax(1)
-    classes = one.data.prompts.num_classes
+    classes = comparison.data.prompts.num_classes
     wrong_N = labels_N != guess_N
     errors_C = labels_N[wrong_N].bincount(minlength=classes) + guess_N[wrong_N].bincount(minlength=classes)
     worst = errors_C.argsort(descending=True, stable=True)[:_CLASSES_SHOWN]
     matrix = [[int(((labels_N == row) & (guess_N == column)).sum()) for column in worst] for row in worst]
-    names = [one.data.prompts.classnames[c] for c in worst.tolist()]
+    names = [comparison.data.prompts.classnames[c] for c in worst.tolist()]
     figure = go.Figure(
         go.Heatmap(
             z=matrix,
@@ -333,44 +333,45 @@ def _confusion(one: Compared) -> dict[str, str]:
     return {"title": title, "plot": _div(figure)}
 
 
-def _examples(one: Compared, wanted: int) -> list[dict[str, Any]]:
-    """Test images, spread over the ways in which the two models differ, with the top guesses of both."""
-    student = one.predictions["student"]
-    right = {role: said.logits_NC.argmax(1) == said.labels_N for role, said in one.predictions.items()}
-    compared = "teacher" in right
+def _examples(comparison: SetComparison, count: int) -> list[dict[str, Any]]:
+    """Test images from all combinations of right and wrong student and teacher, with the top guesses of both."""
+    student = comparison.predictions["student"]
+    right = {role: each.logits_NC.argmax(1) == each.labels_N for role, each in comparison.predictions.items()}
+    with_teacher = "teacher" in right
     groups: dict[int, str] = {}
     for number, (kind, chosen) in enumerate(_KINDS):
         among_N = chosen(right["student"], right.get("teacher", right["student"])) & student.readable_N
         candidates = among_N.nonzero().flatten()
-        room = (wanted - len(groups)) // (len(_KINDS) - number)
-        at = torch.linspace(0, len(candidates) - 1, min(room, len(candidates))).long()
-        groups |= dict.fromkeys(candidates[at].tolist(), kind if compared else "")
+        share = (count - len(groups)) // (len(_KINDS) - number)
+        at = torch.linspace(0, len(candidates) - 1, min(share, len(candidates))).long()
+        groups |= dict.fromkeys(candidates[at].tolist(), kind if with_teacher else "")
     shown = [
         {
             "kind": kind,
             "picture": _thumbnail(sample.image()),
             "key": sample.key,
-            "is": one.data.prompts.classnames[sample.label],
-            "guesses": {role: _guesses(one, said, number) for role, said in one.predictions.items()},
+            "is": comparison.data.prompts.classnames[sample.label],
+            "guesses": {role: _guesses(comparison, each, number) for role, each in comparison.predictions.items()},
         }
         for number, kind in groups.items()
-        for sample in one.data.samples(range(number, number + 1))
+        for sample in comparison.data.samples(range(number, number + 1))
     ]
     order = [kind for kind, _ in _KINDS]
-    return sorted(shown, key=lambda example: order.index(str(example["kind"])) if compared else 0)
+    return sorted(shown, key=lambda example: order.index(str(example["kind"])) if with_teacher else 0)
 
 
-def _guesses(one: Compared, said: Predictions, number: int) -> list[tuple[str, float, bool]]:
-    top = said.logits_NC[number].softmax(0).topk(min(3, said.logits_NC.shape[1]))
-    label = int(said.labels_N[number])
+def _guesses(comparison: SetComparison, predictions: Predictions, number: int) -> list[tuple[str, float, bool]]:
+    """Name, probability and correctness of the top classes of a sample."""
+    top = predictions.logits_NC[number].softmax(0).topk(min(3, predictions.logits_NC.shape[1]))
+    label = int(predictions.labels_N[number])
     return [
-        (one.data.prompts.classnames[c], p, c == label)
+        (comparison.data.prompts.classnames[c], p, c == label)
         for c, p in zip(top.indices.tolist(), top.values.tolist(), strict=True)
     ]
 
 
 def _thumbnail(image: Image.Image) -> str:
-    """The image as a data URL."""
+    """A thumbnail of the image as a data URL."""
     image = image.convert("RGB")
     image.thumbnail((_THUMBNAIL, _THUMBNAIL))
     file = io.BytesIO()

@@ -1,4 +1,4 @@
-"""``clipdistill shards``: its arguments, and the shards they ask for."""
+"""``clipdistill shards``: its arguments, and the sources and formats that they select."""
 
 import argparse
 import sys
@@ -19,7 +19,7 @@ from clipdistill.shards.writing import (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add one sub-command for each source."""
+    """Declare the arguments of ``clipdistill shards``: one sub-command for each source."""
     sources = parser.add_subparsers(dest="source", required=True, metavar="SOURCE")
 
     icons = sources.add_parser(
@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     common.add_argument(
         "--skip-bad",
         action="store_true",
-        help="pass over bad rows and list them (default: stop at the first)",
+        help="skip bad rows and list them (default: stop at the first)",
     )
     columns = argparse.ArgumentParser(add_help=False)
     columns.add_argument(
@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     folder = sources.add_parser(
         "folder",
         parents=[common],
-        help="an image folder with one folder a class",
+        help="an image folder with one folder per class",
         description="Make shards of ROOT/<class>/**/<image>, as torchvision's ImageFolder reads it.",
     )
     folder.add_argument("root", type=Path, metavar="ROOT", help="the image folder")
@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "csv",
         parents=[common, columns],
         help="a CSV or TSV table with paths of images",
-        description="Make shards of a UTF-8 table with a header line, one row an image file.",
+        description="Make shards of a UTF-8 table with a header line, one row per image file.",
     )
     table.add_argument("table", type=Path, metavar="TABLE", help="the table")
     table.add_argument(
@@ -112,7 +112,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Make the shards that the arguments of `add_arguments` ask for, and print one line about them."""
+    """Make the shards, and print a one-line summary."""
     if args.source == "icons":
         _run_icons(args)
         return
@@ -150,7 +150,7 @@ def _open_source(args: argparse.Namespace) -> Source:
     if args.source == "folder":
         return from_image_folder(args.root, **common)
     if args.prompts and args.label_column is None:
-        raise InputError("--prompts: names the classes of --label-column, which is not given")
+        raise InputError("--prompts: given without --label-column; allowed: only together with --label-column")
     common |= {name: getattr(args, name) for name in ("image_column", "caption_column", "label_column")}
     if args.source == "csv":
         return from_csv(args.table, root=args.root, delimiter=args.delimiter, **common)
@@ -165,5 +165,5 @@ def _run_icons(args: argparse.Namespace) -> None:
 
 
 def _show(done: int, total: int | None = None) -> None:
-    """A count on a terminal, which the next line printed writes over."""
+    """Show a count on the terminal; the next line printed overwrites it."""
     print(f"{done}{f' of {total}' if total else ''}", end="\r", file=sys.stderr, flush=True)

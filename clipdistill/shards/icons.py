@@ -4,8 +4,8 @@
                                                              ├─ render_glyph ─> picture
                                                              └─ split_of ─────> train/ | val/ | test/
 
-The registry package ``qtawesome`` carries icon fonts whose glyphs have names of words, given by their
-designers. Its files are read from disk; neither the package nor Qt is imported. Licences of the fonts: Font
+The package ``qtawesome`` ships icon fonts whose designers named the glyphs in words. Its files are read from
+disk; neither the package nor Qt is imported. Licences of the fonts: Font
 Awesome Free and Elusive Icons, SIL OFL 1.1; Material Design Icons and Remix Icon, Apache 2.0; Phosphor, MIT;
 Codicons, CC BY 4.0.
 """
@@ -35,13 +35,13 @@ class Family:
     """One font file."""
 
     font: str
-    """How its files begin in qtawesome's ``fonts`` folder."""
+    """Prefix of its files in qtawesome's ``fonts`` folder."""
     group: str
     """Families of one group are weights or versions of the same drawings."""
     style_suffixes: tuple[str, ...] = ()
-    """Last words of a name that tell the style of the drawing, not what it shows."""
+    """Trailing words of a name that describe the style of the drawing, not its concept."""
     counts_for_classes: bool = True
-    """Whether a concept that this font has counts as shared by it."""
+    """Whether this font counts for `SHARED_WITH`."""
 
 
 FAMILIES = {
@@ -56,8 +56,8 @@ FAMILIES = {
     "ei": Family(font="elusiveicons", group="ei", style_suffixes=("alt",)),
     "ri": Family(font="remixicon", group="ri", style_suffixes=("line", "fill")),
 }
-"""The fonts in use, by qtawesome's prefixes. Left out are ``fa5b`` and ``mdi5``: ``fa6b`` and ``mdi6``, newer
-releases of the same fonts, hold nearly all of their glyphs, mostly unchanged."""
+"""The fonts in use, by qtawesome's prefixes. ``fa5b`` and ``mdi5`` are left out: ``fa6b`` and ``mdi6``, newer
+releases of the same fonts, contain nearly all of their glyphs."""
 
 HELD_OUT = "ri"
 """Remix Icon: the zero-shot test. No training or validation sample comes from it."""
@@ -66,10 +66,11 @@ SHARED_WITH = 2
 """A concept of the held-out family is a class when at least this many of the other fonts have it."""
 
 VALIDATION_SHARE = 0.2
-"""Share of the (group, concept) pairs of the classes that is kept for validation."""
+"""Share of the (group, concept) pairs of the classes that goes to validation."""
 
 FORMAT = 1
-"""Goes up when the same settings come to give other files, so that older folders are not reused."""
+"""Version of the rendered files; increased when the same settings give other files, so that older folders are not
+reused."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,14 +84,14 @@ class Glyph:
 
     @property
     def key(self) -> str:
-        """Key of its sample, unique over all families."""
+        """Key of its sample, unique across families."""
         return f"{self.family}-{self.name}"
 
     @property
     def concept(self) -> str:
-        """What it shows: "arrow down circle", its name without the style suffixes and numbers at the end.
+        """What it shows, such as "arrow down circle": its name without trailing style suffixes and numbers.
 
-        Suffixes are a family's own: "light" is a weight in ``ph``, and part of "traffic light" in ``fa6s``.
+        Suffixes depend on the family: "light" is a weight in ``ph``, but part of "traffic light" in ``fa6s``.
         """
         endings = "|".join((r"\d+", *FAMILIES[self.family].style_suffixes))
         return re.sub(rf"(-({endings}))+$", "", self.name).replace("-", " ")
@@ -98,46 +99,46 @@ class Glyph:
 
 @dataclass(frozen=True, kw_only=True)
 class IconsSummary:
-    """What a rendered folder holds; saved in it as ``icons.json``."""
+    """Content of a rendered folder; saved in it as ``icons.json``."""
 
     format: int
     qtawesome: str
-    """Version of the package that the fonts came from."""
+    """Version of the package with the fonts."""
     size: int
     """Width and height of a picture, in pixels."""
     classes: int
     samples: dict[str, int]
     """Number of samples of each split."""
     families: dict[str, dict[str, int]]
-    """The same, of each family in each split."""
+    """Number of samples of each family in each split."""
     empty: list[str]
-    """Keys of the glyphs left out because they have no ink."""
+    """Keys of glyphs without ink, which are left out."""
 
 
 def render_icons(output: Path, *, size: int = 64, progress: Callable[[int, int], None] | None = None) -> IconsSummary:
-    """Render the icon fonts into shards of pictures, captions and labels, unless ``output`` holds them.
+    """Render the icon fonts into shards of images, captions and labels; an ``output`` with the same settings is reused.
 
     ============== =====================================================================================
-    ``train/``     the training families: picture, caption, {family, name}, and the label if there is one
-    ``val/``       CLIP_benchmark folder with split "test": about a fifth of their drawings with a label
-    ``test/``      CLIP_benchmark folder with split "test": the held-out family's drawings with a label
+    ``train/``     the training families: image, caption, {family, name}, and the label if there is one
+    ``val/``       CLIP_benchmark folder with split "test": about a fifth of their labelled drawings
+    ``test/``      CLIP_benchmark folder with split "test": the held-out family's labelled drawings
     ``icons.json`` the summary
     ============== =====================================================================================
 
-    A picture is a PNG of ``size`` x ``size`` grey pixels, white on black; a caption is a glyph's concept; a
-    label is an index into ``prompts/icons/classnames.txt``. The order within a split is a fixed shuffle.
-    ``progress`` is called with the number of glyphs done and their total.
+    An image is a grey PNG of ``size`` x ``size`` pixels, white on black; a caption is a glyph's concept; a label
+    is an index into ``prompts/icons/classnames.txt``. The order within a split is a fixed shuffle. ``progress``
+    is called with the number of glyphs done and their total.
 
-    Validation takes whole (group, concept) pairs, so that no other weight or version of its drawings is
-    trained on; a training picture that equals one of validation (an alias) is dropped. The held-out family's
-    glyphs that belong to no class are in no split.
+    Validation takes whole (group, concept) pairs, so that other weights or versions of its drawings are not
+    trained on; training images identical to a validation image (aliases) are dropped. Glyphs of the held-out
+    family without a class are in no split.
 
     Raises:
         InputError: ``size`` is out of range; qtawesome is missing, or its fonts give other classes than those
-            shipped; ``output`` holds anything but icons of the same settings.
+            shipped; ``output`` contains anything but icons of the same settings.
     """
     if not 32 <= size <= 512:
-        raise InputError(f"size: {size} is not a number of pixels from 32 to 512")
+        raise InputError(f"size: {size}; allowed: 32 to 512 pixels")
     fonts, version = find_fonts()
     if output.exists():
         return _reuse(output, format=FORMAT, qtawesome=version, size=size)
@@ -146,7 +147,7 @@ def render_icons(output: Path, *, size: int = 64, progress: Callable[[int, int],
     classnames = find_classes(glyphs)
     prompts = load_prompts("icons")
     if tuple(classnames) != prompts.classnames:
-        raise InputError(f"qtawesome {version}: its fonts give other classes than prompts/icons; use qtawesome 1.4")
+        raise InputError(f"qtawesome {version}: its fonts differ from the classes of prompts/icons; allowed: 1.4")
     labels = {name: label for label, name in enumerate(classnames)}
     freetype = {
         family: ImageFont.truetype(_find_file(fonts, family, ".ttf"), max(128, 2 * size)) for family in FAMILIES
@@ -191,19 +192,19 @@ def render_icons(output: Path, *, size: int = 64, progress: Callable[[int, int],
 
 
 def find_fonts() -> tuple[Path, str]:
-    """qtawesome's folder of fonts, and its version.
+    """Locate qtawesome's font folder; returns it and the package's version.
 
     Raises:
         InputError: it is not installed.
     """
     spec = importlib.util.find_spec("qtawesome")
     if spec is None or spec.origin is None:
-        raise InputError("qtawesome, whose fonts the icons are, is not installed: pip install 'clipdistill[demo]'")
+        raise InputError("qtawesome, with the icon fonts, is not installed; allowed: pip install 'clipdistill[demo]'")
     return Path(spec.origin).parent / "fonts", importlib.metadata.version("qtawesome")
 
 
 def read_glyphs(fonts: Path) -> list[Glyph]:
-    """Every glyph of the fonts in use, from the ``*-charmap-*.json`` beside each font."""
+    """All glyphs of the fonts in use, from the ``*-charmap-*.json`` beside each font."""
     glyphs = []
     for family in FAMILIES:
         codes = json.loads(_find_file(fonts, family, ".json").read_text(encoding="utf-8"))
@@ -212,8 +213,7 @@ def read_glyphs(fonts: Path) -> list[Glyph]:
 
 
 def find_classes(glyphs: Iterable[Glyph]) -> list[str]:
-    """The concepts that the held-out family shares with at least two of the other fonts, in alphabetical
-    order."""
+    """The concepts that the held-out family shares with at least `SHARED_WITH` other fonts, sorted."""
     families: defaultdict[str, set[str]] = defaultdict(set)
     for glyph in glyphs:
         if FAMILIES[glyph.family].counts_for_classes:
@@ -228,7 +228,7 @@ def find_classes(glyphs: Iterable[Glyph]) -> list[str]:
 def split_of(glyph: Glyph, *, labelled: bool) -> str | None:
     """``train``, ``val`` or ``test``; None for a glyph of the held-out family without a label.
 
-    Validation is drawn by a hash of (group, concept): the same everywhere, whatever else the fonts hold.
+    Validation is selected by a hash of (group, concept), independent of all other glyphs.
     """
     if glyph.family == HELD_OUT:
         return "test" if labelled else None
@@ -237,8 +237,7 @@ def split_of(glyph: Glyph, *, labelled: bool) -> str | None:
 
 
 def render_glyph(font: ImageFont.FreeTypeFont, character: str, *, size: int) -> Image.Image | None:
-    """Draw a character white on black, in the middle, its longer side 7/8 of ``size`` pixels; None if it has
-    no ink."""
+    """Draw a character white on black, centred, its longer side 7/8 of ``size`` pixels; None if it has no ink."""
     left, top, right, bottom = font.getbbox(character)
     canvas = Image.new("L", (math.ceil(right - left), math.ceil(bottom - top)))
     ImageDraw.Draw(canvas).text((-left, -top), character, fill=255, font=font)
@@ -272,21 +271,19 @@ def _find_file(fonts: Path, family: str, extension: str) -> Path:
     pattern = f"{FAMILIES[family].font}*{extension}"
     files = sorted(fonts.glob(pattern))
     if len(files) != 1:
-        raise InputError(
-            f"{fonts / pattern}: {len(files)} files match instead of one; qtawesome 1.4 has what is needed"
-        )
+        raise InputError(f"{fonts / pattern}: {len(files)} files match; allowed: one, as in qtawesome 1.4")
     return files[0]
 
 
 def _reuse(output: Path, **settings: object) -> IconsSummary:
-    """The summary of a folder rendered before, if its settings are these."""
+    """The summary of an existing folder, if it was rendered with these settings."""
     file = output / "icons.json"
     if not file.is_file():
-        raise InputError(f"{output}: exists and holds no icons.json; name a new folder")
+        raise InputError(f"{output}: exists and holds no icons.json; allowed: a new folder")
     found = json.loads(file.read_text(encoding="utf-8"))
     for name, value in settings.items():
         if found.get(name) != value:
-            raise InputError(f"{output}: holds icons of {name} {found.get(name)}, not {value}; name another folder")
+            raise InputError(f"{output}: holds icons of {name} {found.get(name)}; allowed: {value}, or a new folder")
     return IconsSummary(**found)
 
 
@@ -296,5 +293,5 @@ def _count_families(samples: Iterable[Sample]) -> dict[str, int]:
 
 
 def _hash(text: str) -> float:
-    """A number from 0 to 1 that depends on the text alone."""
+    """Hash of a text as a number in [0, 1)."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6]) / 2**48

@@ -17,24 +17,26 @@ from clipdistill.errors import InputError
 from clipdistill.shards.writing import Sample
 
 READABLE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
-"""What Pillow may open here; none of these runs a program, as its EPS reader does."""
+"""Formats that Pillow may open; none of them runs an external program, as its EPS reader does."""
 
 FOLDER_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-"""Files that count as images in an image folder; the list of torchvision's ImageFolder."""
+"""Suffixes of images in an image folder, as in torchvision's ImageFolder."""
+
+SAVED_DATASET_FILES = ("state.json", "dataset_dict.json")
+"""Files of which a folder written by ``datasets``' ``save_to_disk`` has one."""
 
 Row = TypeVar("Row")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Samples to be read once, in order, and what is known about all of them."""
+    """Samples that can be read once, in order, and their class names."""
 
     samples: Iterator[Sample]
     classnames: list[str] | None = None
-    """What the labels index; None where there are no labels, or bare numbers."""
+    """Names that the labels index; None if there are no labels, or only indices."""
     skipped: list[str] = field(default_factory=list)
-    """With ``skip_bad``: one line for each row passed over, naming row and file. It grows as samples are
-    read."""
+    """With ``skip_bad``: one line for each skipped row, with row and file. Grows as samples are read."""
 
 
 def from_image_folder(
@@ -48,10 +50,10 @@ def from_image_folder(
 
     Args:
         root: its folders, sorted, are the classes.
-        classnames: names for the classes in that order; the folders' own by default.
-        shuffle_seed: mix the images by this seed; by default they stay sorted, so a shard may hold a single
+        classnames: names of the classes in that order; by default the folders' own.
+        shuffle_seed: shuffle the images with this seed; by default they stay sorted, so a shard may hold a single
             class.
-        skip_bad: pass over unreadable images and list them in `Source.skipped`, instead of raising.
+        skip_bad: skip unreadable images and list them in `Source.skipped`, instead of raising.
 
     A key is the image's number in ImageFolder's order; the metadata holds its path below ``root``.
 
@@ -60,17 +62,17 @@ def from_image_folder(
             while samples are read, an unreadable image.
     """
     if not root.is_dir():
-        raise InputError(f"{root}: no such folder")
+        raise InputError(f"{root}: no such folder; allowed: an image folder")
     folders = sorted(path.name for path in root.iterdir() if path.is_dir())
     if not folders:
-        raise InputError(f"{root}: no folder in it; an image folder holds one folder a class")
+        raise InputError(f"{root}: no folder in it; allowed: an image folder, with one folder per class")
     if classnames is not None and len(classnames) != len(folders):
-        raise InputError(f"{root}: {len(folders)} class folders, but {len(classnames)} class names were given")
+        raise InputError(f"{root}: {len(classnames)} class names; allowed: {len(folders)}, one per class folder")
     images: list[tuple[Path, int]] = []
     for label, name in enumerate(folders):
         files = _image_files(root / name)
         if not files:
-            raise InputError(f"{root / name}: no image in this class; allowed are {', '.join(FOLDER_SUFFIXES)}")
+            raise InputError(f"{root / name}: no image in this class; allowed: {', '.join(FOLDER_SUFFIXES)}")
         images += [(file, label) for file in files]
 
     def convert(index: int) -> Sample:
@@ -95,7 +97,7 @@ def from_csv(
     shuffle_seed: int | None = None,
     skip_bad: bool = False,
 ) -> Source:
-    """Samples of a table in UTF-8 with a header line, one row an image file.
+    """Samples of a table in UTF-8 with a header line, one row per image file.
 
     Args:
         path: the table.
@@ -104,10 +106,10 @@ def from_csv(
         label_column: holds a class name, or an index from 0; none by default.
         root: the table's own folder by default.
         delimiter: by default a tab where the table's name ends in .tsv, else a comma.
-        classnames: what the labels index. By default a column of whole numbers holds bare indices, and any
-            other one makes its distinct values, sorted, the classes.
-        shuffle_seed: mix the rows by this seed; by default they stay in order.
-        skip_bad: pass over bad rows and list them in `Source.skipped`, instead of raising.
+        classnames: names that the labels index. By default a column of whole numbers holds indices, and the
+            sorted distinct values of any other column are the classes.
+        shuffle_seed: shuffle the rows with this seed; by default they stay in order.
+        skip_bad: skip bad rows and list them in `Source.skipped`, instead of raising.
 
     A key is the row's number, from 0; the metadata holds the image's path as the table has it.
 
@@ -126,7 +128,7 @@ def from_csv(
         line, row = rows[index]
         where = f"{path}, line {line}"
         if not row[image_column]:
-            raise InputError(f"{where}: there is no path of an image")
+            raise InputError(f"{where}: column {image_column!r} is empty; allowed: the path of an image")
         file = str(folder / row[image_column])
         image, extension = encode_image(_read(file, where=where), where=f"{where}: {file}")
         return Sample(
@@ -160,37 +162,36 @@ def from_hf_dataset(
     Args:
         name_or_path: a dataset of the Hub, a local folder of data files, or a folder written by
             ``save_to_disk``.
-        split: which split, in the library's notation ("train[:10%]"). A saved ``Dataset`` has one split only,
-            which is taken whatever its name; of a saved ``DatasetDict``, the name of a split.
+        split: which split, in the library's notation ("train[:10%]"); for a saved ``DatasetDict``, its name;
+            ignored for a saved ``Dataset``, which has no splits.
         subset: the configuration, for datasets that have several.
         image_column: an ``Image`` column, or one of encoded bytes or paths.
-        caption_column: strings, or lists of strings, of which the first is taken; none by default.
+        caption_column: strings, or lists of strings (the first is used); none by default.
         label_column: a ``ClassLabel``, an index from 0, or a class name; none by default.
-        classnames: what the labels index; by default those of the ``ClassLabel``, or for a column of strings
-            its distinct values, sorted.
-        streaming: read rows as they arrive, without downloading the dataset first. The order stays the
-            source's.
-        shuffle_seed: mix the rows by this seed; by default they stay in order.
-        skip_bad: pass over bad rows and list them in `Source.skipped`, instead of raising.
+        classnames: names that the labels index; by default those of the ``ClassLabel``, or the sorted distinct
+            values of a column of strings.
+        streaming: read rows as they arrive, in the source's order, without downloading the dataset first.
+        shuffle_seed: shuffle the rows with this seed; by default they stay in order.
+        skip_bad: skip bad rows and list them in `Source.skipped`, instead of raising.
 
-    A key is the row's number, from 0. The encoded image is copied, not decoded and encoded again.
+    A key is the row's number, from 0. Encoded images are copied without re-encoding.
 
     Raises:
         InputError: no such dataset, split or column, or ``shuffle_seed`` with ``streaming``; while samples
             are read, a row without caption or label, or an image that is missing or unreadable.
     """
-    import datasets  # takes seconds, which the other sources need not spend
+    import datasets  # slow to import, and not needed by the other sources
 
     if streaming and shuffle_seed is not None:
-        raise InputError("streaming: rows that arrive one by one cannot be shuffled; leave out one of the two")
+        raise InputError("streaming: cannot be combined with a shuffle; allowed: one of the two")
     dataset = _load_hf_dataset(name_or_path, split=split, subset=subset, streaming=streaming)
     used = [name for name in (image_column, caption_column, label_column) if name is not None]
     columns = dataset.column_names or list(next(iter(dataset), {}))
     for name in used:
         if name not in columns:
-            raise InputError(f"{name_or_path}: no column {name!r}; it has {', '.join(columns)}")
+            raise InputError(f"{name_or_path}: no column {name!r}; allowed: {', '.join(columns)}")
     dataset = dataset.select_columns(sorted(set(used)))
-    if dataset.features is not None:  # None in some streams, whose rows come as the files hold them
+    if dataset.features is not None:  # None in some streams, which yield rows as stored in the files
         dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
     if label_column is not None:
         feature = (dataset.features or {}).get(label_column)
@@ -199,8 +200,8 @@ def from_hf_dataset(
             classnames = own_names
         elif own_names and len(own_names) != len(classnames):
             raise InputError(
-                f"{name_or_path}: column {label_column!r} has {len(own_names)} classes, but {len(classnames)}"
-                " class names were given"
+                f"{name_or_path}: {len(classnames)} class names; allowed: {len(own_names)}, one per class of column "
+                f"{label_column!r}"
             )
         if classnames is None and not streaming and "string" in str(getattr(feature, "dtype", "")):
             classnames = _distinct_names(value for value in dataset.unique(label_column) if value)
@@ -225,24 +226,22 @@ def from_hf_dataset(
 
 
 def encode_image(content: bytes, *, where: str) -> tuple[bytes, str]:
-    """The file to put into a shard, and its extension: JPEG, PNG and WebP as they are, other formats as PNG.
+    """The file content for a shard, and its extension: JPEG, PNG and WebP unchanged, other formats as PNG.
 
-    The image is decoded in full, so that a damaged file is found here rather than in training.
+    The image is fully decoded, so that damaged files are found here rather than in training.
 
     Raises:
-        InputError: not a readable image, or one so large that Pillow takes it for a decompression bomb;
-            begins with ``where``.
+        InputError: not a readable image, or one that Pillow considers a decompression bomb; begins with
+            ``where``.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image: Image.Image = Image.open(io.BytesIO(content), formats=READABLE_FORMATS)
             image.load()
-    except Exception as error:  # Pillow's decoders raise many kinds
+    except Exception as error:  # Pillow's decoders raise many types
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(
-            f"{where}: not a readable image ({reason}); allowed are {', '.join(READABLE_FORMATS)}"
-        ) from None
+        raise InputError(f"{where}: not a readable image ({reason}); allowed: {', '.join(READABLE_FORMATS)}") from None
     extension = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}.get(image.format or "")
     if extension is not None:
         return content, extension
@@ -254,7 +253,7 @@ def encode_image(content: bytes, *, where: str) -> tuple[bytes, str]:
 
 
 class _Labels:
-    """Turns what stands in a label column into class indices."""
+    """Converts the values of a label column to class indices."""
 
     def __init__(self, names: Sequence[str] | None) -> None:
         self.names = None if names is None else list(names)
@@ -268,8 +267,8 @@ class _Labels:
             if index >= 0 and (self.names is None or index < len(self.names)):
                 return index
         if self.names is None:
-            raise InputError(f"{where}: label {value!r} is not an index from 0; names need a list of the classes")
-        raise InputError(f"{where}: label {value!r} is no class name and no index from 0 to {len(self.names) - 1}")
+            raise InputError(f"{where}: label {value!r}; allowed: an index from 0 (names need a list of the classes)")
+        raise InputError(f"{where}: label {value!r}; allowed: a class name or an index from 0 to {len(self.names) - 1}")
 
 
 def _source(
@@ -279,7 +278,7 @@ def _source(
     classnames: list[str] | None,
     skip_bad: bool,
 ) -> Source:
-    """A source of converted rows, of which the bad ones are raised or listed."""
+    """A source of converted rows; bad ones raise, or are listed in `Source.skipped`."""
     skipped: list[str] = []
 
     def samples() -> Iterator[Sample]:
@@ -308,11 +307,11 @@ def _key(index: int) -> str:
 
 
 def _caption(value: Any, *, where: str) -> str:
-    """A caption as one line of text, since CLIP_benchmark reads several lines as several captions."""
+    """A caption as one line of text: CLIP_benchmark reads several lines as several captions."""
     if isinstance(value, list):
         value = next(iter(value), None)
     if not isinstance(value, str) or not value.strip():
-        raise InputError(f"{where}: caption {value!r} is not a text")
+        raise InputError(f"{where}: caption {value!r}; allowed: a non-empty text")
     return " ".join(value.split())
 
 
@@ -336,7 +335,7 @@ def _image_files(folder: Path) -> list[Path]:
 
 
 def _read(path: str, *, where: str) -> bytes:
-    """The content of a local file, or of a URL that fsspec knows."""
+    """Content of a local file, or of a URL that fsspec supports."""
     try:
         if "://" in path:
             with fsspec.open(path, "rb") as file:
@@ -348,29 +347,29 @@ def _read(path: str, *, where: str) -> bytes:
 
 
 def _read_table(path: Path, used: Sequence[str], delimiter: str) -> list[tuple[int, dict[str, str]]]:
-    """The rows of a table, each with the number of the line where it ends; only the columns in use."""
+    """The rows of a table, each with the number of its last line; only the columns in use."""
     if len(delimiter) != 1:
-        raise InputError(f"delimiter: {delimiter!r} is not a single character")
+        raise InputError(f"delimiter: {delimiter!r}; allowed: a single character")
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, delimiter=delimiter)
             columns = reader.fieldnames or []
             for name in used:
                 if name not in columns:
-                    raise InputError(f"{path}: no column {name!r}; it has {', '.join(columns)}")
+                    raise InputError(f"{path}: no column {name!r}; allowed: {', '.join(columns)}")
             return [(reader.line_num, {name: row[name] or "" for name in used}) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path}: not a readable table in UTF-8 ({error})") from None
+        raise InputError(f"{path}: not a readable table ({error}); allowed: a CSV or TSV file in UTF-8") from None
 
 
 def _stored_image(value: Any, *, where: str) -> tuple[bytes, str]:
-    """File and extension of a cell of an undecoded image column: a path, encoded bytes or a dict of both."""
+    """File content and extension from a cell of an undecoded image column: a path, encoded bytes or a dict of both."""
     if not isinstance(value, dict):
         value = {"bytes" if isinstance(value, bytes) else "path": value}
     content, path = value.get("bytes"), value.get("path")
     if content is None:
         if not path:
-            raise InputError(f"{where}: there is no image")
+            raise InputError(f"{where}: no image; allowed: an image in every row")
         content = _read(path, where=where)
     return encode_image(content, where=f"{where}: {path or 'image'}")
 
@@ -378,15 +377,15 @@ def _stored_image(value: Any, *, where: str) -> tuple[bytes, str]:
 def _load_hf_dataset(name_or_path: str, *, split: str, subset: str | None, streaming: bool) -> Any:
     import datasets
 
-    saved = any((Path(name_or_path) / file).is_file() for file in ("state.json", "dataset_dict.json"))
+    saved = any((Path(name_or_path) / file).is_file() for file in SAVED_DATASET_FILES)
     try:
         if not saved:
             return datasets.load_dataset(name_or_path, subset, split=split, streaming=streaming)
         dataset = datasets.load_from_disk(name_or_path)
     except (OSError, ValueError) as error:
-        raise InputError(f"{name_or_path}: cannot load this dataset ({str(error).splitlines()[0]})") from None
+        raise InputError(f"{name_or_path}: `datasets` cannot load it ({str(error).splitlines()[0]})") from None
     if not isinstance(dataset, datasets.DatasetDict):
         return dataset
     if split not in dataset:
-        raise InputError(f"{name_or_path}: no split {split!r}; it has {', '.join(dataset)}")
+        raise InputError(f"{name_or_path}: no split {split!r}; allowed: {', '.join(dataset)}")
     return dataset[split]

@@ -1,8 +1,7 @@
 """Write samples as WebDataset shards, alone or as a CLIP_benchmark test set.
 
-The names are those of CLIP_benchmark, so that every folder written here is one that it can evaluate on. Shards are
-written into a temporary folder beside the target, which is renamed when it is complete: an error or a kill never
-leaves half a data set under the requested name.
+File names follow CLIP_benchmark, which can evaluate on every folder written here. Shards are written into a temporary
+folder beside the target, which is renamed when complete: an error or a kill never leaves a partial data set.
 """
 
 import io
@@ -19,36 +18,36 @@ from clipdistill.errors import InputError
 from clipdistill.io.files import new_folder
 from clipdistill.models.prompts import CLASSNAMES_FILE, PLACEHOLDER, TEMPLATE_FILES
 
-IMAGE_EXTENSIONS = ("jpg", "png", "webp")
-"""What a shard may hold. Files of these formats are copied byte for byte, others become PNG."""
+WRITTEN_EXTENSIONS = ("jpg", "png", "webp")
+"""Image formats of written shards. Files of these formats are copied unchanged, others are converted to PNG."""
 
 DEFAULT_TEMPLATES = ("a photo of a {c}.",)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One image with what is known about it; the members of a shard that share a key."""
+    """One image with its annotations: the members of a shard that share a key."""
 
     key: str
-    """Unique in its split; without dots, as WebDataset ends the key at the first one, and without slashes."""
+    """Unique in its split; without dots, as WebDataset ends a key at the first one, and without slashes."""
     image: bytes
-    """The encoded file."""
+    """The encoded image file."""
     image_extension: str
-    """One of `IMAGE_EXTENSIONS`."""
+    """One of `WRITTEN_EXTENSIONS`."""
     caption: str | None = None
     label: int | None = None
     """Index into the class names, from 0."""
     metadata: dict[str, Any] | None = None
-    """Anything that JSON can hold."""
+    """A JSON-serialisable value."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[^./\s]+", self.key):
-            raise ValueError(f"key: {self.key!r} must be a text without dots, slashes and spaces")
-        if self.image_extension not in IMAGE_EXTENSIONS:
-            raise ValueError(f"image_extension: {self.image_extension!r} is not one of {', '.join(IMAGE_EXTENSIONS)}")
+            raise ValueError(f"key: {self.key!r}; allowed: a text without dots, slashes and spaces")
+        if self.image_extension not in WRITTEN_EXTENSIONS:
+            raise ValueError(f"image_extension: {self.image_extension!r}; allowed: {', '.join(WRITTEN_EXTENSIONS)}")
 
     def members(self) -> Iterator[tuple[str, bytes]]:
-        """Names and contents of its files, in their order in the tar."""
+        """Names and contents of its tar members, in order."""
         yield f"{self.key}.{self.image_extension}", self.image
         if self.caption is not None:
             yield f"{self.key}.txt", self.caption.encode()
@@ -60,10 +59,10 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardSummary:
-    """What was written."""
+    """The shards that were written."""
 
     folder: Path
-    """The folder of the shards themselves."""
+    """The folder of the tar files."""
     shards: int
     samples: int
 
@@ -77,14 +76,14 @@ def write_shards(
 ) -> ShardSummary:
     """Write ``0.tar`` .. ``n-1.tar`` and ``nshards.txt`` into the new folder ``folder``.
 
-    The bytes of a tar depend on its samples alone: it holds no times and no owner. ``progress`` is called
+    The bytes of a tar depend on its samples alone: it stores no times and no owner. ``progress`` is called
     after each shard with the number of samples written so far.
 
     Raises:
         InputError: ``folder`` exists, there is no sample, or two samples of a shard share a key.
     """
     if samples_per_shard < 1:
-        raise InputError(f"samples_per_shard: {samples_per_shard} is not at least 1")
+        raise InputError(f"samples_per_shard: {samples_per_shard}; allowed: 1 or more")
     check_new(folder)
     iterator = iter(samples)
     shards = written = 0
@@ -96,7 +95,7 @@ def write_shards(
             if progress:
                 progress(written)
         if not shards:
-            raise InputError(f"samples: there is none to write into {folder.name!r}")
+            raise InputError(f"samples: none to write into {folder.name!r}; allowed: one or more")
         (partial / "nshards.txt").write_text(f"{shards}\n")
     return ShardSummary(folder=folder, shards=shards, samples=written)
 
@@ -113,18 +112,18 @@ def write_classification_folder(
 ) -> ShardSummary:
     """Write a zero-shot classification set: the shards of one split, class names and prompt templates.
 
-    A folder that holds other splits of the same classes and templates gets this one beside them.
+    The split can be added to a folder that has other splits with the same classes and templates.
 
     Raises:
-        InputError: the split exists, the folder has other classes or templates, a sample has no label or one
-            that is no index into ``classnames``, or a template lacks ``{c}``.
+        InputError: the split exists, the folder has other classes or templates, a sample's label is missing or
+            not an index into ``classnames``, or a template lacks ``{c}``.
     """
     for name in classnames:
         if name != name.strip() or len(name.splitlines()) != 1:
-            raise InputError(f"classnames: {name!r} is not one line of text without blanks at its ends")
+            raise InputError(f"classnames: {name!r}; allowed: one line of text without blanks at its ends")
     for template in templates:
         if PLACEHOLDER not in template or len(template.splitlines()) != 1:
-            raise InputError(f"templates: {template!r} is not one line with {PLACEHOLDER} for the class name")
+            raise InputError(f"templates: {template!r}; allowed: one line with {PLACEHOLDER} for the class name")
     return write_split(
         _check_labels(samples, classes=len(classnames)),
         folder,
@@ -143,10 +142,10 @@ def write_retrieval_folder(
     samples_per_shard: int = 1000,
     progress: Callable[[int], None] | None = None,
 ) -> ShardSummary:
-    """Write an image-text retrieval set: the shards of one split, and ``dataset_type.txt``, which says so.
+    """Write an image-text retrieval set: the shards of one split, and ``dataset_type.txt``.
 
     Raises:
-        InputError: the split exists, or the folder is no retrieval set.
+        InputError: the split exists, or the folder is not a retrieval set.
     """
     return write_split(
         samples,
@@ -159,9 +158,9 @@ def write_retrieval_folder(
 
 
 def check_new(folder: Path) -> None:
-    """Raise InputError if a folder that is to be written exists."""
+    """Raise InputError if the folder to write exists."""
     if folder.exists():
-        raise InputError(f"{folder}: exists already; name a new folder or remove it")
+        raise InputError(f"{folder}: exists already; allowed: a new folder")
 
 
 def write_split(
@@ -173,14 +172,14 @@ def write_split(
     samples_per_shard: int,
     progress: Callable[[int], None] | None,
 ) -> ShardSummary:
-    """Write ``<folder>/<split>``, and with the folder's first split the files that all its splits share."""
+    """Write ``<folder>/<split>``; the folder's first split also writes the files that all splits share."""
     if not re.fullmatch(r"\w[\w.-]*", split):
-        raise InputError(f"split: {split!r} is not the name of a folder (letters, digits, '_', '-' and '.')")
+        raise InputError(f"split: {split!r}; allowed: a folder name of letters, digits, '_', '-' and '.'")
     if folder.exists():
         for name, text in shared_files.items():
             file = folder / name
             if not file.is_file() or file.read_text(encoding="utf-8") != text:
-                raise InputError(f"{file}: is missing, or differs from what split {split!r} needs; name another folder")
+                raise InputError(f"{file}: is missing, or differs from that of split {split!r}; allowed: a new folder")
         return write_shards(samples, folder / split, samples_per_shard=samples_per_shard, progress=progress)
     with new_folder(folder) as partial:
         for name, text in shared_files.items():
@@ -190,12 +189,12 @@ def write_split(
 
 
 def _write_tar(samples: Iterable[Sample], file: Path) -> int:
-    """Write one shard; return how many samples it holds."""
+    """Write one shard; returns its number of samples."""
     keys: set[str] = set()
     with tarfile.open(file, "w", format=tarfile.GNU_FORMAT) as tar:
         for sample in samples:
             if sample.key in keys:
-                raise InputError(f"key: {sample.key!r} stands twice in {file.name}; a sample's key is its own")
+                raise InputError(f"key: {sample.key!r} occurs twice in {file.name}; allowed: unique keys")
             keys.add(sample.key)
             for name, content in sample.members():
                 member = tarfile.TarInfo(name)
@@ -207,7 +206,7 @@ def _write_tar(samples: Iterable[Sample], file: Path) -> int:
 def _check_labels(samples: Iterable[Sample], *, classes: int) -> Iterator[Sample]:
     for sample in samples:
         if sample.label is None or not 0 <= sample.label < classes:
-            raise InputError(f"label of {sample.key!r}: {sample.label} is not a class index from 0 to {classes - 1}")
+            raise InputError(f"label of {sample.key!r}: {sample.label}; allowed: 0 to {classes - 1}")
         yield sample
 
 

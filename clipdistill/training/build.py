@@ -1,33 +1,30 @@
-"""What a config asks for, made: models, stream, terms, optimizer. The trainer calls this, and the cache command."""
+"""From a config to the parts of a run."""
 
-import importlib.util
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import set_seed
+from torch import Tensor
 
 from clipdistill.config import Config
-from clipdistill.data import (
-    Augmentation,
-    ImageTextStream,
-    LazyIndex,
-    ShardIndex,
-    StreamLoader,
-    expand_urls,
-    index_shards,
-)
+from clipdistill.data import ImageTextStream, LazyIndex, ShardIndex, StreamLoader, expand_urls, index_shards
 from clipdistill.data.embeddings import EmbeddingReader
-from clipdistill.distill.objective import Objective, Term
-from clipdistill.distill.teacher_cache import CacheSettings
+from clipdistill.data.reading import Views
+from clipdistill.data.sample import Decoder
+from clipdistill.distill.objective import Objective
+from clipdistill.distill.student_texts import StudentTexts
+from clipdistill.distill.teacher_cache import CacheContent
+from clipdistill.distill.teachers import Teachers
 from clipdistill.distributed.collectives import gather_objects, rank, world_size
 from clipdistill.errors import InputError
 from clipdistill.evaluation import EvaluationSet, open_set
 from clipdistill.evaluation.benchmark_format import MEAN, RISING
+from clipdistill.models.class_embeddings import class_embeddings, class_prompt_tokens
 from clipdistill.models.prompts import PromptSet, load_prompts
-from clipdistill.models.towers import Student, Teacher, load_student, load_teacher
-from clipdistill.training.optimizer import parameter_groups
+from clipdistill.models.towers import FrozenModel, Student, TextTokenizer, Tower
 
 
 def open_prompts(config: Config) -> PromptSet | None:
@@ -59,49 +56,66 @@ def open_evaluation_sets(config: Config, *, cache: Path) -> list[EvaluationSet]:
     return sets
 
 
-def open_teachers(config: Config) -> list[Teacher]:
-    """The teachers, whole and on the CPU."""
-    return [
-        load_teacher(
-            settings.model,
-            pretrained=settings.pretrained,
-            weight=settings.weight,
-            logit_scale=settings.logit_scale,
-            precision=settings.precision,
-        )
-        for settings in config.teachers
-    ]
-
-
-def open_student(config: Config, teachers: Sequence[Teacher]) -> Student:
-    """The student, with weights that the seed alone decides, on the CPU. Memory formats are set here for all towers.
+def load_student_of(config: Config, teachers: Sequence[FrozenModel]) -> Student:
+    """The student, with weights that the seed alone decides, on the CPU.
 
     Raises:
-        InputError: it cannot be compared with a teacher as the objective asks.
+        InputError: a term cannot compare it with a teacher.
     """
-    settings = config.student
     set_seed(config.seed)
-    student = load_student(
-        settings.model,
-        pretrained=settings.pretrained,
-        text_mode=settings.text,
-        teacher=teachers[0] if settings.text == "teacher" else None,
-        logit_scale=settings.logit_scale,
-        train_logit_scale=settings.train_logit_scale,
-    )
-    if settings.grad_checkpointing:
-        student.clip.set_grad_checkpointing(True)
-    if config.train.channels_last:
-        for tower in (student, *teachers):
-            tower.use_channels_last()
-    for teacher in teachers:
-        features = any(term.loss == "feature" and term.weight > 0 for term in config.objective)
-        if features and teacher.embed_dim != student.embed_dim:
-            raise InputError(
-                f"objective.loss: feature compares the student's {student.embed_dim} dimensions with the "
-                f"{teacher.embed_dim} of teacher {teacher.name}; allowed: equal ones (as student.text: teacher)"
-            )
+    student = config.student.load(teachers)
+    for term in config.terms:
+        for teacher in teachers if term.needs_equal_widths else ():
+            if teacher.embed_dim != student.embed_dim:
+                raise InputError(
+                    f"objective.loss: {term.loss} compares the student's {student.embed_dim} dimensions with the "
+                    f"{teacher.embed_dim} of teacher {teacher.name}; allowed: equal ones (as student.text: teacher)"
+                )
     return student
+
+
+def make_decoder(config: Config, image_sizes: Sequence[int], *, num_classes: int | None = None) -> Decoder:
+    """What a training sample must have, and how it is decoded.
+
+    Args:
+        config: of the run.
+        image_sizes: input sizes of the towers that see the pixels.
+        num_classes: of the prompt set that labels index.
+    """
+    data = config.data
+    return Decoder(
+        image_size=data.image_size or max(image_sizes),
+        augmentation=data.augmentation,
+        caption_key=data.caption_key,
+        label_key=data.label_key,
+        require_captions=any(term.over == "captions" for term in config.terms),
+        require_labels=config.labels == "dataset",
+        num_classes=num_classes if config.labels == "dataset" else None,
+        max_pixels=data.max_pixels,
+    )
+
+
+def cache_content(config: Config, decoder: Decoder) -> CacheContent:
+    """What the files of the teacher cache hold.
+
+    Args:
+        config: of the run.
+        decoder: of the run's stream.
+    """
+    return CacheContent(
+        decoder=replace(
+            decoder, require_captions=_uses_teacher_captions(config), require_labels=False, num_classes=None
+        ),
+        views=Views(config.data.views, config.data.view_seed),
+        precision=config.teacher_cache.precision,
+    )
+
+
+def _uses_teacher_captions(config: Config) -> bool:
+    """Whether a teacher's caption features are needed: by a term, or as the student's own."""
+    over_captions = [term for term in config.terms if term.over == "captions"]
+    lent = config.student.text == "teacher" and bool(over_captions)
+    return lent or any(term.needs_teacher for term in over_captions)
 
 
 def index_all(config: Config) -> list[ShardIndex]:
@@ -112,29 +126,47 @@ def index_all(config: Config) -> list[ShardIndex]:
     return [parts[number % len(parts)][number // len(parts)] for number in range(len(urls))]
 
 
-def cache_settings(config: Config, student: Student, teachers: Sequence[Teacher]) -> CacheSettings:
-    """What the files of the teacher cache depend on, beside shards and teachers."""
-    over_captions = [term for term in config.objective if term.over == "captions" and term.weight > 0]
-    compared = any(term.loss != "clip" for term in over_captions)
-    return CacheSettings(
-        views=config.data.views,
-        seed=config.data.view_seed,
-        image_size=_image_size(config, student, teachers),
-        augmentation=_augmentation(config),
-        max_pixels=config.data.max_pixels,
-        caption_key=config.data.caption_key,
-        label_key=config.data.label_key,
-        captions=compared or (config.student.text == "teacher" and bool(over_captions)),
-        precision=config.teacher_cache.precision,
-    )
+@dataclass(frozen=True, kw_only=True)
+class CaptionTokenizers:
+    """The distinct tokenizers of the towers that encode captions in a step, and which of them is whose.
+
+    Attributes:
+        tokenizers: run by the data workers.
+        student: number of the student's; None: it encodes no captions.
+        teachers: of each teacher; empty: they encode none.
+    """
+
+    tokenizers: Sequence[TextTokenizer] = ()
+    student: int | None = None
+    teachers: Sequence[int] = ()
+
+    @classmethod
+    def find(cls, config: Config, student: Student, teachers: Sequence[FrozenModel]) -> "CaptionTokenizers":
+        """Those that a run needs."""
+        if not any(term.over == "captions" for term in config.terms):
+            return cls()
+        distinct: list[TextTokenizer] = []
+
+        def number_of(tower: Tower) -> int:
+            tokenizer = tower.text_tokenizer
+            for number, other in enumerate(distinct):
+                if tokenizer.same_as(other):
+                    return number
+            distinct.append(tokenizer)
+            return len(distinct) - 1
+
+        of_student = None if student.text_mode == "teacher" else number_of(student)
+        encode = _uses_teacher_captions(config) and not config.teacher_cache.folder
+        of_teachers = [number_of(teacher) for teacher in teachers] if encode else []
+        return cls(tokenizers=distinct, student=of_student, teachers=of_teachers)
 
 
 def open_stream(
     config: Config,
-    student: Student,
-    teachers: Sequence[Teacher],
+    decoder: Decoder,
+    teachers: Sequence[FrozenModel],
     *,
-    num_classes: int | None,
+    tokenizers: Sequence[TextTokenizer],
     pin_memory: bool,
 ) -> StreamLoader:
     """This rank's part of the training stream, with the teachers' embeddings where they are stored.
@@ -151,61 +183,41 @@ def open_stream(
         index = LazyIndex(expand_urls(data.shards), cache_dir=Path(data.cache).expanduser())
     embeddings = None
     if config.teacher_cache.folder:
-        key = cache_settings(config, student, teachers).key(teachers)
+        key = cache_content(config, decoder).key(teachers)
         embeddings = EmbeddingReader(Path(config.teacher_cache.folder), index, key, caption_key=data.caption_key)
         if data.samples_per_epoch is None:
             embeddings.check()
-    needs_captions = any(term.over == "captions" and term.weight > 0 for term in config.objective)
     stream = ImageTextStream(
         index,
+        decoder,
         batch_size=data.batch_size,
-        image_size=_image_size(config, student, teachers),
-        augmentation=_augmentation(config),
         seed=config.seed,
         shuffle=data.shuffle,
-        views=data.views,
-        view_seed=data.view_seed,
+        views=Views(data.views, data.view_seed),
         embeddings=embeddings,
+        tokenizers=tokenizers,
         samples_per_epoch=data.samples_per_epoch,
         rank=rank(),
         world_size=world_size(),
         num_workers=data.workers,
-        caption_key=data.caption_key,
-        label_key=data.label_key,
-        require_captions=needs_captions,
-        require_labels=config.labels == "dataset",
-        num_classes=num_classes if config.labels == "dataset" else None,
-        max_pixels=data.max_pixels,
     )
     return StreamLoader(stream, pin_memory=pin_memory)
 
 
-def _image_size(config: Config, student: Student, teachers: Sequence[Teacher]) -> int:
-    return config.data.image_size or max(tower.image_size for tower in (student, *teachers))
-
-
-def _augmentation(config: Config) -> Augmentation:
-    settings = asdict(config.data.augmentation)
-    if settings["fast_jpeg"] and importlib.util.find_spec("simplejpeg") is None:
-        raise InputError(
-            "data.augmentation.fast_jpeg: simplejpeg is missing; allowed: false, or pip install 'clipdistill[fast]'"
-        )
-    return Augmentation(**{name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()})  # type: ignore[arg-type]
-
-
-def make_terms(config: Config, steps_per_epoch: float) -> list[Term]:
-    """The terms of the objective that have a weight."""
-    terms = []
-    for term in config.objective:
-        if term.weight > 0:
-            settings = asdict(term)
-            warmup_steps = round(settings.pop("warmup_epochs") * steps_per_epoch)
-            terms.append(Term(name=term.name, warmup_steps=warmup_steps, **settings))
-    return terms
+def make_objective(config: Config, *, steps_per_epoch: float, num_classes: int, device: torch.device) -> Objective:
+    """The terms of weight above 0."""
+    return Objective(
+        config.terms,
+        warmup_steps={term.term_name: round(term.warmup_epochs * steps_per_epoch) for term in config.terms},
+        teacher_weights=[teacher.weight for teacher in config.teachers],
+        num_classes=num_classes,
+        device=device,
+        implementation=config.train.loss_implementation,
+    )
 
 
 def freeze_unused(student: Student, objective: Objective) -> None:
-    """Parameters that no term reaches would break DDP's synchronisation."""
+    """Freeze the parameters that no term reaches, which would break DDP's synchronisation."""
     if not objective.needs_logits:
         student.clip.logit_scale.requires_grad_(False)
         bias = student.logit_bias()
@@ -215,13 +227,32 @@ def freeze_unused(student: Student, objective: Objective) -> None:
         student.freeze_text()
 
 
-def make_optimizer(config: Config, student: Student, device: torch.device) -> torch.optim.AdamW:
-    """AdamW over what is trained of the student."""
-    settings = config.optimizer
-    return torch.optim.AdamW(
-        parameter_groups(student, settings.weight_decay),
-        lr=settings.lr,
-        betas=(settings.betas[0], settings.betas[1]),
-        eps=settings.eps,
-        fused=device.type == "cuda" or None,
+def make_student_texts(
+    config: Config,
+    student: Student,
+    teachers: Teachers,
+    prompts: PromptSet | None,
+    tokenizers: CaptionTokenizers,
+    objective: Objective,
+    **settings: Any,
+) -> StudentTexts:
+    """The student's class prompts and captions; the settings are those of ``class_embeddings``."""
+    class_CD: Tensor | None = None
+    class_tokens_CTL: Tensor | None = None
+    if prompts is not None and objective.needs_prompts:
+        match student.text_mode:
+            case "teacher":
+                class_CD = teachers.class_embeddings[0]
+            case "freeze":
+                class_CD = class_embeddings(student, prompts, **settings)
+            case _:
+                class_tokens_CTL = class_prompt_tokens(student, prompts)
+    return StudentTexts(
+        student,
+        class_tokens_CTL=class_tokens_CTL,
+        class_CD=class_CD,
+        templates_per_step=config.templates_per_step,
+        seed=config.seed,
+        caption_tokens=tokenizers.student,
+        teacher_captions=student.text_mode == "teacher" and objective.needs_captions,
     )

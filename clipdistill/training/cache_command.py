@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what ``run`` reads."""
     parser.add_argument("--config", required=True, type=Path, help="the config that will train from the cache")
-    parser.add_argument("--dry-run", action="store_true", help="say what the build will take; build nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print disk and time of the build; build nothing")
     parser.add_argument(
         "--part",
         type=_part,
@@ -46,18 +46,22 @@ def run(args: argparse.Namespace) -> None:
         from clipdistill.distill.teacher_cache import CacheBuilder
         from clipdistill.distributed.collectives import gather_objects, rank, world_size
         from clipdistill.errors import InputError
-        from clipdistill.training.build import cache_settings, index_all, open_student, open_teachers
+        from clipdistill.models.loading import read_image_size
+        from clipdistill.training.build import cache_content, index_all, make_decoder
 
         if not config.teacher_cache.folder:
             raise InputError("teacher_cache.folder: empty; allowed: the folder for the cache's files")
-        teachers = open_teachers(config)
-        settings = cache_settings(config, open_student(config, teachers), teachers)
+        teachers = [settings.load() for settings in config.teachers]
+        sizes = [read_image_size(config.student.model), *(teacher.image_size for teacher in teachers)]
+        content = cache_content(config, make_decoder(config, sizes))
         for teacher in teachers:
+            if config.train.channels_last:
+                teacher.use_channels_last()
             teacher.to(device)
         builder = CacheBuilder(
             index_all(config),
             teachers,
-            settings,
+            content,
             folder=Path(config.teacher_cache.folder),
             batch_size=args.batch_size or config.data.batch_size,
             workers=config.data.workers,
@@ -98,8 +102,8 @@ def _forecast(builder: "CacheBuilder", estimates: list["CacheEstimate"], *, shar
     seconds = max(each.seconds for each in estimates)
     return (
         f"{builder.folder}: {shards - missing} of {shards} shards are there; to build: {missing} shards, "
-        f"{samples:,} samples of {estimates[0].bytes_per_sample:,} bytes ({builder.settings.views} views, "
-        f"{builder.settings.precision}), {size / 1e6:,.1f} MB, about {timedelta(seconds=round(seconds))}"
+        f"{samples:,} samples of {estimates[0].bytes_per_sample:,} bytes ({builder.content.views.number} views, "
+        f"{builder.content.precision}), {size / 1e6:,.1f} MB, about {timedelta(seconds=round(seconds))}"
     )
 
 

@@ -103,9 +103,11 @@ def save_checkpoint(
 
 
 def rate_checkpoint(
-    root: Path, step: int, *, evaluations: list[dict[str, Any]], metric: float, keep: int = 1, keep_best: int = 0
+    root: Path, step: int, *, evaluations: list[dict[str, Any]], metric: float | None, keep: int = 1, keep_best: int = 0
 ) -> None:
     """Add to a step's checkpoint, if it is there, what its evaluation found; delete those no longer among the best.
+
+    A checkpoint whose ``metric`` is None is not one of the best.
 
     Raises:
         RunError: it cannot be written; the checkpoint is as it was.
@@ -164,29 +166,6 @@ def resolve_resume(resume: str, root: Path) -> Path | None:
     if damage is not None:
         raise InputError(f"--resume {resume}: {damage}; allowed: auto, or the folder of a whole checkpoint")
     return path
-
-
-def own_part(parts: Sequence[Tensor]) -> Tensor:
-    """Of a sum in parts, one for each rank that wrote them, this rank's; if the ranks are others, the first has all."""
-    if len(parts) == world_size():
-        return parts[rank()].clone()
-    total = torch.stack(list(parts)).sum(dim=0)
-    return total if rank() == 0 else torch.zeros_like(total)
-
-
-def random_state(device: torch.device) -> dict[str, Tensor]:
-    """The states of torch's generators, of the CPU and of a GPU."""
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def set_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
-    """Go on with a ``random_state``."""
-    torch.set_rng_state(state["cpu"].clone())
-    if "cuda" in state and device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"].clone(), device)
 
 
 @contextmanager

@@ -1,8 +1,10 @@
 """An exponential moving average of a student."""
 
 import copy
+from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from clipdistill.models.towers import Student
 
@@ -16,6 +18,14 @@ class MovingAverage:
     def __init__(self, student: Student, *, decay: float) -> None:
         self.average = copy.deepcopy(student).eval().requires_grad_(False)
         self.decay = decay
+
+    def shared_state(self) -> dict[str, Tensor]:
+        """The averages, the same on all ranks."""
+        return self.average.state_dict()
+
+    def load_shared_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore saved averages."""
+        self.average.load_state_dict(dict(tensors))
 
     @torch.no_grad()
     def update(self, student: Student, number: int) -> None:

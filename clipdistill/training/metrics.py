@@ -20,7 +20,7 @@ from rich.progress import (
 )
 from torch import Tensor
 
-from clipdistill.distributed.collectives import gather_objects, sum_over_ranks, widest_float, world_size
+from clipdistill.distributed.collectives import gather_objects, own_part, sum_over_ranks, widest_float, world_size
 from clipdistill.errors import InputError
 from clipdistill.evaluation.benchmark_format import MEAN
 from clipdistill.io.jsonl import JsonlWriter, filter_jsonl
@@ -146,14 +146,17 @@ class Window:
         """This rank's part of what the next record will be made of."""
         return {"steps": self._steps, "sums": {name: value.cpu() for name, value in self._sums.items()}}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with a window under way."""
-        self._steps = state["steps"]
-        self._sums = {name: value.to(self.device, copy=True) for name, value in state["sums"].items()}
+    def load_state_dict(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Go on with a window under way, from the parts of all ranks that saved."""
+        self._steps = states[0]["steps"]
+        self._sums = {
+            name: own_part([state["sums"][name] for state in states]).to(self.device, copy=True)
+            for name in states[0]["sums"]
+        }
 
 
 def choose_trackers(trackers: Sequence[str] | None) -> list[str]:
-    """The trackers asked for; unless any are, tensorboard where it is installed.
+    """The trackers of the config; by default tensorboard, where it is installed.
 
     Raises:
         InputError: one that Accelerate does not know, or that is not installed.

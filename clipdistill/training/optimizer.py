@@ -1,16 +1,72 @@
-"""What the optimizer is given: groups of parameters, and a learning rate for each step."""
+"""Optimizers: their settings, the groups of parameters they are given, and a learning rate for each step.
+
+To add one: a subclass of ``Optimizer`` with a ``name`` of its own, and its place in ``OPTIMIZERS``.
+"""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import torch
+from pydantic import Field
 from torch import nn
+
+from clipdistill.settings import CountOrZero, NonNegative, Positive, Settings, union_of
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Optimizer(Settings):
+    """What every optimizer has; biases, norms, embeddings' positions and the logit scale are not decayed."""
+
+    lr: Positive = 1e-3
+    """Peak learning rate."""
+    weight_decay: NonNegative = 0.1
+    """Decoupled weight decay of matrices and convolutions."""
+    clip_norm: Positive | None = 1.0
+    """Largest global gradient norm; empty: no clipping."""
+    warmup_steps: CountOrZero = 0
+    """Optimizer steps of linear warm-up; then the rate falls to 0 along a cosine."""
+
+    def make(self, student: nn.Module, device: torch.device) -> torch.optim.Optimizer:
+        """The optimizer of what is trained of the student."""
+        raise NotImplementedError
+
+
+class AdamW(Optimizer):
+    """AdamW (Loshchilov and Hutter, arXiv 1711.05101)."""
+
+    name: Literal["adamw"] = "adamw"
+    """Which optimizer."""
+    betas: tuple[Beta, Beta] = (0.9, 0.98)
+    """Decay of the averages of gradients and of their squares."""
+    eps: Positive = 1e-8
+    """Added to the square root of the second average."""
+
+    def make(self, student: nn.Module, device: torch.device) -> torch.optim.AdamW:
+        """The optimizer of what is trained of the student."""
+        return torch.optim.AdamW(
+            parameter_groups(student, self.weight_decay),
+            lr=self.lr,
+            betas=self.betas,
+            eps=self.eps,
+            fused=device.type == "cuda" or None,
+        )
+
+
+OPTIMIZERS: tuple[type[Optimizer], ...] = (AdamW,)
+"""Every optimizer that a config may name."""
+
+if TYPE_CHECKING:
+    AnyOptimizer = Optimizer
+else:
+    AnyOptimizer = union_of(OPTIMIZERS, "name", default="adamw")
 
 
 def parameter_groups(student: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """AdamW's two groups: decayed are matrices and convolutions; not vectors and scales (of whatever number of
-    dimensions), positions, class tokens, the logit scale.
+    """Two groups: decayed are matrices and convolutions; not vectors and scales (of whatever number of dimensions),
+    positions, class tokens, the logit scale. ``lr_scale`` multiplies the schedule's rate.
     """
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
@@ -19,20 +75,29 @@ def parameter_groups(student: nn.Module, weight_decay: float) -> list[dict[str, 
             position = name.endswith(("positional_embedding", "pos_embed", "class_embedding", "cls_token"))
             vector = sum(size > 1 for size in parameter.shape) < 2
             (free if vector or position else decayed).append(parameter)
-    return [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
+    return [
+        {"params": decayed, "weight_decay": weight_decay, "lr_scale": 1.0},
+        {"params": free, "weight_decay": 0.0, "lr_scale": 1.0},
+    ]
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set each group's learning rate: ``rate`` times the group's own ``lr_scale``."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group["lr_scale"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Schedule:
+class Cosine:
     """Linear warm-up, then a cosine that would reach 0 one step after the last.
 
     Attributes:
         peak: the highest learning rate.
         warmup_steps: optimizer steps of the warm-up.
         total_steps: length of the run.
-        anchor_step: the step at which
-        anchor: this share of the cosine has been gone through: the end of the warm-up, or where a run went on that
-            has become shorter or longer, since other processes make other numbers of steps of an epoch.
+        anchor_step: the end of the warm-up; or the step at which a run was resumed with another length, since another
+            number of ranks makes another number of steps of an epoch.
+        anchor: share of the cosine that is done at ``anchor_step``.
     """
 
     peak: float
@@ -45,19 +110,47 @@ class Schedule:
         """The learning rate of optimizer step ``step``, from 0."""
         if step < self.warmup_steps:
             return self.peak * ((step + 1) / self.warmup_steps)
-        return self.peak * (0.5 * (1 + math.cos(math.pi * self._progress(step))))
+        return self.peak * (0.5 * (1 + math.cos(math.pi * self.progress(step))))
 
-    def _progress(self, step: int) -> float:
+    def progress(self, step: int) -> float:
+        """The share of the cosine that is done."""
         share = (step - self.anchor_step) / max(1, self.total_steps - self.anchor_step)
         return self.anchor + (1 - self.anchor) * share
 
-    def resumed(self, state: Mapping[str, Any], step: int) -> "Schedule":
-        """This schedule, where it goes on at a step after the one whose ``asdict`` is ``state``."""
-        before = Schedule(**state)
+    def resumed(self, before: "Cosine", step: int) -> "Cosine":
+        """This schedule, continued from another one at a step."""
         if self.total_steps == before.total_steps or step <= self.warmup_steps:
             return replace(self, anchor_step=before.anchor_step, anchor=before.anchor)
-        return replace(self, anchor_step=step, anchor=before._progress(step))
+        return replace(self, anchor_step=step, anchor=before.progress(step))
+
+
+class Schedule:
+    """The learning rates of a run, as a part of its checkpoints.
+
+    Args:
+        optimizer: peak and warm-up.
+        total_steps: length of the run.
+        step: where the run is resumed; 0: it is new.
+    """
+
+    def __init__(self, optimizer: Optimizer, *, total_steps: int, step: int = 0) -> None:
+        self.total_steps = total_steps
+        self._step = step
+        self._curve = Cosine(
+            peak=optimizer.lr,
+            warmup_steps=optimizer.warmup_steps,
+            total_steps=total_steps,
+            anchor_step=optimizer.warmup_steps,
+        )
+
+    def rate(self, step: int) -> float:
+        """The learning rate of optimizer step ``step``, from 0."""
+        return self._curve.rate(step)
 
     def state_dict(self) -> dict[str, Any]:
-        """For the checkpoint."""
-        return asdict(self)
+        """The curve."""
+        return asdict(self._curve)
+
+    def load_state_dict(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Continue the curve of a run that may have had another length."""
+        self._curve = self._curve.resumed(Cosine(**states[0]), self._step)

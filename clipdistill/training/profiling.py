@@ -4,7 +4,7 @@ import secrets
 import shutil
 import tempfile
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,10 +12,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from clipdistill.distill.stopwatch import Stopwatch
 from clipdistill.distributed.collectives import gather_objects, world_size
 from clipdistill.distributed.signals import Interruption
 from clipdistill.io.machine import device_time, matmul_rate, peak_bytes
-from clipdistill.training.stopwatch import Stopwatch
 from clipdistill.training.trainer import Run, open_run, start_processes
 
 if TYPE_CHECKING:
@@ -98,23 +98,25 @@ def profile_steps(config: "Config", steps: int, *, interruption: Interruption | 
     Raises:
         InputError: as ``train``.
     """
-    train = replace(
-        config.train,
-        steps=WARM_UP + steps,
-        epochs=None,
-        log_every=WARM_UP + steps,
-        evaluate_every=None,
-        save_every=10**9,
-        trace=False,
-        trackers=[],
+    train = config.train.model_copy(
+        update={
+            "steps": WARM_UP + steps,
+            "epochs": None,
+            "log_every": WARM_UP + steps,
+            "evaluate_every": None,
+            "save_every": 10**9,
+            "trace": False,
+            "trackers": [],
+        }
     )
-    trial = replace(config, train=train, evaluation=replace(config.evaluation, folders=[]))
+    evaluation = config.evaluation.model_copy(update={"folders": []})
+    trial = config.model_copy(update={"train": train, "evaluation": evaluation})
     with nullcontext(interruption) if interruption else Interruption() as interruption:
         accelerator = start_processes(trial)
         main = accelerator.is_main_process
         output, temporary = _shared_folder(Path(config.output))
         try:
-            trial = replace(trial, output=str(output))
+            trial = trial.model_copy(update={"output": str(output)})
             with open_run(trial, accelerator, interruption=interruption) as run:
                 return _measure(config, run)
         finally:
@@ -123,7 +125,7 @@ def profile_steps(config: "Config", steps: int, *, interruption: Interruption | 
 
 
 def _measure(config: "Config", run: Run) -> StepProfile:
-    run.stopwatch = stopwatch = Stopwatch(run.device)
+    run.distillation.stopwatch = stopwatch = Stopwatch(run.device)
     run.fit()
     memory = peak_bytes(run.device)
     measured = stopwatch.steps[WARM_UP:]

@@ -7,11 +7,10 @@ from pathlib import Path
 from clipdistill.data import Batch
 from clipdistill.distributed.collectives import rank
 from clipdistill.io.jsonl import JsonlWriter, filter_jsonl
+from clipdistill.io.run_files import SAMPLES_FOLDER
 
-FOLDER = "samples"
 
-
-class Trace:
+class SampleLog:
     """Writes ``samples/rank_00000.jsonl``, one file a rank: for each optimizer step the keys of its samples in their
     order, and a digest of their pixels (BLAKE2b of the uint8 crops, all micro-batches one after another).
 
@@ -20,7 +19,7 @@ class Trace:
     """
 
     def __init__(self, output: Path) -> None:
-        self._writer = JsonlWriter(output / FOLDER / f"rank_{rank():05d}.jsonl")
+        self._writer = JsonlWriter(output / SAMPLES_FOLDER / f"rank_{rank():05d}.jsonl")
 
     def write(self, step: int, batches: Sequence[Batch]) -> None:
         """Append what optimizer step ``step``, counted from 1, has seen."""
@@ -40,6 +39,6 @@ class Trace:
 
 
 def drop_later(output: Path, step: int) -> None:
-    """Cut the traces of all ranks of an interrupted run back to what was seen up to a step."""
-    for path in sorted((output / FOLDER).glob("rank_*.jsonl")):
+    """Cut the sample logs of all ranks of an interrupted run back to what was seen up to a step."""
+    for path in sorted((output / SAMPLES_FOLDER).glob("rank_*.jsonl")):
         filter_jsonl(path, lambda record: record["step"] <= step)

@@ -1,1 +1,1 @@
-"""Test sets: opened from shards, class folders or Hugging Face data sets."""
+"""Test sets from shards, class folders and Hugging Face data sets."""

@@ -1,4 +1,4 @@
-"""Test sets of the library ``datasets``: of the Hugging Face Hub, saved by the library, or files that it reads."""
+"""Test sets of the library ``datasets``: from the Hugging Face Hub, ``save_to_disk`` folders, or files it can read."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -9,8 +9,8 @@ from clipdistill.errors import InputError
 from clipdistill.evaluation.sets.samples import EncodedSample, EvaluationSet, Kind, digest, name_classes
 from clipdistill.io.urls import one_line
 from clipdistill.models.prompts import PromptSet
+from clipdistill.shards.sources import SAVED_DATASET_FILES
 
-_SAVED = ("state.json", "dataset_dict.json")
 _SUFFIXES = (".parquet", ".csv", ".json", ".jsonl", ".arrow")
 _LABELS = ("label", "labels", "cls", "class", "fine_label")
 _CAPTIONS = ("caption", "captions", "text", "txt", "sentences")
@@ -18,34 +18,37 @@ _CAPTIONS = ("caption", "captions", "text", "txt", "sentences")
 
 @dataclass(frozen=True, kw_only=True)
 class Columns:
-    """What is read of a data set; None: the column whose type or usual name says what it is."""
+    """Columns to read from a data set; None: found by type or usual name."""
 
     image: str | None = None
     label: str | None = None
     caption: str | None = None
     subset: str | None = None
-    """Configuration, of a data set that has several."""
+    """Configuration, for a data set with several."""
 
 
 def is_dataset(folder: Path) -> bool:
-    """Whether the library can load a local folder."""
+    """Whether a local folder can be loaded with ``datasets``."""
     return _is_saved(folder) or any(path.suffix in _SUFFIXES for path in folder.rglob("*"))
 
 
-def open_dataset(location: str, *, split: str, name: str, prompts: PromptSet | None, columns: Columns) -> EvaluationSet:
+def open_dataset(
+    location: str, *, split: str, name: str, prompts: PromptSet | None, columns: Columns | None = None
+) -> EvaluationSet:
     """Open a data set.
 
     Args:
         location: name on the Hub, or a folder.
-        split: in the library's notation; a saved ``Dataset`` is taken whole.
+        split: in the library's notation; ignored for a saved ``Dataset``, which has no splits.
         name: of the set, in results.
-        prompts: asked for by the user, see `samples.name_classes`; needed where the labels are
-            bare numbers.
-        columns: which are read.
+        prompts: chosen by the user, as in `clipdistill.evaluation.sets.samples.name_classes`; required if the classes
+            have no names.
+        columns: to read.
 
     Raises:
         InputError: no such data set, split or column, or classes without names.
     """
+    columns = columns or Columns()
     dataset = _load(location, split, columns.subset)
     features: Mapping[str, Any] = dataset.features
     image = columns.image or next((key for key, kind in features.items() if type(kind).__name__ == "Image"), "image")
@@ -60,7 +63,7 @@ def open_dataset(location: str, *, split: str, name: str, prompts: PromptSet | N
         prompts, in_prompts = name_classes(name, names, prompts)
         numbers = {**in_prompts, **{number: in_prompts[each] for number, each in enumerate(names)}}
     elif prompts is None:
-        raise InputError(f"data {name}: the classes in column {annotation!r} have no names; allowed: with --prompts")
+        raise InputError(f"data {name}: classes in column {annotation!r} have no names; allowed: names from --prompts")
     reader = DatasetReader(dataset, name=name, kind=kind, image=image, annotation=annotation, numbers=numbers)
     return EvaluationSet(name=name, kind=kind, prompts=prompts, reader=reader)
 
@@ -69,12 +72,12 @@ class DatasetReader:
     """Rows of a data set; see `clipdistill.evaluation.sets.samples.Reader`. Keys are row numbers.
 
     Args:
-        dataset: of the library.
+        dataset: a ``datasets.Dataset``.
         name: for messages.
         kind: of the annotations.
         image: column of the images.
-        annotation: column of labels, of lists of labels, or of captions (a string or a list of them).
-        numbers: the class that a label, a name or a number, stands for; None: labels are the classes' numbers.
+        annotation: column of labels, of lists of labels, or of captions (a string or a list of strings).
+        numbers: label (name or number) -> class index; None: labels are class indices.
     """
 
     def __init__(
@@ -111,7 +114,7 @@ class DatasetReader:
             yield EncodedSample(key=str(position), where=where, data=_file(row[self._image], where), **annotation)
 
     def identity(self) -> str:
-        """The library's own fingerprint of the data set, and what is read of it."""
+        """Digest of the library's own fingerprint of the data set, and of the columns and labels in use."""
         numbers = None if self._numbers is None else sorted(map(str, self._numbers.items()))
         return digest([self._dataset._fingerprint, self._kind, self._image, self._annotation, numbers])
 
@@ -122,7 +125,7 @@ class DatasetReader:
             return {"classes": tuple(self._number(label, where) for label in value or ())}
         captions = (value,) if isinstance(value, str) else tuple(value or ())
         if not captions or not all(isinstance(caption, str) for caption in captions):
-            raise InputError(f"{where}: {self._annotation} {str(value)[:40]!r}; allowed: captions")
+            raise InputError(f"{where}: {self._annotation} {str(value)[:40]!r}; allowed: a caption or a list of them")
         return {"captions": captions}
 
     def _number(self, label: Any, where: str) -> int:
@@ -130,11 +133,11 @@ class DatasetReader:
             return self._numbers[label]
         if isinstance(label, int):
             return label
-        raise InputError(f"{where}: {self._annotation} {str(label)[:40]!r}; allowed: a class")
+        raise InputError(f"{where}: {self._annotation} {str(label)[:40]!r}; allowed: a class name or index")
 
 
 def _is_saved(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in _SAVED)
+    return any((folder / name).is_file() for name in SAVED_DATASET_FILES)
 
 
 def _load(location: str, split: str, subset: str | None) -> Any:
@@ -145,12 +148,12 @@ def _load(location: str, split: str, subset: str | None) -> Any:
             return datasets.load_dataset(location, subset, split=split)
         saved = datasets.load_from_disk(location)
         return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
-    except Exception as error:  # of the library, of the Hub's client, of the network
+    except Exception as error:  # errors of the library, the Hub's client, the network
         raise InputError(f"data {location}, split {split}: cannot be loaded: {one_line(error)[:300]}") from error
 
 
 def _annotation(name: str, features: Mapping[str, Any], columns: Columns) -> tuple[str, Kind]:
-    """The column of the annotations, and their kind: what was asked for, else labels, else captions."""
+    """The annotation column and its kind: the column chosen by the user, else labels, else captions."""
     if columns.caption is not None and columns.label is None:
         return columns.caption, "retrieval"
     label = columns.label or next((key for key, kind in features.items() if _has_names(kind)), None)
@@ -160,13 +163,14 @@ def _annotation(name: str, features: Mapping[str, Any], columns: Columns) -> tup
     caption = next((key for key in _CAPTIONS if key in features), None)
     if caption is None:
         raise InputError(
-            f"data {name}: columns {', '.join(features)}; allowed: with --label-column or --caption-column"
+            f"data {name}: no label or caption among columns {', '.join(features)}; allowed: one named by "
+            "--label-column or --caption-column"
         )
     return caption, "retrieval"
 
 
 def _class_names(dataset: Any, column: str) -> list[str] | None:
-    """Names of the classes: those of the column's type, or the distinct strings in it, sorted; None: bare numbers."""
+    """Class names: those of the column's type, or its distinct strings, sorted; None for a column of numbers."""
     kind = dataset.features[column]
     inner = kind.feature if _is_list(kind) else kind
     if _has_names(inner):
@@ -187,7 +191,7 @@ def _is_list(kind: Any) -> bool:
 
 
 def _file(value: Any, where: str) -> bytes:
-    """The file of a cell of an undecoded image column: bytes, a path, or a dict of both."""
+    """Image file content from a cell of an undecoded image column: bytes, a path, or a dict of both."""
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     if isinstance(value, bytes):
@@ -197,4 +201,4 @@ def _file(value: Any, where: str) -> bytes:
     try:
         return Path(value).read_bytes()
     except OSError as error:
-        raise InputError(f"{where}: {value} cannot be read: {error.strerror}; allowed: an image") from error
+        raise InputError(f"{where}: {value} cannot be read: {error.strerror}; allowed: a readable file") from error

@@ -1,4 +1,4 @@
-"""Test sets in plain folders: one folder of images a class, in ROOT or in ROOT/SPLIT."""
+"""Test sets in plain folders: one folder of images per class, in ROOT or in ROOT/SPLIT."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from clipdistill.shards.sources import FOLDER_SUFFIXES
 
 
 def find_class_folders(folder: Path) -> list[Path]:
-    """The folders in a folder, sorted, if there are any and each of them holds images."""
+    """The subfolders, sorted, if each of them holds images; else none."""
     if not folder.is_dir():
         return []
     folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
@@ -18,10 +18,10 @@ def find_class_folders(folder: Path) -> list[Path]:
 
 
 def open_image_set(folders: Sequence[Path], *, name: str, prompts: PromptSet | None) -> EvaluationSet:
-    """Open a set of class folders; with ``prompts``, see `clipdistill.evaluation.sets.samples.name_classes`.
+    """Open a set of class folders; ``prompts`` as in `clipdistill.evaluation.sets.samples.name_classes`.
 
     Raises:
-        InputError: ``prompts`` has neither the folders' names nor as many.
+        InputError: ``prompts`` has neither the folders' names nor the same number of classes.
     """
     prompts, numbers = name_classes(name, [folder.name for folder in folders], prompts)
     files = [(path, numbers[folder.name]) for folder in folders for path in sorted(_images(folder))]
@@ -31,7 +31,7 @@ def open_image_set(folders: Sequence[Path], *, name: str, prompts: PromptSet | N
 
 
 class FolderReader:
-    """Image files with a class each; see `samples.Reader`. Keys are paths below the root."""
+    """Image files with one class each; see `samples.Reader`. Keys are paths below the root."""
 
     def __init__(self, root: Path, files: Sequence[tuple[Path, int]]) -> None:
         self._root = root
@@ -47,11 +47,11 @@ class FolderReader:
             try:
                 data = path.read_bytes()
             except OSError as error:
-                raise InputError(f"{path}: cannot be read: {error.strerror}; allowed: an image") from error
+                raise InputError(f"{path}: cannot be read: {error.strerror}; allowed: a readable file") from error
             yield EncodedSample(key=self._key(path), where=str(path), data=data, label=label)
 
     def identity(self) -> str:
-        """Of the names, sizes, times and classes of the files."""
+        """Digest of the names, sizes, times and classes of the files."""
         infos = [(self._key(path), path.stat(), label) for path, label in self._files]
         return digest([[key, info.st_size, info.st_mtime_ns, label] for key, info, label in infos])
 

@@ -1,15 +1,15 @@
-"""Opening a test set by folder, URL or Hub name.
+"""Open a test set by folder, URL or Hub name.
 
-folders of shards, local or remote ─ shard_sets ─┐
-folders of images ─────────────────── image_sets ─┼─> EvaluationSet (samples.py)
-Hugging Face data sets ────────────── hub_sets ───┘
+folders of shards, local or remote ── shards.py ─┐
+folders of class folders ──────────── images.py ─┼─> EvaluationSet (samples.py)
+Hugging Face data sets ────────────── hub.py ────┘
 """
 
 from functools import partial
 from pathlib import Path
 
 from clipdistill.errors import InputError
-from clipdistill.evaluation.ranks import in_step
+from clipdistill.evaluation.ranks import with_shared_errors
 from clipdistill.evaluation.sets.hub import Columns, is_dataset, open_dataset
 from clipdistill.evaluation.sets.images import find_class_folders, open_image_set
 from clipdistill.evaluation.sets.samples import EvaluationSet
@@ -17,7 +17,7 @@ from clipdistill.evaluation.sets.shards import is_shard_set, open_shard_set
 from clipdistill.models.prompts import load_prompts
 
 HUB = "hf-hub:"
-"""What the name of a data set on the Hugging Face Hub begins with."""
+"""Prefix of the name of a data set on the Hugging Face Hub."""
 
 ALLOWED = (
     "a folder or URL in CLIP_benchmark's layout, a folder of class folders, a folder that the library datasets loads, "
@@ -41,45 +41,45 @@ def open_set(
             (``https://huggingface.co/datasets/OWNER/NAME/tree/REVISION``); a folder of class folders, or one of splits
             of these; a folder that the library ``datasets`` wrote or loads; or ``hf-hub:OWNER/NAME``.
         split: which split.
-        prompts: another prompt set, by name or folder, in place of the set's own.
+        prompts: prompt set, by name or folder, that replaces the set's own.
         allow_duplicates: accept a class list that names a class twice.
         columns: of a Hugging Face data set.
-        cache: folder for copies of remote shards and for indexes; None: neither is kept.
+        cache: folder for indexes and copies of remote shards; None: neither is cached.
 
     Raises:
-        InputError: on every rank: no such set, a part of it that is missing or damaged, a bad class list.
+        InputError: on every rank: no such set, a missing or damaged part, or a bad class list.
     """
     text = str(location)
     load = partial(load_prompts, allow_duplicates=allow_duplicates)
-    chosen = load(prompts) if prompts else None
+    chosen_prompts = load(prompts) if prompts else None
     folder = Path(text)
     if "://" in text or is_shard_set(folder, split):
-        return open_shard_set(text, split=split, prompts=chosen, load=load, cache=cache)
+        return open_shard_set(text, split=split, prompts=chosen_prompts, load_prompts=load, cache=cache)
 
-    def opened() -> EvaluationSet:
+    def open_local() -> EvaluationSet:
         if text.startswith(HUB):
             repository = text.removeprefix(HUB)
             name = repository.rpartition("/")[2]
-            return open_dataset(repository, split=split, name=name, prompts=chosen, columns=columns or Columns())
+            return open_dataset(repository, split=split, name=name, prompts=chosen_prompts, columns=columns)
         if not folder.is_dir():
             raise InputError(f"data {folder}: no such folder; allowed: {ALLOWED}")
         name = folder.resolve().name
         if classes := find_class_folders(folder / split) or find_class_folders(folder):
-            return open_image_set(classes, name=name, prompts=chosen)
+            return open_image_set(classes, name=name, prompts=chosen_prompts)
         if is_dataset(folder):
-            return open_dataset(text, split=split, name=name, prompts=chosen, columns=columns or Columns())
+            return open_dataset(text, split=split, name=name, prompts=chosen_prompts, columns=columns)
         raise InputError(f"data {folder}: no {split}/nshards.txt, class folders or data files; allowed: {ALLOWED}")
 
-    return in_step(opened)
+    return with_shared_errors(open_local)
 
 
 def load_classification_set(
     folder: str | Path, *, split: str = "test", prompts: str | None = None, allow_duplicates: bool = False
 ) -> EvaluationSet:
-    """``open_set`` for a set with class names.
+    """Open a set with class names, as ``open_set`` does.
 
     Raises:
-        InputError: as ``open_set``; a retrieval set.
+        InputError: as ``open_set``; for a retrieval set.
     """
     data = open_set(folder, split=split, prompts=prompts, allow_duplicates=allow_duplicates)
     if data.kind == "retrieval":

@@ -1,4 +1,4 @@
-"""A labelled test set and its samples, whatever they lie in."""
+"""A labelled test set and its samples, independent of the storage."""
 
 import hashlib
 import io
@@ -16,7 +16,7 @@ from clipdistill.shards.sources import READABLE_FORMATS
 from clipdistill.shards.writing import DEFAULT_TEMPLATES
 
 Kind = Literal["classification", "multilabel", "retrieval"]
-"""What the samples of a set say of their images: a class, any number of classes, or captions."""
+"""Annotations of a set's images: one class, any number of classes, or captions."""
 
 
 class UnreadableImageError(InputError):
@@ -25,15 +25,15 @@ class UnreadableImageError(InputError):
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedSample:
-    """A sample of a test set, its image as it lies on the disk.
+    """A sample of a test set, its image still encoded.
 
     Attributes:
         key: of the sample.
-        where: shard and key, or file, or row: for messages.
+        where: shard and key, file or row, for messages.
         data: the encoded image.
         label: its class; -1 in sets of other kinds.
-        classes: what a multi-label set says that it shows.
-        captions: of a retrieval set.
+        classes: class indices, in a multi-label set.
+        captions: in a retrieval set.
     """
 
     key: str
@@ -44,20 +44,20 @@ class EncodedSample:
     captions: tuple[str, ...] = ()
 
     def image(self) -> Image.Image:
-        """The decoded image, in RGB before any resizing, as CLIP_benchmark's reader has it.
+        """Decode the image and convert it to RGB before any resizing, as CLIP_benchmark's reader does.
 
         Raises:
             UnreadableImageError: it cannot be decoded.
         """
         try:
             return Image.open(io.BytesIO(self.data), formats=READABLE_FORMATS).convert("RGB")
-        except Exception as error:  # Pillow's decoders raise many kinds
+        except Exception as error:  # Pillow's decoders raise many types
             reason = "not an image" if "cannot identify" in str(error) else one_line(error)
             raise UnreadableImageError(f"{self.where}: unreadable image: {reason}") from error
 
 
 class Reader(Protocol):
-    """Samples numbered from 0, any run of which can be read in order, so that ranks can share them out."""
+    """Samples numbered from 0; any range can be read in order, so that ranks can split a set."""
 
     def __len__(self) -> int: ...
 
@@ -65,21 +65,21 @@ class Reader(Protocol):
         """The samples of a range.
 
         Raises:
-            InputError: one without image or annotation, or with one that cannot be understood.
+            InputError: a sample without image or annotation, or with an invalid annotation.
         """
         ...
 
     def identity(self) -> str:
-        """Digest that is another one when the samples are others."""
+        """Digest that changes with the samples."""
         ...
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSet:
-    """A test set; alike on every rank.
+    """A test set; identical on every rank.
 
     Attributes:
-        name: of its folder, or on the Hub.
+        name: of its folder or Hub repository.
         kind: of its annotations.
         prompts: class names and templates; empty for retrieval.
         reader: its samples.
@@ -94,7 +94,7 @@ class EvaluationSet:
         return len(self.reader)
 
     def samples(self, positions: range | None = None) -> Iterator[EncodedSample]:
-        """All samples in order, or those of a range, images still encoded.
+        """All samples in order, or those of a range.
 
         Raises:
             InputError: as ``Reader.read``, or a label outside the class list.
@@ -109,26 +109,26 @@ class EvaluationSet:
             yield sample
 
     def identity(self) -> str:
-        """Digest that is another one when samples, class names or templates are others."""
+        """Digest that changes with the samples, class names or templates."""
         return digest([self.kind, self.prompts.classnames, self.prompts.templates, self.reader.identity()])
 
 
 def digest(value: Any) -> str:
-    """sha256 of a value that JSON can hold."""
+    """sha256 of a JSON-serialisable value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def name_classes(data: str, names: Sequence[str], prompts: PromptSet | None) -> tuple[PromptSet, dict[str, int]]:
-    """The prompt set of a set whose classes have names of their own, and the number of each name in it.
+    """Match a set's class names with a prompt set; returns the prompt set, and the class index of each name.
 
     Args:
         data: name of the set.
-        names: of its classes, in their order.
-        prompts: asked for by the user. Its own numbers count where it has all the names; else the classes keep their
-            order, as the folders of ImageNet do, whose names are no words. None: the names, in one plain template.
+        names: of its classes, in order.
+        prompts: chosen by the user. If it has all the names, they get its indices; else classes are matched by order,
+            as for ImageNet, where folder names are WordNet ids. None: the names themselves, in the default template.
 
     Raises:
-        InputError: ``prompts`` has neither these names nor as many.
+        InputError: ``prompts`` has neither these names nor the same number of classes.
     """
     in_order = {name: number for number, name in enumerate(names)}
     if prompts is None:
@@ -139,6 +139,6 @@ def name_classes(data: str, names: Sequence[str], prompts: PromptSet | None) -> 
     if len(names) != prompts.num_classes:
         raise InputError(
             f"data {data}: {len(names)} classes, among them {unknown!r}; allowed with prompts {prompts.name}: "
-            f"its names, or as many classes as it has ({prompts.num_classes})"
+            f"the names in it, or the same number of classes ({prompts.num_classes})"
         )
     return prompts, in_order

@@ -1,6 +1,6 @@
 """Test sets in WebDataset shards: CLIP_benchmark's and DataComp's folders, local or remote.
 
-FOLDER/dataset_type.txt                         retrieval or multilabel; not there: classification
+FOLDER/dataset_type.txt                         retrieval or multilabel; missing: classification
 FOLDER/classnames.txt                           not for retrieval
 FOLDER/zeroshot_classification_templates.txt    not for retrieval
 FOLDER/SPLIT/nshards.txt
@@ -24,7 +24,7 @@ from clipdistill.data import ShardIndex, index_shards
 from clipdistill.data.sample import RawSample, SampleReader
 from clipdistill.distributed.collectives import rank, world_size
 from clipdistill.errors import InputError
-from clipdistill.evaluation.ranks import in_step, on_all_ranks
+from clipdistill.evaluation.ranks import on_all_ranks, with_shared_errors
 from clipdistill.evaluation.sets.samples import EncodedSample, EvaluationSet, Kind, digest
 from clipdistill.io.files import new_file
 from clipdistill.io.retries import may_pass
@@ -32,7 +32,7 @@ from clipdistill.io.urls import ShardFile, Stat, one_line, shown, stat
 from clipdistill.models.prompts import CLASSNAMES_FILE, TEMPLATE_FILES, PromptSet
 
 _IMAGES = ("webp", "png", "jpg", "jpeg")
-"""Members that hold the image; the first that a sample has, as in CLIP_benchmark."""
+"""Image members; a sample's first one is used, as in CLIP_benchmark."""
 
 _ANNOTATION: dict[Kind, str] = {"classification": "cls", "multilabel": "npy", "retrieval": "txt"}
 _TEXT_BYTES = 64 << 20
@@ -40,27 +40,32 @@ _DOWNLOAD_BYTES = 8 << 20
 
 
 def is_shard_set(folder: Path, split: str) -> bool:
-    """Whether a local folder has the split in shards."""
+    """Whether a local folder has shards of the split."""
     return (folder / split / "nshards.txt").is_file()
 
 
 def open_shard_set(
-    root: str, *, split: str, prompts: PromptSet | None, load: Callable[[str | Path], PromptSet], cache: Path | None
+    root: str,
+    *,
+    split: str,
+    prompts: PromptSet | None,
+    load_prompts: Callable[[str | Path], PromptSet],
+    cache: Path | None,
 ) -> EvaluationSet:
-    """Open a folder of shards; every rank calls this, and the shards are indexed by all ranks together.
+    """Open a folder of shards; every rank calls this, and indexes its share of the shards.
 
     Args:
-        root: path or URL; a page of a data set on the Hugging Face Hub means its files.
+        root: path or URL; the page of a data set on the Hugging Face Hub stands for its files.
         split: which split.
-        prompts: in place of the folder's own.
-        load: reads a folder's own prompts.
-        cache: folder for indexes and copies of remote shards; None: neither is kept.
+        prompts: replaces the folder's own.
+        load_prompts: loads a folder's own prompts.
+        cache: folder for indexes and copies of remote shards; None: neither is cached.
 
     Raises:
-        InputError: a file that is missing, damaged or out of reach.
+        InputError: a missing, damaged or unreachable file.
     """
     root = _hub_files(root).rstrip("/")
-    found = in_step(lambda: _describe(root, split=split, prompts=prompts, load=load))
+    found = with_shared_errors(lambda: _describe(root, split=split, prompts=prompts, load_prompts=load_prompts))
     reader = ShardReader(found.urls, kind=found.kind, cache=cache)
     return EvaluationSet(name=found.name, kind=found.kind, prompts=found.prompts, reader=reader)
 
@@ -68,11 +73,11 @@ def open_shard_set(
 class ShardReader:
     """Samples of shards; see `clipdistill.evaluation.sets.samples.Reader`.
 
-    Every rank makes one at the same time. Each indexes its share of the shards; a remote shard is copied to the cache
-    by the rank that indexes it.
+    Creating one is a collective call: each rank indexes its share of the shards, and copies the remote ones to the
+    cache.
 
     Raises:
-        InputError: a shard that is missing or damaged.
+        InputError: a missing or damaged shard.
     """
 
     def __init__(self, urls: tuple[str, ...], *, kind: Kind, cache: Path | None) -> None:
@@ -95,30 +100,31 @@ class ShardReader:
         number = -1
         try:
             for position in positions:
-                before, number = number, bisect_right(self._starts, position) - 1
-                if number != before:
+                previous, number = number, bisect_right(self._starts, position) - 1
+                if number != previous:
                     url = self._urls[number]
-                    with _faults_told(url):
-                        shards[number] = replace(shards[number], url=self._at_hand(url, self._versions[number]))
+                    with _shard_errors(url):
+                        shards[number] = replace(shards[number], url=self._cached(url, self._versions[number]))
                 raw = reader.read(number, position - self._starts[number])
                 yield self._sample(raw, f"{shown(self._urls[number])}: sample {raw.key}")
         finally:
             reader.close()
 
     def identity(self) -> str:
-        """Of the tar headers, sizes and times (or ETags) of the shards."""
+        """Digest of the tar headers, sizes and times (or ETags) of the shards."""
         shards = zip(self._shards, self._versions, strict=True)
         return digest([[index.digest, version.size, version.etag or version.modified] for index, version in shards])
 
     def _index(self, url: str) -> tuple[ShardIndex, Stat]:
-        with _faults_told(url):
+        with _shard_errors(url):
             version = stat(url)
-            (index,) = index_shards([self._at_hand(url, version)], cache_dir=self._cache)
+            (index,) = index_shards([self._cached(url, version)], cache_dir=self._cache)
         if index.problems:
-            raise InputError(f"shard {shown(url)}: {index.problems[0]}; allowed: a whole tar file")
+            raise InputError(f"shard {shown(url)}: {index.problems[0]}; allowed: a complete tar file")
         return index, version
 
-    def _at_hand(self, url: str, version: Stat) -> str:
+    def _cached(self, url: str, version: Stat) -> str:
+        """Path of the cached copy of a remote shard; the shard itself if it is local or nothing is cached."""
         return str(_copy(url, version, self._cache)) if self._cache is not None and "://" in url else url
 
     def _sample(self, raw: RawSample, where: str) -> EncodedSample:
@@ -141,7 +147,7 @@ class _Description:
 
 
 def _describe(
-    root: str, *, split: str, prompts: PromptSet | None, load: Callable[[str | Path], PromptSet]
+    root: str, *, split: str, prompts: PromptSet | None, load_prompts: Callable[[str | Path], PromptSet]
 ) -> _Description:
     listing = f"{root}/{split}/nshards.txt"
     text = (_text(listing) or "").strip()
@@ -150,7 +156,7 @@ def _describe(
     urls = tuple(f"{root}/{split}/{number}.tar" for number in range(int(text)))
     for url in urls:
         if "://" not in url and not Path(url).is_file():
-            raise InputError(f"{listing}: says {text} shards, but {url} is missing")
+            raise InputError(f"{listing}: lists {text} shards, but {url} is missing")
     kind: Kind = "classification"
     match (_text(f"{root}/dataset_type.txt") or "").strip().lower():
         case "retrieval":
@@ -161,12 +167,12 @@ def _describe(
     if kind == "retrieval":
         prompts = PromptSet(name=name, classnames=(), templates=())
     elif prompts is None:
-        prompts = load(root) if "://" not in root else _remote_prompts(root, load)
+        prompts = load_prompts(root) if "://" not in root else _load_remote_prompts(root, load_prompts)
     return _Description(name, urls, kind, prompts)
 
 
 def _hub_files(root: str) -> str:
-    """The files behind a page that CLIP_benchmark and DataComp give as the address of a set on the Hub."""
+    """URL of the files behind a Hub page, as CLIP_benchmark and DataComp list their sets; other locations unchanged."""
     page = re.fullmatch(r"https://huggingface\.co/datasets/([^/]+/[^/]+)(?:/tree/([^/]+)(/.+?)?)?/?", root)
     if page is None:
         return root
@@ -174,21 +180,21 @@ def _hub_files(root: str) -> str:
     return f"hf://datasets/{repository}@{revision or 'main'}{path or ''}"
 
 
-def _remote_prompts(root: str, load: Callable[[str | Path], PromptSet]) -> PromptSet:
-    """A remote folder's own prompt set; what is wrong with it is said of the remote files."""
+def _load_remote_prompts(root: str, load_prompts: Callable[[str | Path], PromptSet]) -> PromptSet:
+    """Load a remote folder's own prompt set; errors name the remote folder."""
     with tempfile.TemporaryDirectory() as folder:
         for name in (CLASSNAMES_FILE, *TEMPLATE_FILES):
             text = _text(f"{root}/{name}")
             if text is not None:
                 Path(folder, name).write_text(text, encoding="utf-8")
         try:
-            return load(folder)
+            return load_prompts(folder)
         except InputError as error:
             raise InputError(str(error).replace(folder, shown(root))) from None
 
 
 def _text(path: str) -> str | None:
-    """The content of a text file, local or remote; None where there is none."""
+    """Content of a local or remote text file; None if it does not exist."""
     try:
         if "://" not in path:
             return Path(path).read_text(encoding="utf-8")
@@ -199,25 +205,25 @@ def _text(path: str) -> str | None:
             file.close()
     except InputError:
         raise
-    except Exception as error:  # each filesystem has errors of its own
+    except Exception as error:  # each filesystem raises errors of its own
         if isinstance(error, FileNotFoundError) and not may_pass(error):
             return None
         raise InputError(f"{shown(path)}: cannot be read: {one_line(error, path)}") from error
 
 
 @contextmanager
-def _faults_told(url: str) -> Iterator[None]:
-    """A block that reads a shard: whatever goes wrong becomes one line that names the shard."""
+def _shard_errors(url: str) -> Iterator[None]:
+    """Convert any error of reading a shard to a one-line InputError that names the shard."""
     try:
         yield
     except InputError:
         raise
-    except Exception as error:  # each filesystem has errors of its own
+    except Exception as error:  # each filesystem raises errors of its own
         raise InputError(f"shard {shown(url)}: cannot be read: {one_line(error, url)}") from error
 
 
 def _copy(url: str, version: Stat, cache: Path) -> Path:
-    """The copy of this version of a remote shard in the cache; only where there is none is the network used."""
+    """The cached copy of this version of a remote shard; downloaded if missing."""
     name = digest([url, version.size, version.etag or version.modified])
     target = cache.expanduser() / "copies" / f"{name[:32]}.tar"
     if target.is_file():
@@ -236,13 +242,14 @@ def _copy(url: str, version: Stat, cache: Path) -> Path:
 
 
 def _read_annotation(kind: Kind, content: bytes, where: str) -> dict[str, Any]:
+    """The annotation as fields of ``EncodedSample``."""
     if kind == "retrieval":
         try:
             captions = tuple(content.decode("utf-8").splitlines())
         except UnicodeDecodeError as error:
             raise InputError(f"{where}: txt: {one_line(error)}; allowed: captions in UTF-8") from error
         if not any(caption.strip() for caption in captions):
-            raise InputError(f"{where}: txt has no caption; allowed: one or more, one a line")
+            raise InputError(f"{where}: txt has no caption; allowed: one or more, one per line")
         return {"captions": captions}
     if kind == "multilabel":
         try:
@@ -250,7 +257,7 @@ def _read_annotation(kind: Kind, content: bytes, where: str) -> dict[str, Any]:
         except (ValueError, OSError, EOFError) as error:
             raise InputError(f"{where}: npy: {one_line(error)}; allowed: an array of 0 and 1") from error
         if marks_C.ndim != 1:
-            raise InputError(f"{where}: npy of shape {marks_C.shape}; allowed: one number a class")
+            raise InputError(f"{where}: npy of shape {marks_C.shape}; allowed: one number per class")
         return {"classes": tuple(np.flatnonzero(marks_C).tolist())}
     try:
         return {"label": int(content)}

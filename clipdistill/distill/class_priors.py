@@ -1,0 +1,77 @@
+"""The class priors of an objective: one for each teacher of each term that uses one.
+
+Shapes: B rows of this rank, C classes.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clipdistill.distributed.collectives import own_part, sum_over_ranks
+from clipdistill.losses import ClassPrior, Loss, TopKPrior
+
+
+class ClassPriors:
+    """Class priors by term and teacher.
+
+    Args:
+        terms: of the objective.
+        teachers: how many there are.
+        num_classes: C.
+        device: where the priors are used.
+    """
+
+    def __init__(self, terms: Sequence[Loss], *, teachers: int, num_classes: int, device: torch.device | str) -> None:
+        self._priors = {
+            f"{term.term_name}/{teacher}": ClassPrior(num_classes, device)
+            for term in terms
+            if term.prior_temperature is not None
+            for teacher in range(teachers)
+        }
+        self.complete = False
+        """Whether they are final: means over all stored views of a teacher cache."""
+
+    def __bool__(self) -> bool:
+        return bool(self._priors)
+
+    def get(self, term: Loss, teacher: int) -> Tensor | TopKPrior | None:
+        """The prior in use; None where the term uses none."""
+        prior = self._priors.get(f"{term.term_name}/{teacher}")
+        return None if prior is None else prior.prior
+
+    def observe(self, term: Loss, teacher: int, logits_BC: Tensor, labels_B: Tensor) -> None:
+        """Add a teacher's predictions to the prior of the next epoch."""
+        if term.prior_temperature is not None:
+            probability_BC = (logits_BC / term.prior_temperature).softmax(dim=-1)
+            self._priors[f"{term.term_name}/{teacher}"].add(probability_BC, labels_B)
+
+    def end_epoch(self) -> None:
+        """Replace the priors by the means of the epoch."""
+        for prior in self._priors.values():
+            prior.end_epoch(sum_over_ranks)
+
+    def shared_state(self) -> dict[str, Tensor]:
+        """The priors in use, the same on all ranks."""
+        return {f"{name}{part}": x for name, prior in self._priors.items() for part, x in prior.tensors().items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's sums of the epoch under way."""
+        return {
+            "complete": self.complete,
+            "sums": {name: prior.sum_CC.cpu() for name, prior in self._priors.items()},
+            "counts": {name: prior.count_C.cpu() for name, prior in self._priors.items()},
+        }
+
+    def load_shared_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Use saved priors."""
+        for name, prior in self._priors.items():
+            prior.load_tensors({part: tensors[f"{name}{part}"] for part in prior.tensors()})
+
+    def load_state_dict(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Restore the sums of all ranks that saved; their number may differ from today's."""
+        self.complete = states[0]["complete"]
+        for name, prior in self._priors.items():
+            prior.sum_CC = own_part([state["sums"][name] for state in states]).to(prior.sum_CC.device)
+            prior.count_C = own_part([state["counts"][name] for state in states]).to(prior.count_C.device)

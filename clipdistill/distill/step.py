@@ -1,0 +1,210 @@
+"""The gradients of one optimizer step. Data goes one way:
+
+    batches ─ Teachers.run ─> Targets ─ Objective.denominators ─┐
+            └ perturb ─> student ─> Similarities ───────────────┴─ Objective.losses ─> backward
+
+Shapes: K micro-batches, B samples of one, D features.
+"""
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from clipdistill.data import Batch
+from clipdistill.distill.gradient_cache import GradientCache
+from clipdistill.distill.objective import Denominators, Objective
+from clipdistill.distill.similarities import Similarities
+from clipdistill.distill.stopwatch import NoStopwatch
+from clipdistill.distill.student_texts import StudentTexts
+from clipdistill.distill.targets import Labels, Targets, make_targets
+from clipdistill.distill.teachers import Teachers
+from clipdistill.losses import LossParts
+from clipdistill.models.outputs import ModelOutputs
+from clipdistill.models.towers import Student
+
+Perturb = Callable[[Tensor, Targets, int], Tensor]
+"""Changes the student's images before its forward pass: (uint8 images, targets, step) -> images as ``PixelTransform``
+takes them. The teachers see the images as they were."""
+
+
+@dataclass(kw_only=True)
+class StepLosses:
+    """What a step computed, unweighted: this rank's share, 0-d.
+
+    Attributes:
+        sums: ``loss``, and every part as ``loss/TERM/PART``.
+        gradient_shares: each part's share of the gradient norms, where they were measured.
+    """
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    gradient_shares: dict[str, float] = field(default_factory=dict)
+
+    def add(self, losses: Mapping[str, LossParts], total: Tensor) -> None:
+        """Add a micro-batch."""
+        self.sums["loss"] = self.sums.get("loss", 0.0) + total.detach()
+        for term, loss in losses.items():
+            for part, value in loss.parts.items():
+                name = f"loss/{term}/{part}"
+                self.sums[name] = self.sums.get(name, 0.0) + value.detach()
+
+
+class DistillationStep:
+    """Computes the gradients of a step; the caller lets the optimizer take it.
+
+    Args:
+        accelerator: scales and synchronises the backward passes.
+        model: the student as ``accelerator.prepare`` returned it.
+        student: the student itself.
+        teachers: the frozen models.
+        objective: the terms.
+        texts: the student's class prompts and captions.
+        labels: where the class of a sample comes from.
+        perturb: changes the student's images; None: nothing does.
+    """
+
+    def __init__(
+        self,
+        *,
+        accelerator: Accelerator,
+        model: nn.Module,
+        student: Student,
+        teachers: Teachers,
+        objective: Objective,
+        texts: StudentTexts,
+        labels: Labels,
+        perturb: Perturb | None = None,
+    ) -> None:
+        self.accelerator = accelerator
+        self.model = model
+        self.student = student
+        self.teachers = teachers
+        self.objective = objective
+        self.texts = texts
+        self.labels = labels
+        self.perturb = perturb
+        self.stopwatch = NoStopwatch()
+
+    def __call__(self, batches: Sequence[Batch], step: int, *, measure_shares: bool) -> StepLosses:
+        """Add the gradients of an optimizer step's micro-batches to the student's.
+
+        Args:
+            batches: K micro-batches of this rank.
+            step: from 0.
+            measure_shares: whether each part's share of the gradient norms is measured.
+        """
+        batches = [batch.to(self.accelerator.device) for batch in batches]
+        with self.stopwatch.section("teacher"):
+            targets = self._make_targets(batches)
+        rows = sum(len(batch) for batch in batches)
+        if len(batches) == 1 or self.objective.separable:
+            with self.stopwatch.section("loss"):
+                denominators = self.objective.denominators(targets, rows)
+            return self._backward_apart(batches, targets, denominators, step, measure_shares)
+        whole = Targets.cat(targets)
+        with self.stopwatch.section("loss"):
+            denominators = self.objective.denominators([whole], rows)
+        return self._backward_together(batches, targets, whole, denominators, step, measure_shares)
+
+    def _make_targets(self, batches: Sequence[Batch]) -> list[Targets]:
+        """Run the teachers where they are needed, and let the class priors see what they predict."""
+        objective = self.objective
+        lends_captions = self.student.text_mode == "teacher" and objective.needs_captions
+        if objective.needs_teachers or self.labels == "teacher" or lends_captions:
+            outputs = self.teachers.run(batches, captions=objective.needs_teacher_captions or lends_captions)
+        else:
+            outputs = [[] for _ in batches]
+        targets = [make_targets(batch, of_batch, self.labels) for batch, of_batch in zip(batches, outputs, strict=True)]
+        if not self.teachers.cached:
+            for each in targets:
+                objective.observe(each)
+        return targets
+
+    def _backward_apart(
+        self,
+        batches: Sequence[Batch],
+        targets: Sequence[Targets],
+        denominators: Denominators,
+        step: int,
+        measure_shares: bool,
+    ) -> StepLosses:
+        """Gradients of rows that need not see each other: forward and backward, one micro-batch after another."""
+        found = StepLosses()
+        for number, (batch, target) in enumerate(zip(batches, targets, strict=True)):
+            last = number == len(batches) - 1
+            with self._synchronised(last):
+                images = self._perturbed(batch, target, step)
+                with self.stopwatch.section("student forward"):
+                    outputs = self.model(images, **self.texts.inputs(batch, step, prompts=True))
+                with self.stopwatch.section("loss"):
+                    student = Similarities(self.texts.complete(outputs, target))
+                    losses = self.objective.losses(student, target, denominators)
+                    if measure_shares and last:
+                        found.gradient_shares = self._gradient_shares(losses, student, step)
+                    total = self.objective.total(losses, step)
+                with self.stopwatch.section("backward"):
+                    self.accelerator.backward(total * self.accelerator.num_processes)
+            found.add(losses, total)
+        return found
+
+    def _backward_together(
+        self,
+        batches: Sequence[Batch],
+        targets: Sequence[Targets],
+        whole: Targets,
+        denominators: Denominators,
+        step: int,
+        measure_shares: bool,
+    ) -> StepLosses:
+        """Gradients of rows that see each other across micro-batches (in-batch terms)."""
+        images = [self._perturbed(batch, target, step) for batch, target in zip(batches, targets, strict=True)]
+
+        def forward(number: int) -> ModelOutputs:
+            prompts = number == len(batches) - 1
+            outputs: ModelOutputs = self.model(
+                images[number], **self.texts.inputs(batches[number], step, prompts=prompts)
+            )
+            return outputs
+
+        with self.stopwatch.section("student forward"):
+            cache = GradientCache(self.student, forward, [len(batch) for batch in batches], self.accelerator.device)
+        found = StepLosses()
+        with self.stopwatch.section("loss"):
+            student = Similarities(self.texts.complete(cache.outputs, whole))
+            losses = self.objective.losses(student, whole, denominators)
+            if measure_shares:
+                found.gradient_shares = self._gradient_shares(losses, student, step)
+            total = self.objective.total(losses, step)
+            (total * self.accelerator.num_processes).backward()
+        for number in range(len(batches)):
+            with self._synchronised(number == len(batches) - 1):
+                with self.stopwatch.section("student forward"):
+                    surrogate = cache.surrogate(number)
+                with self.stopwatch.section("backward"):
+                    self.accelerator.backward(surrogate)
+        found.add(losses, total)
+        return found
+
+    def _perturbed(self, batch: Batch, target: Targets, step: int) -> Tensor:
+        return batch.image_BCHW if self.perturb is None else self.perturb(batch.image_BCHW, target, step)
+
+    def _synchronised(self, last: bool) -> Any:
+        """Exchange gradients in the backward pass of the last micro-batch only."""
+        return contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
+
+    def _gradient_shares(self, losses: Mapping[str, LossParts], student: Similarities, step: int) -> dict[str, float]:
+        """Each part's share of the gradient norms at this rank's image features of the student, weights applied."""
+        image_BD = student.outputs.image_BD
+        assert image_BD is not None
+        norms = {}
+        for term in self.objective.terms:
+            for part, value in losses[term.term_name].parts.items():
+                weighted = self.objective.weight_at(term, step) * value
+                (grad,) = torch.autograd.grad(weighted, image_BD, retain_graph=True, allow_unused=True)
+                norms[f"gradient_share/{term.term_name}/{part}"] = 0.0 if grad is None else float(grad.norm())
+        total = sum(norms.values())
+        return {name: norm / total if total > 0 else 0.0 for name, norm in norms.items()}

@@ -1,0 +1,20 @@
+"""Settings of the evaluation during and after training."""
+
+from pydantic import Field
+
+from clipdistill.settings import Count, CountOrZero, Settings
+
+
+class EvaluationSettings(Settings):
+    """Zero-shot evaluation during and after training."""
+
+    folders: list[str] = Field(default_factory=list)
+    """Test sets: folders or URLs in CLIP_benchmark's layout, folders of class folders, Hugging Face data sets."""
+    split: str = "test"
+    """Split of each set."""
+    allow_duplicate_classes: bool = False
+    """Accept class lists that name a class twice (published ImageNet lists do)."""
+    batch_size: Count = 256
+    """Images encoded at once."""
+    workers: CountOrZero = 0
+    """Decoding threads; 0 means one."""

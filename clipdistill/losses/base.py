@@ -1,0 +1,209 @@
+"""The interface of a loss to the objective: settings, needs, denominators, and the value on one matrix.
+
+To add a loss: a file with a subclass of ``Loss``, and its name in ``LOSSES`` of ``clipdistill.losses``.
+
+Shape suffixes: B rows of this rank, C columns (class prompts, or captions or images of all ranks), D feature width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol
+
+from pydantic import Field
+from torch import Tensor
+
+from clipdistill.losses.fused_common import FusedImplementation, fused_wins
+from clipdistill.losses.prior import TopKPrior
+from clipdistill.settings import NonNegative, Settings
+
+Implementation = Literal["auto", "plain", "tiled", "triton"]
+"""How gkl and kl are computed. plain: through the matrices of logits; tiled, triton: from the features, without these
+matrices; auto: whichever is faster for the size."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paper:
+    """A publication that defines a loss; model cards cite it."""
+
+    key: str
+    title: str
+    author: str
+    year: int
+    arxiv: str
+
+
+class Similarity(Protocol):
+    """Similarities of one model: this rank's rows against all columns."""
+
+    @property
+    def rows_BD(self) -> Tensor:
+        """Unit-norm features of the rows, float32."""
+
+    @property
+    def columns_CD(self) -> Tensor:
+        """Unit-norm features of the columns, gathered over ranks where each rank has some."""
+
+    @property
+    def scale(self) -> Tensor | float:
+        """Multiplier of the cosines."""
+
+    @property
+    def bias(self) -> Tensor | float | None:
+        """Additive bias of a sigmoid-trained model."""
+
+    @property
+    def logits_BC(self) -> Tensor:
+        """``scale * rows @ columns.T + bias``, computed once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """One matrix of the student's beside the same of a teacher.
+
+    Attributes:
+        student: None where only denominators are computed.
+        teacher: None for a loss without a teacher.
+        target_B: the column of each row's own class or pair; None over prompts without labels.
+        row_ids_B: for a loss that ``needs_caption_ids``, a number for each row's caption, equal for equal captions.
+        column_ids_C: the same for the columns.
+        class_prior: a teacher's mean prediction for each class, for a loss with a ``prior_temperature``.
+        implementation: of losses that have several.
+    """
+
+    student: Similarity | None = None
+    teacher: Similarity | None = None
+    target_B: Tensor | None = None
+    row_ids_B: Tensor | None = None
+    column_ids_C: Tensor | None = None
+    class_prior: Tensor | TopKPrior | None = None
+    implementation: Implementation = "auto"
+
+    @property
+    def pair(self) -> tuple[Similarity, Similarity]:
+        """Student and teacher, both of which are there."""
+        assert self.student is not None
+        assert self.teacher is not None
+        return self.student, self.teacher
+
+    @property
+    def features(self) -> dict[str, Any]:
+        """Features, scales and biases of both, as keyword arguments of a loss from features."""
+        student, teacher = self.pair
+        return {
+            "student_image": student.rows_BD,
+            "student_text": student.columns_CD,
+            "teacher_image": teacher.rows_BD,
+            "teacher_text": teacher.columns_CD,
+            "student_scale": student.scale,
+            "teacher_scale": teacher.scale,
+            "student_bias": student.bias,
+            "teacher_bias": teacher.bias,
+        }
+
+    @property
+    def fused_implementation(self) -> FusedImplementation | None:
+        """How to compute the loss from the features; None: through the matrices of logits, which is faster."""
+        if self.implementation == "plain":
+            return None
+        if self.implementation != "auto":
+            return self.implementation
+        assert self.teacher is not None
+        rows_BD, columns_CD = self.teacher.rows_BD, self.teacher.columns_CD
+        return "auto" if fused_wins(len(rows_BD), len(columns_CD), rows_BD.device) else None
+
+
+@dataclass(frozen=True)
+class LossParts:
+    """This rank's share of a loss.
+
+    Attributes:
+        parts: 0-d, by name.
+        value: their sum, 0-d; differentiating it costs less than differentiating the parts.
+    """
+
+    parts: Mapping[str, Tensor]
+    value: Tensor
+
+    @classmethod
+    def single(cls, name: str, value: Tensor) -> LossParts:
+        """Of a loss with one part."""
+        return cls({name: value}, value)
+
+
+class Loss(Settings):
+    """One weighted term of the objective: the settings that every loss has, and its declarations."""
+
+    loss: str
+    """Which loss."""
+    over: str
+    """prompts: class prompts; captions: the in-batch image-text matrix, both directions; images: image features."""
+    name: str = Field("", pattern=r"^[\w.-]*$")
+    """Of the term in the metrics; empty: ``LOSS_OVER``. Needed where a loss is used twice over the same thing."""
+    weight: NonNegative = 1.0
+    """Factor of the term; 0 switches it off at no cost."""
+    warmup_epochs: NonNegative = 0.0
+    """Epochs over which the weight rises linearly from 0."""
+
+    papers: ClassVar[tuple[Paper, ...]] = ()
+    needs_teacher: ClassVar[bool] = True
+    needs_logits: ClassVar[bool] = True
+    """Whether it reads similarities, and so trains the logit scale; else it compares the rows' features alone."""
+    needs_equal_widths: ClassVar[bool] = False
+    """Whether student and teacher must have features of one width."""
+    couples_rows: ClassVar[bool] = False
+    """Whether it needs the whole batch of logits at once; they are then gathered over ranks."""
+
+    @property
+    def term_name(self) -> str:
+        """The name in the metrics."""
+        return self.name or f"{self.loss}_{self.over}"
+
+    @property
+    def notable_settings(self) -> dict[str, Any]:
+        """The settings to report: those that differ from the default, and named choices."""
+        fields = type(self).model_fields
+        values = {name: getattr(self, name) for name in fields if name not in ("loss", "over", "name", "weight")}
+        return {
+            name: value for name, value in values.items() if isinstance(value, str) or value != fields[name].default
+        }
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether it needs the class of each sample."""
+        return False
+
+    @property
+    def needs_caption_ids(self) -> bool:
+        """Whether it needs to know which captions of the global batch are equal."""
+        return False
+
+    @property
+    def separable(self) -> bool:
+        """Whether the rows of a batch may be computed apart and added up."""
+        return not self.couples_rows and (self.over == "prompts" or not self.needs_logits)
+
+    @property
+    def prior_temperature(self) -> float | None:
+        """Divides the teacher's logits in the class prior that the loss uses; None: it uses none."""
+        return None
+
+    def denominators(self, comparison: Comparison) -> dict[str, Tensor]:  # noqa: ARG002
+        """This rank's share (0-d, by name) of what ``compute`` divides by beside the number of rows.
+
+        They do not depend on the student, and are summed over all matrices' micro-batches and ranks before the student
+        runs.
+        """
+        return {}
+
+    def compute(self, comparison: Comparison, rows: Tensor, denominators: Mapping[str, Tensor]) -> LossParts:
+        """This rank's share of the loss on one matrix, without the weight: the shares of all micro-batches and ranks
+        add up to the loss of the global batch. (Of a loss that couples rows, the whole loss.)
+
+        Args:
+            comparison: the matrix.
+            rows: rows of the global batch, 0-d.
+            denominators: sums of ``denominators`` over the global batch.
+        """
+        raise NotImplementedError

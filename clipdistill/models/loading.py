@@ -1,0 +1,295 @@
+"""Loading models by any of their names, and building the student."""
+
+import difflib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import open_clip
+import torch
+from open_clip.factory import set_model_preprocess_cfg
+from pydantic import Field
+
+from clipdistill.errors import InputError
+from clipdistill.io.resources import resource
+from clipdistill.models.initialisation import AnyInitialisation, OwnWeights
+from clipdistill.models.towers import MAX_LOGIT_SCALE, FrozenModel, Student, is_text, text_state
+from clipdistill.settings import Positive, Settings
+
+
+class TeacherSettings(Settings):
+    """One frozen teacher."""
+
+    model: str
+    """An open_clip model name, ``hf-hub:OWNER/NAME``, ``local-dir:FOLDER``, or a model config (.json)."""
+    pretrained: str = ""
+    """Tag or weights file for an open_clip model name; empty for ``hf-hub:`` and ``local-dir:``."""
+    weight: Positive = 1.0
+    """Share of this teacher in every term; the weights of all teachers are normalised to sum to 1."""
+    logit_scale: Positive | None = None
+    """Multiplier of the cosine similarities; empty: the teacher's own."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """fp32, or bf16 (autocast; the features and logits are float32 all the same)."""
+    shard: bool = False
+    """Spread the teacher's weights over the ranks (FSDP2), for a teacher too large for one device."""
+
+    def load(self) -> FrozenModel:
+        """The teacher, whole and on the CPU."""
+        return load_frozen_model(
+            self.model, pretrained=self.pretrained, logit_scale=self.logit_scale, precision=self.precision
+        )
+
+
+class StudentSettings(Settings):
+    """The model that is trained."""
+
+    model: str
+    """An open_clip name, ``hf-hub:``/``local-dir:``, a model config (.json), or the stem of one in configs/models."""
+    pretrained: str = ""
+    """Tag or weights file to start from; empty: random weights (``hf-hub:``/``local-dir:`` bring their own)."""
+    init: AnyInitialisation = Field(default_factory=OwnWeights)
+    """Initialisation of a new student's weights; ``own``: random, or those of ``pretrained``."""
+    text: Literal["train", "freeze", "teacher"] = "train"
+    """train: own text tower, trained. freeze: own text tower, frozen. teacher: the teacher's text tower, frozen."""
+    logit_scale: Annotated[float, Field(gt=0, le=MAX_LOGIT_SCALE)] | None = None
+    """Initial multiplier of the cosine similarities; empty: the model's own (the teacher's, for ``text: teacher``)."""
+    train_logit_scale: bool = True
+    """Whether the multiplier is trained (it is capped at 100, as in CLIP)."""
+    grad_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """Compile the image tower with torch.compile."""
+
+    def load(self, teachers: Sequence[FrozenModel] = ()) -> Student:
+        """The student, on the CPU; random weights come from torch's generator."""
+        student = load_student(
+            self.model,
+            pretrained=self.pretrained,
+            text_mode=self.text,
+            teacher=teachers[0] if self.text == "teacher" else None,
+            logit_scale=self.logit_scale,
+            train_logit_scale=self.train_logit_scale,
+        )
+        if self.grad_checkpointing:
+            student.clip.set_grad_checkpointing(True)
+        self.init.apply(student, teachers)
+        return student
+
+
+def load_frozen_model(
+    model: str,
+    *,
+    pretrained: str = "",
+    logit_scale: float | None = None,
+    precision: str = "fp32",
+    device: torch.device | str = "cpu",
+) -> FrozenModel:
+    """Load a model with its weights, to run it.
+
+    Args:
+        model: an open_clip name, ``hf-hub:OWNER/NAME``, ``local-dir:FOLDER``, or a model config (.json).
+        pretrained: tag or weights file, for an open_clip name or a config.
+        logit_scale: overrides the model's own.
+        precision: fp32 or bf16 (autocast).
+        device: where it runs.
+
+    Raises:
+        InputError: unknown model or tag, no weights, weights that do not match the architecture.
+    """
+    clip, config, tokenizer = create_clip(model, pretrained, need_weights=True)
+    return FrozenModel(model, clip, config, tokenizer, logit_scale=logit_scale, precision=precision).to(device)
+
+
+def load_student(
+    model: str,
+    *,
+    pretrained: str = "",
+    text_mode: str = "train",
+    teacher: FrozenModel | None = None,
+    logit_scale: float | None = None,
+    train_logit_scale: bool = True,
+) -> Student:
+    """Build the student, from random weights or pretrained ones.
+
+    With ``text_mode="teacher"`` the student is its own image tower, projected into the teacher's space, and a copy of
+    the teacher's text tower: one open_clip model like any other. Pretrained image weights are kept up to the
+    projection, which starts anew where the width differs.
+
+    Raises:
+        InputError: as ``load_frozen_model``; ``text_mode="teacher"`` without a teacher.
+    """
+    if text_mode != "teacher":
+        clip, config, tokenizer = create_clip(model, pretrained, need_weights=False)
+    else:
+        if teacher is None:
+            raise InputError("student.text: 'teacher' without a teacher; allowed: with exactly one teacher")
+        clip, config, tokenizer = _with_text_of(teacher, model, pretrained)
+        logit_scale = logit_scale if logit_scale is not None else min(teacher.logit_scale, MAX_LOGIT_SCALE)
+    return Student(
+        model,
+        clip,
+        config,
+        tokenizer,
+        text_mode=text_mode,
+        logit_scale=logit_scale,
+        train_logit_scale=train_logit_scale,
+    )
+
+
+def read_image_size(model: str) -> int:
+    """Side of a model's input, from its config alone: nothing is allocated, no weights are loaded.
+
+    Raises:
+        InputError: as ``load_frozen_model``.
+    """
+    with torch.device("meta"):
+        clip = create_clip(model, need_weights=False, device="meta")[0]
+    size = open_clip.get_model_preprocess_cfg(clip)["size"]
+    return size if isinstance(size, int) else int(size[0])
+
+
+def _with_text_of(teacher: FrozenModel, model: str, pretrained: str) -> tuple[Any, dict[str, Any], Any]:
+    teacher_config = dict(teacher.model_config)
+    custom_text = bool(teacher_config.pop("custom_text", False))
+    teacher_config.pop("vision_cfg")
+    clip, config, _ = create_clip(model, "", need_weights=False, overrides=teacher_config, custom_text=custom_text)
+    own_quick_gelu = config.get("quick_gelu", False)
+    if own_quick_gelu != teacher_config.get("quick_gelu", False):
+        raise InputError(
+            f"student.model: {model!r} with quick_gelu={own_quick_gelu} beside a teacher with "
+            f"quick_gelu={not own_quick_gelu}; allowed: the same activation for student.text: teacher"
+        )
+    prefix = "text." if isinstance(clip, open_clip.CustomTextCLIP) else ""
+    state = {f"{prefix}{name.removeprefix('text.')}": tensor for name, tensor in text_state(teacher.clip).items()}
+    if pretrained or _schema(model):
+        own = create_clip(model, pretrained, need_weights=True)[0]
+        set_model_preprocess_cfg(clip, open_clip.get_model_preprocess_cfg(own))
+        fitting = clip.visual.state_dict()
+        own_state = own.visual.state_dict().items()
+        state |= {f"visual.{k}": v for k, v in own_state if k in fitting and v.shape == fitting[k].shape}
+    missing, unexpected = clip.load_state_dict(state, strict=False)
+    assert not unexpected, unexpected
+    assert not [name for name in missing if is_text(name)], missing
+    if teacher.bias is not None:
+        clip.logit_bias.data.fill_(teacher.bias)
+    config = {**config, **teacher_config}
+    if custom_text:
+        config["custom_text"] = True
+    return clip, config, teacher.tokenizer
+
+
+def create_clip(
+    model: str,
+    pretrained: str = "",
+    *,
+    need_weights: bool,
+    device: str = "cpu",
+    overrides: dict[str, Any] | None = None,
+    custom_text: bool = False,
+) -> tuple[Any, dict[str, Any], Any]:
+    """An open_clip model, its config and its tokenizer.
+
+    Args:
+        model: an open_clip name; ``hf-hub:OWNER/NAME``; ``local-dir:FOLDER``; a model config (.json), or the stem of
+            one in configs/models.
+        pretrained: tag or weights file (safetensors, or a state dict loaded with ``weights_only``).
+        need_weights: refuse random weights.
+        device: cpu, or meta: no weights are loaded.
+        overrides: parts of the model config to replace; the weights are then random.
+        custom_text: build a separate text module (open_clip's CustomTextCLIP) even where the config does not ask.
+
+    Raises:
+        InputError: in one line, whatever open_clip makes of it.
+    """
+    schema = _schema(model)
+    name = model
+    with _input_errors(model, pretrained):
+        if schema == "local-dir" and not Path(model.partition(":")[2], "open_clip_config.json").is_file():
+            raise InputError(f"model {model}: no open_clip_config.json there; allowed: a folder that holds one")
+        if not schema:
+            name = _register_config(model)
+            if name not in open_clip.list_models():
+                near = difflib.get_close_matches(name, open_clip.list_models(), n=1, cutoff=0.0)
+                raise InputError(
+                    f"model {model}: unknown; nearest: {near[0]}; allowed: an open_clip name, hf-hub:OWNER/NAME, "
+                    "local-dir:FOLDER, a .json config, or the stem of one in configs/models"
+                )
+        if need_weights and not schema and not pretrained:
+            tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "a weights file"
+            raise InputError(f"model {model}: pretrained is empty; allowed: {tags}")
+        config = dict(open_clip.get_model_config(name))
+        tag = open_clip.get_pretrained_cfg(name, pretrained) if pretrained else {}
+        if tag and tag.get("quick_gelu", False) != config.get("quick_gelu", False):
+            other = name.removesuffix("-quickgelu") if name.endswith("-quickgelu") else f"{name}-quickgelu"
+            raise InputError(
+                f"model {model}, pretrained {pretrained}: the weights were trained with another activation; "
+                f"allowed: {other}"
+            )
+        if "multimodal_cfg" in config:
+            raise InputError(f"model {model}: a captioning model (CoCa); allowed: a model of two towers")
+        load_weights = device != "meta" and overrides is None and bool(pretrained or schema)
+        clip = open_clip.create_model(
+            name,
+            pretrained=pretrained or None,
+            load_weights=load_weights,
+            require_pretrained=load_weights,
+            force_custom_text=custom_text,
+            device=device,
+            output_dict=True,
+            **(overrides or {}),
+        )
+        tokenizer = open_clip.get_tokenizer(name)
+    return clip, config, tokenizer
+
+
+def _schema(model: str) -> str:
+    return model.partition(":")[0] if model.startswith(("hf-hub:", "local-dir:")) else ""
+
+
+def _register_config(model: str) -> str:
+    """Make a model config file known to open_clip; the name under which it is known."""
+    path = Path(model)
+    if path.suffix != ".json":
+        shipped = resource("configs", "models", f"{model}.json")
+        if model in open_clip.list_models() or not shipped.is_file():
+            return model
+        path = shipped
+    if not path.is_file():
+        raise InputError(f"model {model}: no such file; allowed: an open_clip model config (.json)")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"model {model}: not JSON: {error}") from error
+    missing = [key for key in ("embed_dim", "vision_cfg", "text_cfg") if key not in config]
+    if missing:
+        raise InputError(
+            f"model {model}: no {missing[0]}; allowed: an open_clip config with embed_dim, vision_cfg, text_cfg"
+        )
+    open_clip.add_model_config(path)
+    registered = open_clip.factory._MODEL_CONFIGS[path.stem]
+    tokenizer = config["text_cfg"].get("hf_tokenizer_name", "")
+    if tokenizer and (path.parent / tokenizer).is_dir():
+        registered["text_cfg"]["hf_tokenizer_name"] = str((path.parent / tokenizer).resolve())
+    return path.stem
+
+
+@contextmanager
+def _input_errors(model: str, pretrained: str) -> Iterator[None]:
+    """Turn open_clip's and torch's complaints about names, files and weights into one line."""
+    source = f"model {model}" + (f", pretrained {pretrained}" if pretrained else "")
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        detail = " ".join(str(error).split())
+        mismatch = ("size mismatch", "Missing key", "Unexpected key", "width changed")
+        if any(symptom in detail for symptom in mismatch):
+            raise InputError(f"{source}: weights do not match the architecture: {detail[:300]}") from error
+        raise InputError(f"{source}: cannot be loaded: {type(error).__name__}: {detail[:300]}") from error
+    finally:
+        logging.disable(logging.NOTSET)

@@ -1,0 +1,65 @@
+"""The outputs of a model for a batch, or for one sample.
+
+Shapes: B samples, C classes, D features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+PER_SAMPLE = ("image_BD", "captions_BD")
+"""Fields with a row for each sample; the others are the same for every micro-batch."""
+
+
+class ModelOutputs(NamedTuple):
+    """Unit-norm float32 features of one model, and the scale and bias of their logits; None: not computed."""
+
+    image_BD: Tensor | None = None
+    """Image features."""
+    captions_BD: Tensor | None = None
+    """Text features of the captions."""
+    prompts_CD: Tensor | None = None
+    """Class embeddings (zero-shot weights)."""
+    scale: Tensor | float = 1.0
+    """Multiplier of the cosine similarities."""
+    bias: Tensor | float | None = None
+    """Additive bias of a sigmoid-trained model."""
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> ModelOutputs:
+        """The outputs with each tensor changed, such as moved to a device."""
+        return self._replace(**{name: change(value) for name, value in self.tensors()})
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The tensors that are there, by field."""
+        return ((name, value) for name, value in self._asdict().items() if isinstance(value, Tensor))
+
+    def rows(self, rows: slice) -> ModelOutputs:
+        """The outputs of some of the samples."""
+        return self._replace(**{name: value[rows] for name, value in self.tensors() if name in PER_SAMPLE})
+
+    def split(self, sizes: Sequence[int]) -> list[ModelOutputs]:
+        """The outputs of several batches."""
+        ends = torch.tensor([0, *sizes]).cumsum(0).tolist()
+        return [self.rows(slice(start, end)) for start, end in pairwise(ends)]
+
+    @classmethod
+    def cat(cls, parts: Sequence[ModelOutputs]) -> ModelOutputs:
+        """Concatenate the samples of several micro-batches; the other fields are those of the last."""
+        return cls._join(torch.cat, parts)
+
+    @classmethod
+    def stack(cls, samples: Sequence[ModelOutputs]) -> ModelOutputs:
+        """Stack the outputs of single samples, whose fields have no dimension B, to those of a batch."""
+        return cls._join(torch.stack, samples)
+
+    @classmethod
+    def _join(cls, join: Callable[[list[Tensor]], Tensor], parts: Sequence[ModelOutputs]) -> ModelOutputs:
+        last = parts[-1]
+        return last._replace(
+            **{name: join([getattr(part, name) for part in parts]) for name, _ in last.tensors() if name in PER_SAMPLE}
+        )

@@ -1,8 +1,0 @@
-"""`clipdistill cache` as a file, for launchers: `accelerate launch` and `torchrun`."""
-
-import sys
-
-from clipdistill.cli import main
-
-if __name__ == "__main__":
-    sys.exit(main(["cache", *sys.argv[1:]]))

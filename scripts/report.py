@@ -1,8 +1,0 @@
-"""`clipdistill report` as a file, for launchers: `accelerate launch` and `torchrun`."""
-
-import sys
-
-from clipdistill.cli import main
-
-if __name__ == "__main__":
-    sys.exit(main(["report", *sys.argv[1:]]))

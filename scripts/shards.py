@@ -1,8 +1,0 @@
-"""`clipdistill shards` as a file, for launchers: `accelerate launch` and `torchrun`."""
-
-import sys
-
-from clipdistill.cli import main
-
-if __name__ == "__main__":
-    sys.exit(main(["shards", *sys.argv[1:]]))

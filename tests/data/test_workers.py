@@ -1,0 +1,52 @@
+"""Workers that die, at the worst moment."""
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Iterator
+from multiprocessing import resource_sharer
+from multiprocessing.synchronize import Event
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.data import IterableDataset
+
+from clipdistill.data.workers import dead_worker_message, from_workers
+from tests.processes import until
+
+
+class DeafThenDead(IterableDataset[object]):
+    """Its worker closes the socket through which it would hand over its tensor, and dies a second later: long enough
+    for the parent to find the socket gone, and the worker alive."""
+
+    def __init__(self, deaf: Event) -> None:
+        super().__init__()
+        self.deaf = deaf
+
+    def __iter__(self) -> Iterator[object]:
+        yield "nothing to hand over"
+        yield torch.zeros(4)
+        sharer = resource_sharer._resource_sharer  # type: ignore[attr-defined]
+        until(lambda: sharer._address is not None)
+        Path(sharer._address).unlink()
+        self.deaf.set()
+        time.sleep(1)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_dies_while_its_tensor_is_fetched_is_named() -> None:
+    deaf = multiprocessing.get_context("fork").Event()
+    items = from_workers(DeafThenDead(deaf), workers=1, max_pixels=100)
+    assert next(items) == "nothing to hand over"
+    assert deaf.wait(60)
+    with pytest.raises(RuntimeError) as caught:
+        next(items)
+    message = dead_worker_message(caught.value)
+    assert message is not None
+    assert message.endswith("is killed by signal: Killed")
+
+
+def test_other_errors_are_not_about_workers() -> None:
+    assert dead_worker_message(RuntimeError("CUDA out of memory")) is None

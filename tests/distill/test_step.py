@@ -1,0 +1,166 @@
+"""One step of distillation by itself: against the same losses written out by hand, and under a perturbation."""
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor
+
+from clipdistill.data import Batch, StreamLoader, expand_urls, index_shards
+from clipdistill.distill.objective import Objective
+from clipdistill.distill.step import DistillationStep
+from clipdistill.distill.student_texts import StudentTexts
+from clipdistill.distill.targets import Targets
+from clipdistill.distill.teachers import Teachers, cat_tokens
+from clipdistill.losses import GKL, KL, Loss, gkl_loss
+from clipdistill.models.class_embeddings import class_embeddings, similarity_logits
+from clipdistill.models.loading import load_frozen_model, load_student
+from clipdistill.models.prompts import load_prompts
+from clipdistill.models.towers import FrozenModel, Student
+from tests.streams import make_stream
+
+
+@pytest.fixture
+def accelerator() -> Iterator[Accelerator]:
+    yield Accelerator(cpu=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def teacher(teacher_folder: Path) -> FrozenModel:
+    return load_frozen_model(f"local-dir:{teacher_folder}")
+
+
+@pytest.fixture
+def student(tiny_model: Path, teacher: FrozenModel) -> Student:
+    torch.manual_seed(0)
+    return load_student(str(tiny_model), text_mode="teacher", teacher=teacher)
+
+
+def batches_of(colours: Path, *towers: Student | FrozenModel, count: int = 1) -> list[Batch]:
+    index = index_shards(expand_urls([str(colours / "train")]), cache_dir=None)
+    tokenizers = [tower.text_tokenizer for tower in towers]
+    stream = make_stream(index, batch_size=6, image_size=16, require_captions=True, tokenizers=tokenizers)
+    return list(islice(StreamLoader(stream), count))
+
+
+def step_of(
+    accelerator: Accelerator, student: Student, teacher: FrozenModel, colours: Path, *terms: Loss, **settings
+) -> DistillationStep:
+    objective = Objective(terms, teacher_weights=[1.0])
+    teachers = Teachers([teacher], tokenizers=[0])
+    teachers.embed_classes(load_prompts(str(colours / "prompts")))
+    texts = StudentTexts(student, class_CD=teachers.class_embeddings[0], teacher_captions=objective.needs_captions)
+    return DistillationStep(
+        accelerator=accelerator,
+        model=accelerator.prepare(student),
+        student=student,
+        teachers=teachers,
+        objective=objective,
+        texts=texts,
+        labels="none",
+        **settings,
+    )
+
+
+def gradients(student: Student) -> dict[str, Tensor]:
+    found = {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
+    student.zero_grad()
+    return found
+
+
+def test_gradients_are_those_of_the_loss_written_out(
+    accelerator: Accelerator, student: Student, teacher: FrozenModel, colours: Path
+) -> None:
+    term = GKL(gamma=0.5, beta=0.3, weight=2.0)
+    (batch,) = batches_of(colours, teacher)
+    losses = step_of(accelerator, student, teacher, colours, term)([batch], 0, measure_shares=True)
+    found = gradients(student)
+
+    class_CD = class_embeddings(teacher, load_prompts(str(colours / "prompts")))
+    out = student(batch.image_BCHW)
+    expected = gkl_loss(
+        similarity_logits(out.image_BD, class_CD, out.scale, None),
+        similarity_logits(teacher.encode_image(batch.image_BCHW), class_CD, teacher.logit_scale, None),
+        gamma=0.5,
+        beta=0.3,
+    )
+    (2.0 * expected.loss).backward()
+    assert losses.sums["loss"].item() == pytest.approx(2.0 * expected.loss.item(), rel=1e-6)
+    assert losses.sums["loss/gkl_prompts/wmse"].item() == pytest.approx(0.3 * expected.wmse.item(), rel=1e-5)
+    assert sum(losses.gradient_shares.values()) == pytest.approx(1.0)
+    written_out = gradients(student)
+    assert found.keys() == written_out.keys()
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, written_out[name], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("over", ["prompts", "captions"])
+def test_a_perturbation_reaches_the_student_alone(
+    accelerator: Accelerator, student: Student, teacher: FrozenModel, colours: Path, micro_batches: int, over: str
+) -> None:
+    """The same gradients as from a student whose pixels are inverted, beside targets of the clean images."""
+    seen = []
+
+    def invert(image_BCHW: Tensor, targets: Targets, step: int) -> Tensor:
+        seen.append((step, targets.teachers[0].outputs.image_BD))
+        return 1 - student.pixels.resize(image_BCHW)
+
+    terms = [KL(over=over)]
+    batches = batches_of(colours, teacher, count=micro_batches)
+    perturbed = step_of(accelerator, student, teacher, colours, *terms, perturb=invert)
+    perturbed(batches, 4, measure_shares=False)
+    found = gradients(student)
+    assert [step for step, _ in seen] == [4] * micro_batches
+    for (_, image_BD), batch in zip(seen, batches, strict=True):
+        torch.testing.assert_close(image_BD, teacher.encode_image(batch.image_BCHW))
+
+    plain = step_of(accelerator, student, teacher, colours, *terms)
+    plain(batches, 4, measure_shares=False)
+    clean = gradients(student)
+    resize = student.pixels.resize
+    student.pixels.resize = lambda image_BCHW: 1 - resize(image_BCHW)  # type: ignore[method-assign]
+    teacher_pixels = teacher.pixels  # a module of its own
+    assert teacher_pixels is not student.pixels
+    plain(batches, 4, measure_shares=False)
+    expected = gradients(student)
+    assert any(not torch.allclose(expected[name], clean[name]) for name in expected)
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-7)
+
+
+def test_workers_tokenise_captions_for_each_tower(
+    student: Student, teacher: FrozenModel, colours: Path, tiny_model: Path
+) -> None:
+    assert student.text_tokenizer.same_as(teacher.text_tokenizer)
+    assert load_student(str(tiny_model)).text_tokenizer.same_as(teacher.text_tokenizer)
+    index = index_shards(expand_urls([str(colours / "train")]), cache_dir=None)
+    stream = make_stream(
+        index,
+        batch_size=6,
+        image_size=16,
+        require_captions=True,
+        num_workers=1,
+        tokenizers=[teacher.text_tokenizer, lambda texts: torch.tensor([[len(text)] for text in texts])],
+    )
+    loader = StreamLoader(stream)
+    batches = list(islice(loader, 5))
+    loader.close()
+    for batch in batches:
+        tokens_BL, lengths_B1 = batch.caption_tokens
+        assert torch.equal(tokens_BL, teacher.tokenize(batch.captions))
+        assert lengths_B1[:, 0].tolist() == list(map(len, batch.captions))
+        assert batch.caption_ids_B is not None
+        equal = [[one == other for other in batch.captions] for one in batch.captions]
+        assert (batch.caption_ids_B[:, None] == batch.caption_ids_B).tolist() == equal
+
+
+def test_micro_batches_of_unequal_captions_make_the_features_of_one(teacher: FrozenModel) -> None:
+    short, long = ["red", "a dog"], ["a rather long caption of many words"]
+    tokens = cat_tokens([teacher.tokenize(short), teacher.tokenize(long)])
+    assert torch.equal(tokens, teacher.tokenize([*short, *long]))
