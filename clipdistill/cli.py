@@ -1,8 +1,8 @@
 """The command line: ``clipdistill {quickstart,shards,estimate,cache,train,evaluate,export,report}``.
 
-Exit code 0: done. 2: wrong input (one line). 1: a fault (one line, if it is a known one).
-75: stopped by SIGTERM or SIGINT, and saved; the same command with ``--resume auto`` goes on. `accelerate launch` and
-`torchrun` make 1 of every code but 0.
+Exit code 0: done. 2: wrong input (one line). 1: an error (one line, if it is a known one).
+75: stopped by SIGTERM or SIGINT, and saved; the same command with ``--resume auto`` resumes. `accelerate launch` and
+`torchrun` exit with 1 for every code except 0.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         traceback.print_exc()
         code = 1
-    if several:  # the interpreter's own exit would wait for processes that may be dead
+    if several:  # the interpreter's normal exit would wait for processes that may be dead
         sys.stdout.flush()
         exit_now(code)
     return code
@@ -77,8 +77,8 @@ def _parser() -> argparse.ArgumentParser:
         "quickstart",
         help="render icons, distil a small student, compare it with its teacher on an unseen icon family",
         description="Render ten icon fonts, distil the shipped teacher into a student several times smaller, evaluate "
-        "both on a font that neither has seen, and write the student, results.json and a picture. Needs no network, no "
-        "GPU. What is already in the output folder is reused.",
+        "both on a font that neither has seen, and write the student, results.json and a picture. Needs no network and "
+        "no GPU. Existing results in the output folder are reused.",
     )
     quickstart.add_argument(
         "--output", type=Path, default=Path("quickstart"), help="folder for everything (default: %(default)s)"
@@ -90,14 +90,15 @@ def _parser() -> argparse.ArgumentParser:
         "train",
         help="distil a student from a config",
         description="Distil a student. Under `accelerate launch` or `torchrun` use scripts/train.py, same arguments. "
-        "SIGTERM and SIGINT (Ctrl-C) finish the step, save, and exit with code 75 (launchers make 1 of it); a second "
-        "one exits at once. With --resume auto the same command goes on, with any number of processes.",
+        "SIGTERM and SIGINT (Ctrl-C) finish the step, save, and exit with code 75 (launchers exit with 1); a second "
+        "one exits at once. With --resume auto the same command resumes, with any number of processes.",
     )
     train.add_argument("--config", required=True, type=Path, help="YAML file, such as configs/icons-gkl.yaml")
     train.add_argument(
         "--resume",
         metavar="auto|CHECKPOINT",
-        help="auto: go on from the newest valid checkpoint in the config's output, or start; or a checkpoint's folder",
+        help="auto: resume from the newest complete checkpoint in the config's output, or start; or a checkpoint's "
+        "folder",
     )
     train.add_argument(
         "--profile",
@@ -105,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
         const=20,
         type=positive,
         metavar="STEPS",
-        help="take a few steps (default: %(const)s), print where their time goes, and leave nothing behind",
+        help="take a few steps (default: %(const)s), print the time of each section, and delete all output",
     )
     train.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="such as optimizer.lr=1e-3 objective.0.gamma=0.5"
@@ -114,9 +115,9 @@ def _parser() -> argparse.ArgumentParser:
 
     estimate = commands.add_parser(
         "estimate",
-        help="memory, samples/s, hours and disk of a run, from a few of its steps",
-        description="Take a few steps of a run and leave nothing behind; print where their time goes, how long the run "
-        "will take, and the largest batch that fits.",
+        help="estimate memory, samples/s, hours and disk of a run from a few of its steps",
+        description="Take a few steps of a run and delete their output; print the time of each section, the time of "
+        "the full run, and the largest batch that fits.",
     )
     estimate_arguments(estimate)
     estimate.set_defaults(run=run_estimate)
@@ -124,16 +125,16 @@ def _parser() -> argparse.ArgumentParser:
     cache = commands.add_parser(
         "cache",
         help="compute the teachers' embeddings of the training images once",
-        description="Compute the teachers' embeddings of every stored view of every sample, and pack them in a file a "
-        "shard; training with the same config then runs no teacher. A build that was stopped goes on with what is "
-        "missing. Several processes share the work under `torchrun -m clipdistill cache`, same arguments.",
+        description="Compute the teachers' embeddings of every stored view of every sample, and write them to one file "
+        "per shard; training with the same config then runs no teacher. An interrupted build resumes with the missing "
+        "files. Several processes share the work under `torchrun -m clipdistill cache`, same arguments.",
     )
     cache_arguments(cache)
     cache.set_defaults(run=run_cache)
 
     evaluate = commands.add_parser(
         "evaluate",
-        help="accuracy, retrieval, linear probes, robustness and agreement with a teacher, of models on test sets",
+        help="evaluate models on test sets: accuracy, retrieval, linear probes, robustness, agreement with a teacher",
         description="Evaluate models on test sets: zero-shot classification and retrieval, linear probes, robustness, "
         "calibration, and agreement with a teacher. Writes CLIP_benchmark's JSON, DataComp's lines, and a summary. "
         "Under `accelerate launch` or `torchrun` use scripts/evaluate.py, same arguments: processes share the work.",
@@ -144,17 +145,17 @@ def _parser() -> argparse.ArgumentParser:
     export = commands.add_parser(
         "export",
         help="write a student as a folder that open_clip, transformers and onnxruntime load",
-        description="Write a student in every format that fits it, compare each with the student, describe it all in "
-        "a model card, and push it to the Hugging Face Hub with --push-to-hub.",
+        description="Write a student in every format that supports it, compare each with the student, write a model "
+        "card, and push it to the Hugging Face Hub with --push-to-hub.",
     )
     export_arguments(export)
     export.set_defaults(run=run_export)
 
     report = commands.add_parser(
         "report",
-        help="show a run as one HTML file",
-        description="Write a run's curves, its student's accuracy against the teacher's, and test images with both "
-        "models' guesses as one HTML file that needs no network. Works on a run that has not ended, too.",
+        help="write a report of a run as one HTML file",
+        description="Write a run's curves, the accuracies of student and teacher, and test images with both models' "
+        "predictions as one HTML file that needs no network. Also works on a run that has not ended.",
     )
     report_arguments(report)
     report.set_defaults(run=run_report)

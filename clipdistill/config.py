@@ -1,4 +1,4 @@
-"""The configuration of a run: the settings of its components, and what they require of each other.
+"""The configuration of a run: the settings of its components, and the constraints between them.
 
 ``load_config("run.yaml", ["optimizer.lr=1e-3"])`` reads a file, applies dotted overrides and returns a ``Config``.
 An unknown key, a wrong type or a value out of range raises ``InputError`` in one line.
@@ -36,21 +36,21 @@ OmegaConf.register_resolver("resource", lambda path: str(resource(path)), replac
 
 
 class Config(Settings):
-    """A whole run."""
+    """Configuration of a run."""
 
     output: str
-    """Folder of the run: resolved config, metrics, checkpoints, the student. Must be new, or resumed."""
+    """Folder of the run: resolved config, metrics, checkpoints, the student. Must be new unless the run is resumed."""
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
     """Seed of the initial weights, the order of samples and their augmentation."""
     teachers: list[TeacherSettings] = Field(default_factory=list)
-    """One teacher or several; none where every term does without (clip)."""
+    """One or several teachers; none if no term needs one (clip)."""
     student: StudentSettings
     data: DataSettings = Field(default_factory=DataSettings)
     teacher_cache: TeacherCacheSettings = Field(default_factory=TeacherCacheSettings)
     prompts: str = ""
     """Prompt set: the name of a shipped one, or a folder with classnames.txt and templates.txt."""
     templates_per_step: CountOrZero = 1
-    """Templates of which the training text tower encodes every class in a step (``text: train``); 0: all."""
+    """Templates per step in which the trained text tower encodes every class (``text: train``); 0: all."""
     labels: Labels = "none"
     """Class of a training sample: none; dataset (``data.label_key``); teacher (the first teacher's argmax)."""
     objective: list[Term] = Field(default_factory=list)
@@ -112,7 +112,7 @@ def load_config(
     Args:
         path: YAML file; None starts from the defaults.
         overrides: such as ``optimizer.lr=1e-3`` or ``objective.0.gamma=0.5``; the right side is read as YAML.
-        values: the same as Python values, taken as they are, before the overrides.
+        values: overrides as Python values, applied before ``overrides``.
 
     Raises:
         InputError: unreadable file, unknown key (the nearest valid one is named), wrong type, value out of range.
@@ -157,7 +157,7 @@ def _parse_value(override: str, text: str) -> Any:
     except (YAMLError, OmegaConfBaseException) as error:
         detail = " ".join(str(error).split())
         raise InputError(
-            f"override {override!r}: the value is not YAML: {detail}; allowed: such as a.b=[1, 'x']"
+            f"override {override!r}: the value is not YAML: {detail}; allowed: YAML, such as a.b=[1, 'x']"
         ) from error
 
 
@@ -180,18 +180,18 @@ _FREE_ON_RESUME = (
 
 
 def check_same_run(saved: Config, config: Config) -> None:
-    """Refuse to go on with a run under settings that would have made it another run.
+    """Refuse to resume a run with settings that change its result.
 
-    What makes up the global batch is not among them: the trainer checks it, which knows the number of processes.
+    The factors of the global batch are not compared here: the trainer checks them with the number of processes.
 
     Raises:
-        InputError: naming the first setting that differs.
+        InputError: a setting differs; the message names the first.
     """
     difference = _first_difference(to_dict(saved), to_dict(config), "")
     if difference is not None:
         key, was, value = difference
         raise InputError(
-            f"{key}: {value!r}, but the run in {config.output} has {was!r}; allowed: the same, or another output"
+            f"{key}: {value!r}, but the run in {config.output} has {was!r}; allowed: the same value, or another output"
         )
 
 

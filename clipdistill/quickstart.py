@@ -36,7 +36,7 @@ def quickstart(output: Path, *, overrides: Sequence[str] = ()) -> dict[str, Any]
     ``icons.png``. Existing icons are reused, and an existing run is resumed.
 
     Args:
-        output: folder for all of it.
+        output: folder for all results.
         overrides: changes to configs/quickstart.yaml.
 
     Returns:
@@ -138,7 +138,7 @@ def draw_guesses(
     columns: int = 8,
     rows: int = 4,
 ) -> None:
-    """Draw test images, evenly spread over the set, each with both models' top-1 class.
+    """Draw test images, evenly spaced over the set, each with both models' top-1 class.
 
     Raises:
         InputError: matplotlib is not installed.
@@ -156,7 +156,7 @@ def draw_guesses(
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis in axes:
         axis.axis("off")
-    figure.suptitle("true class in black, guesses of the teacher (T) and of the student (S): green right, red wrong")
+    figure.suptitle("true class in black, predictions of teacher (T) and student (S): green correct, red wrong")
     for axis, number, image in zip(axes, shown, images, strict=False):
         label = int(student.labels_N[number])
         width, height = image.size

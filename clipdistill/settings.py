@@ -1,7 +1,7 @@
-"""The base of all settings: typed, immutable, checked when they are made; what is wrong becomes one line.
+"""Base of all settings: typed, immutable, validated on construction, with one-line error messages.
 
-A component states its settings in a subclass of ``Settings`` beside itself: defaults, units and bounds as field types,
-a docstring under each field. ``clipdistill.config`` composes them into the configuration of a run.
+A component declares its settings in a subclass of ``Settings`` in the same file or folder: defaults, bounds as field
+types, a docstring with units under each field. ``clipdistill.config`` composes them into the configuration of a run.
 """
 
 import difflib
@@ -41,7 +41,7 @@ def union_of(models: tuple[type[Settings], ...], tag: str, *, default: str | Non
     Args:
         models: each with a Literal field ``tag``.
         tag: the field's name.
-        default: what the field is where it is not stated.
+        default: the field's value if it is not given.
     """
     union: Any = Annotated[Union[models], Field(discriminator=tag)] if len(models) > 1 else models[0]  # noqa: UP007
     if default is None:
@@ -51,13 +51,13 @@ def union_of(models: tuple[type[Settings], ...], tag: str, *, default: str | Non
 
 
 def check(ok: bool, name: str, value: object, allowed: str) -> None:
-    """Raise InputError, naming field, value and what is allowed, unless ``ok``."""
+    """Raise InputError with field, value and what is allowed, unless ``ok``."""
     if not ok:
         raise InputError(f"{name}: {value!r} is not allowed; allowed: {allowed}")
 
 
 def validate(settings: type[T], values: Any, *, at: str = "") -> T:
-    """Make settings of plain values.
+    """Build settings from plain values.
 
     Args:
         settings: their type, or a ``union_of`` types.
@@ -65,8 +65,8 @@ def validate(settings: type[T], values: Any, *, at: str = "") -> T:
         at: their path, for messages.
 
     Raises:
-        InputError: in one line, the first value that is wrong: an unknown key (the nearest valid one is named), a
-            missing one, a wrong type, a value out of range.
+        InputError: names, in one line, the first invalid value: an unknown key (with the nearest valid one), a missing
+            one, a wrong type, a value out of range.
     """
     try:
         return TypeAdapter(settings).validate_python(values)
@@ -76,7 +76,7 @@ def validate(settings: type[T], values: Any, *, at: str = "") -> T:
 
 
 def _describe(settings: type[Settings], error: ErrorDetails) -> str:
-    """One line about an error of pydantic."""
+    """One-line message of a pydantic error."""
     model, field, path = _resolve(settings, error["loc"])
     name = ".".join(map(str, path))
     value = error["input"]
@@ -114,7 +114,7 @@ def _tag_name(error: ErrorDetails) -> str:
 
 
 def _resolve(settings: type[Settings], loc: Sequence[str | int]) -> tuple[type[Settings], Any, list[str | int]]:
-    """The model and the type of the field that an error is about, and its path without the tags of unions."""
+    """The model and the type of the field with an error, and the field's path without the tags of unions."""
     model: type[Settings] = settings
     annotation: Any = settings
     path: list[str | int] = []
@@ -138,7 +138,7 @@ def _resolve(settings: type[Settings], loc: Sequence[str | int]) -> tuple[type[S
 
 
 def _models(annotation: Any) -> Iterator[type[Settings]]:
-    """The settings that a type may be."""
+    """The settings classes that a type allows."""
     annotation = _strip(annotation)
     if isinstance(annotation, type) and issubclass(annotation, Settings):
         yield annotation
@@ -168,7 +168,7 @@ _KINDS = {bool: "true or false", int: "a whole number", float: "a finite number"
 
 
 def describe_type(annotation: Any, error: ErrorDetails | None = None) -> str:
-    """What a field allows, in words."""
+    """Description of the values that a field allows."""
     empty = " or empty" if type(None) in get_args(_outer(annotation)) else ""
     stripped = _strip(annotation)
     if get_origin(stripped) is Literal:
@@ -194,7 +194,7 @@ def _outer(annotation: Any) -> Any:
 
 
 def _bounds(annotation: Any) -> str:
-    """The range of a number, such as ``> 0`` or ``0 to 1``; empty where there is none."""
+    """The range of a number, such as ``> 0`` or ``0 to 1``; empty if there is none."""
     low: tuple[str, Any] | None = None
     high: tuple[str, Any] | None = None
     for part in _metadata(annotation):
@@ -215,7 +215,7 @@ def _bounds(annotation: Any) -> str:
 
 
 def _metadata(annotation: Any) -> Iterator[Any]:
-    """Everything that annotates a type, also inside ``| None``."""
+    """All annotations of a type, including those inside ``| None``."""
     for part in getattr(annotation, "__metadata__", ()):
         yield from getattr(part, "metadata", None) or [part]
     for inner in get_args(annotation):

@@ -1,11 +1,11 @@
-"""Images and classes per second of zero-shot evaluation, ours against CLIP_benchmark's own, in turns in one process.
+"""Images and classes per second of zero-shot evaluation, ours versus CLIP_benchmark's, alternating in one process.
 
     python scripts/benchmark_evaluation.py --model ViT-S-32 --json evaluation.json
 
-Both evaluate the same model (random weights serve for speed) on the same set in CLIP_benchmark's layout: JPEG pictures
-made here, a class list of 1,000 names. Both read the shards, encode every class in every template and every image in
-float32, and compute the metrics; loading the model is left out. The rate is images plus classes over the seconds of
-all that.
+Both evaluate the same model (random weights suffice for speed) on the same set in CLIP_benchmark's layout: JPEG
+pictures generated here, a class list of 1,000 names. Both read the shards, encode every class in every template and
+every image in float32, and compute the metrics; loading the model is excluded. The rate is images plus classes, divided
+by the seconds of these steps.
 """
 
 import argparse
@@ -55,11 +55,11 @@ def run_clipdistill(tower: Tower, folder: Path, args: argparse.Namespace) -> dic
 
 
 def run_clip_benchmark(tower: Tower, folder: Path, args: argparse.Namespace) -> dict[str, float]:
-    """Evaluate with CLIP_benchmark, as its command does."""
+    """Evaluate with CLIP_benchmark, like its command."""
     from clip_benchmark.datasets.builder import build_dataset
     from clip_benchmark.metrics import zeroshot_classification
 
-    # clip-benchmark 1.6.2 calls float() on arrays of one element, which NumPy 2.4 refuses.
+    # clip-benchmark 1.6.2 calls float() on arrays of one element, which NumPy 2.4 rejects.
     zeroshot_classification.float = lambda value: builtins.float(np.asarray(value).item())
     transform = image_transform_v2(PreprocessCfg(**open_clip.get_model_preprocess_cfg(tower.clip)), is_train=False)
     dataset = build_dataset("wds/set", root=str(folder), transform=transform, split="test")
@@ -79,12 +79,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="ViT-S-32", help="an open_clip name (default: %(default)s)")
     parser.add_argument("--images", type=int, default=400, help="default: %(default)s")
-    parser.add_argument("--side", type=int, default=384, help="of the pictures, pixels (default: %(default)s)")
+    parser.add_argument("--side", type=int, default=384, help="side of the pictures, pixels (default: %(default)s)")
     parser.add_argument("--prompts", default="imagenet-1k", help="prompt set (default: %(default)s)")
-    parser.add_argument("--templates", type=int, default=1, help="the first so many of the set (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=64, help="CLIP_benchmark's own default: %(default)s")
+    parser.add_argument("--templates", type=int, default=1, help="use the first N of the set (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=64, help="default: CLIP_benchmark's, %(default)s")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="threads; processes (default: %(default)s)")
-    parser.add_argument("--threads", type=int, help="of torch (default: its own)")
+    parser.add_argument("--threads", type=int, help="torch threads (default: torch's)")
     parser.add_argument("--device", default="cpu", help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--json", type=Path, help="also write the result to this file")

@@ -1,15 +1,15 @@
-"""What the losses cost: time and memory of forward and backward, beside KL, cross-entropy and the papers' pairwise GKL.
+"""Time and memory of the losses' forward and backward, compared with KL, cross-entropy and the papers' pairwise GKL.
 
     python scripts/benchmark_losses.py --json losses.json --plot losses.png
     python scripts/benchmark_losses.py --quick --json losses.json
 
-The losses of one shape run in turn, round after round, so that all of them meet the same machine; ``seconds`` is the
-median. ``peak_bytes`` is what a loss allocates at its peak beyond its inputs, its ``gradient_bytes`` included: CUDA's
-own count, or on a CPU the running sum of the profiler's trace of every allocation that torch makes, which is exact,
-where the size of the process would show the allocator's habits (a matmul library's own buffers are in neither).
-``bytes`` and ``flops`` count what no implementation can avoid: inputs read once, gradients written once, four matrix
-products (two logit matrices, two gradients); their rates are given as shares of the copy bandwidth and the matmul rate
-that the same run measures. What would not fit in memory is skipped, and the table and the JSON say so.
+The losses of one shape alternate, round after round, so that all see the same machine conditions; ``seconds`` is the
+median. ``peak_bytes`` is a loss's peak allocation beyond its inputs, including its ``gradient_bytes``: CUDA's own
+count, or on a CPU the running sum of the profiler's trace of all of torch's allocations. This is exact; the size of the
+process would depend on the allocator (neither includes a matmul library's own buffers). ``bytes`` and ``flops``
+count what no implementation can avoid: inputs read once, gradients written once, four matrix products (two logit
+matrices, two gradients); their rates are given as shares of the copy bandwidth and the matmul rate measured in the same
+run. Cases that would not fit in memory are skipped and marked in the table and the JSON.
 
 Shape suffixes: B rows of a batch, C classes, D features.
 """
@@ -50,7 +50,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One loss on one shape; ``dim`` is None where the loss starts from logits."""
+    """One loss on one shape; ``dim`` is None if the loss starts from logits."""
 
     loss: str
     batch: int
@@ -74,12 +74,12 @@ class Case:
 
     @property
     def flops(self) -> int | None:
-        """Of four matrix products, for the losses that start from features."""
+        """FLOPs of four matrix products, for losses that start from features."""
         return None if self.dim is None else 8 * self.elements * self.dim
 
     @property
     def needed_bytes(self) -> int:
-        """Generous estimate of inputs and peak together; the logits are float32 at least."""
+        """Upper estimate of inputs and peak together; the logits are at least float32."""
         if self.loss == "gkl_pairwise":
             return 7 * self.elements * self.classes * 4
         inputs = 4 * (self.batch + self.classes) * (self.dim or 0)
@@ -89,7 +89,7 @@ class Case:
 
 @dataclass(frozen=True, kw_only=True)
 class Record(Case):
-    """A case and its figures, each None where it was skipped, and ``skipped`` the reason."""
+    """A case and its figures; if it was skipped, they are None and ``skipped`` is the reason."""
 
     device_name: str
     threads: int
@@ -110,13 +110,13 @@ class Record(Case):
 
 @dataclass(frozen=True)
 class Logits:
-    """What most losses start from."""
+    """Logits, the inputs of most losses."""
 
     student_BC: Tensor
     teacher_BC: Tensor
 
     def leaves(self) -> list[Tensor]:
-        """What gets a gradient."""
+        """Tensors that receive a gradient."""
         return [self.student_BC]
 
     def logits(self) -> tuple[Tensor, Tensor]:
@@ -126,7 +126,7 @@ class Logits:
 
 @dataclass(frozen=True)
 class Features:
-    """Embeddings of unit norm, for losses that start from them."""
+    """Unit-norm embeddings, for losses that start from them."""
 
     student_image_BD: Tensor
     student_text_CD: Tensor
@@ -135,7 +135,7 @@ class Features:
     student_scale: Tensor
 
     def leaves(self) -> list[Tensor]:
-        """What gets a gradient."""
+        """Tensors that receive a gradient."""
         return [self.student_image_BD, self.student_text_CD, self.student_scale]
 
     def logits(self) -> tuple[Tensor, Tensor]:
@@ -184,7 +184,7 @@ def gkl(inputs: Logits | Features) -> Tensor:
 
 
 def gkl_fused(inputs: Logits | Features) -> Tensor:
-    """The closed form from features, without a matrix of logits."""
+    """The closed form from features, without a logit matrix."""
     assert isinstance(inputs, Features)
     return gkl_loss_from_features(
         inputs.student_image_BD,
@@ -204,7 +204,7 @@ def kl(inputs: Logits | Features) -> Tensor:
 
 
 def cross_entropy(inputs: Logits | Features) -> Tensor:
-    """Cross-entropy with one class a row."""
+    """Cross-entropy with one class per row."""
     student_BC, _ = inputs.logits()
     return F.cross_entropy(student_BC, torch.arange(len(student_BC), device=student_BC.device) % student_BC.shape[1])
 
@@ -218,7 +218,7 @@ def losses_for(device: str, dim: int | None) -> dict[str, Loss]:
     """Losses by name; on a GPU also KL as torch.compile fuses it."""
     losses = dict(FROM_LOGITS if dim is None else FROM_FEATURES)
     if device == "cuda":
-        torch.compiler.reset()  # beyond a few shapes of one function it would fall back to eager
+        torch.compiler.reset()  # otherwise it falls back to eager after a few shapes of one function
         losses[COMPILED[dim is not None]] = torch.compile(kl, dynamic=False)
     return losses
 
@@ -227,7 +227,7 @@ def losses_for(device: str, dim: int | None) -> dict[str, Loss]:
 
 
 def wait(device: str) -> None:
-    """Until the device has done what it was given."""
+    """Wait until the device has finished all queued work."""
     if device == "cuda":
         torch.cuda.synchronize()
 
@@ -243,7 +243,7 @@ def timed(work: Callable[[], object], device: str, repeats: int = 1) -> float:
 
 
 def peak_bytes(work: Callable[[], object], device: str) -> int:
-    """Largest sum of what ``work`` holds allocated at a time."""
+    """Peak number of bytes that ``work`` has allocated at one time."""
     if device == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -260,7 +260,7 @@ def peak_bytes(work: Callable[[], object], device: str) -> int:
 
 
 def available_bytes(device: str) -> int:
-    """Four fifths of the memory that is free."""
+    """Four fifths of the free memory."""
     free = torch.cuda.mem_get_info()[0] if device == "cuda" else psutil.virtual_memory().available
     return int(0.8 * free)
 
@@ -274,7 +274,7 @@ def copy_bandwidth(device: str) -> float:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where the cases run, and its measured limits."""
+    """The machine of the cases, and its measured limits."""
 
     device: str
     name: str
@@ -305,14 +305,14 @@ def step(loss: Loss, inputs: Logits | Features) -> Tensor:
 def measure_group(
     cases: Sequence[Case], machine: Machine, *, rounds: int, seconds: float, most_bytes: int | None
 ) -> list[Record]:
-    """The figures of several losses on one shape, in turn.
+    """Measure several losses on one shape, alternating.
 
     Args:
         cases: of one shape, device and dtype.
         machine: its limits.
         rounds: samples of each loss.
-        seconds: a sample repeats a loss until it lasts so long.
-        most_bytes: what a case may take even where more is free.
+        seconds: minimum length of a sample, which repeats a loss until then.
+        most_bytes: memory limit of a case, even if more is free.
     """
     losses = losses_for(machine.device, cases[0].dim)
     available = min(available_bytes(machine.device), most_bytes or sys.maxsize)
@@ -355,7 +355,7 @@ def measure_group(
 
 
 def check_agreement(values: Mapping[str, float], dtype: str) -> None:
-    """Raise AssertionError where two forms of GKL have different values: their times would not compare."""
+    """Raise AssertionError if two forms of GKL have different values: their times would not be comparable."""
     for form, reference in (("gkl_pairwise", "gkl"), ("gkl_fused", "gkl_from_features_plain")):
         if form in values and reference in values:
             tolerance = 0.02 if dtype == "bfloat16" else 1e-3
@@ -366,7 +366,7 @@ def check_agreement(values: Mapping[str, float], dtype: str) -> None:
 
 
 def print_table(records: Sequence[Record], console: Console) -> None:
-    """One row a case, a rule between shapes."""
+    """Print one row per case, with a rule between shapes."""
     table = Table("B", "C", "D", "dtype", "loss", "time", "peak memory", "bytes/s", "of copy", "FLOP/s", "of matmul")
     for column in table.columns[5:]:
         column.justify = "right"
@@ -394,7 +394,7 @@ def print_table(records: Sequence[Record], console: Console) -> None:
 
 
 def print_ratios(records: Sequence[Record], console: Console) -> None:
-    """The comparisons that the project cares about, where both sides were measured."""
+    """Print the ratios relevant to the project, if both sides were measured."""
     found = {(r.loss, r.batch, r.classes, r.dim, r.dtype): r for r in records}
     comparisons: list[tuple[str, str, str, int, int, int | None]] = [
         ("pairwise over closed form", "gkl_pairwise", "gkl", 64, 1000, None),
@@ -416,7 +416,7 @@ def print_ratios(records: Sequence[Record], console: Console) -> None:
 
 
 def plot(records: Sequence[Record], path: Path) -> None:
-    """Time and peak memory over the number of classes, a column for each batch size."""
+    """Plot time and peak memory over the number of classes, one column per batch size."""
     from matplotlib.figure import Figure
 
     batches = sorted({record.batch for record in records})
@@ -460,18 +460,20 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = [*FROM_LOGITS, *FROM_FEATURES, *COMPILED]
-    parser.add_argument("--json", type=Path, help="where to write the records, a list")
-    parser.add_argument("--plot", type=Path, help="where to draw time and memory over the number of classes")
+    parser.add_argument("--json", type=Path, help="write the list of records to this file")
+    parser.add_argument("--plot", type=Path, help="plot time and memory over the number of classes to this file")
     parser.add_argument("--quick", action="store_true", help="few small shapes, under a minute")
     parser.add_argument("--batch", type=int, nargs="+", default=[256, 1024, 4096], help="default: %(default)s")
-    parser.add_argument("--classes", type=int, nargs="+", default=[100, 1000, 10000, 21841], help="likewise")
-    parser.add_argument("--dim", type=int, nargs="+", default=[512, 768], help="likewise, where features matter")
+    parser.add_argument(
+        "--classes", type=int, nargs="+", default=[100, 1000, 10000, 21841], help="default: %(default)s"
+    )
+    parser.add_argument("--dim", type=int, nargs="+", default=[512, 768], help="feature widths, default: %(default)s")
     parser.add_argument("--only", nargs="+", choices=names, metavar="LOSS", help=f"some of: {', '.join(names)}")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), help="default: float32, and bfloat16 on a GPU")
-    parser.add_argument("--threads", type=int, help="of torch on the CPU; default: torch's own choice")
+    parser.add_argument("--threads", type=int, help="torch threads on the CPU (default: torch's)")
     parser.add_argument("--rounds", type=int, default=5, help="samples of each loss (default %(default)s)")
-    parser.add_argument("--seconds", type=float, default=0.05, help="least length of a sample (default %(default)s)")
+    parser.add_argument("--seconds", type=float, default=0.05, help="minimum length of a sample (default %(default)s)")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)

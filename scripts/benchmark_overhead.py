@@ -1,8 +1,8 @@
-"""What the trainer costs over a bare loop: the same models, loss and optimizer on tensors that are ready in memory.
+"""Overhead of the trainer over a bare loop: the same models, loss and optimizer on tensors that are in memory.
 
     python scripts/benchmark_overhead.py --config configs/quickstart.yaml --steps 40 --rounds 3 --json overhead.json
 
-Both sides run in turn in one process, round after round; the figure is the median ratio of their samples/s.
+Both sides alternate in one process, round after round; the result is the median ratio of their samples/s.
 """
 
 import argparse
@@ -25,9 +25,9 @@ from clipdistill.training.trainer import Run, open_run, start_processes
 
 
 def bare_loop(run: Run, config: Config, steps: int) -> float:
-    """Samples/s of GKL over prompts (and cosine features, where the config has them), written out by hand."""
-    batch = next(iter(run.loader))
-    teacher, student, class_CD = run.teachers.models[0], run.student, run.teachers.class_embeddings[0]
+    """Samples/s of a hand-written loop with GKL over prompts (and cosine features, if the config has them)."""
+    batch = next(iter(run.parts.loader))
+    teacher, student, class_CD = run.parts.teachers.models[0], run.parts.student, run.parts.teachers.class_embeddings[0]
     assert class_CD is not None
     gkl = next(term for term in config.objective if isinstance(term, GKL))
     feature = next((term for term in config.objective if isinstance(term, Feature)), None)
@@ -55,7 +55,7 @@ def bare_loop(run: Run, config: Config, steps: int) -> float:
 
 
 def trainer_loop(run: Run, steps: int) -> float:
-    """Samples/s of ``Run.fit``: decoding, augmentation, logging and all."""
+    """Samples/s of ``Run.fit``, including decoding, augmentation and logging."""
     run.progress.step, run.total_steps = 0, steps
     started = time.perf_counter()
     run.fit()

@@ -1,19 +1,19 @@
-"""What an exact stream costs: samples/s of StreamLoader over those of plain webdataset, in one run.
+"""Cost of an exact stream: samples/s of StreamLoader relative to plain webdataset, in one run.
 
     python scripts/benchmark_stream.py --samples 2000 --rounds 9 --workers 2 --json stream.json
 
-Both sides read the same local shards, hold a shuffle window of the same size, decode, crop and resize with the
-same function (`clipdistill.data.image.render`), and hand out batches of the same content: uint8 pixels, captions,
-labels, keys. On our side everything is on: the order that is a function of the seed, augmentations that belong to
-the sample, the checks of every sample, the count of bad ones, and a state after every batch. Webdataset shuffles
-with its own buffer, draws augmentations from one generator a worker, and checks nothing.
+Both sides read the same local shards, use a shuffle window of the same size, decode, crop and resize with the
+same function (`clipdistill.data.image.render`), and yield batches of the same content: uint8 pixels, captions,
+labels, keys. Our side has everything enabled: an order determined by the seed, augmentations determined by the
+sample, checks of every sample, counts of bad ones, and a state after every batch. Webdataset shuffles with its own
+buffer, draws augmentations from one generator per worker, and checks nothing.
 
-Both loaders live through the whole run and take turns, in an order that swaps every round. A turn begins when the
-other side's workers have come to rest, and its clock starts when the batches that lay ready are used up. The
-figures are medians over the rounds.
+Both loaders exist for the entire run and alternate, in an order that is swapped every round. A turn begins when the
+other side's workers are idle, and its clock starts when the prefetched batches are consumed. The results are medians
+over the rounds.
 
-The pictures are made: JPEGs of photographic statistics (1/f noise, gradients, shapes), and, where qtawesome is
-installed, the icons of the quickstart (grey PNGs), for which decoding is next to nothing.
+The pictures are synthetic: JPEGs with photographic statistics (1/f noise, gradients, shapes), and, if qtawesome is
+installed, the icons of the quickstart (grey PNGs), whose decoding cost is negligible.
 """
 
 import argparse
@@ -52,7 +52,7 @@ ICON_SIZE = 64
 
 
 def photo(rng: np.random.Generator, size: int) -> bytes:
-    """A JPEG with the spectrum, the contrasts and the edges of a photograph."""
+    """A JPEG with the spectrum, contrasts and edges of a photograph."""
     frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None])
     frequency[0, 0] = np.inf
     phases = rng.normal(size=(3, *frequency.shape)) + 1j * rng.normal(size=(3, *frequency.shape))
@@ -70,7 +70,7 @@ def photo(rng: np.random.Generator, size: int) -> bytes:
 
 
 def write_photos(folder: Path, *, samples: int, size: int) -> None:
-    """Eight shards of photographs, each with a caption and a label."""
+    """Write eight shards of photographs, each with a caption and a label."""
     rng = np.random.default_rng(0)
     photos = [photo(rng, size) for _ in range(min(samples, DIFFERENT_PHOTOS))]
     write_shards(
@@ -129,7 +129,7 @@ def webdatasets(urls: list[str], *, image_size: int, batch_size: int, shuffle: i
 
 
 def compare(urls: list[str], args: argparse.Namespace, *, image_size: int) -> dict[str, Any]:
-    """Both sides' samples/s in turns, and their ratio."""
+    """Samples/s of both sides, alternating, and their ratio."""
     settings: dict[str, Any] = {
         "image_size": image_size,
         "batch_size": args.batch_size,
@@ -153,7 +153,7 @@ def compare(urls: list[str], args: argparse.Namespace, *, image_size: int) -> di
 
 
 def speed(batches: Iterator[Any], args: argparse.Namespace) -> float:
-    """Samples/s of the next batches, after those that lie ready; then a rest, until as many lie ready again."""
+    """Samples/s of the next batches, after the prefetched ones; then wait until as many are prefetched again."""
     ready = PREFETCH * args.workers
     for _ in islice(batches, ready + args.workers):
         pass
@@ -170,23 +170,23 @@ def speed(batches: Iterator[Any], args: argparse.Namespace) -> float:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=2000, help="a side and round (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=2000, help="per side and round (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=9, help="default: %(default)s")
     parser.add_argument(
-        "--workers", type=int, default=2, help="of each side; 0: in this process (default: %(default)s)"
+        "--workers", type=int, default=2, help="workers of each side; 0: in this process (default: %(default)s)"
     )
     parser.add_argument(
         "--clock",
         choices=("wall", "cpu"),
         default="wall",
-        help="cpu: time that this process computed, for a busy machine, with --workers 0 (default: %(default)s)",
+        help="cpu: CPU time of this process, for a busy machine, with --workers 0 (default: %(default)s)",
     )
     parser.add_argument("--batch-size", type=int, default=64, help="default: %(default)s")
     parser.add_argument("--shuffle", type=int, default=1000, help="window, samples (default: %(default)s)")
-    parser.add_argument("--photo-size", type=int, default=256, help="of the JPEGs, pixels (default: %(default)s)")
-    parser.add_argument("--image-size", type=int, default=224, help="of their views, pixels (default: %(default)s)")
-    parser.add_argument("--photos", type=int, default=4000, help="in the shards (default: %(default)s)")
-    parser.add_argument("--no-icons", action="store_true", help="leave the icons out")
+    parser.add_argument("--photo-size", type=int, default=256, help="side of the JPEGs, pixels (default: %(default)s)")
+    parser.add_argument("--image-size", type=int, default=224, help="side of the views, pixels (default: %(default)s)")
+    parser.add_argument("--photos", type=int, default=4000, help="photos in the shards (default: %(default)s)")
+    parser.add_argument("--no-icons", action="store_true", help="skip the icons")
     parser.add_argument("--json", type=Path, help="also write the result to this file")
     args = parser.parse_args()
     if args.clock == "cpu" and args.workers:

@@ -3,17 +3,17 @@
     python scripts/benchmark_train.py --json train.json
     python scripts/benchmark_train.py --quick --json train.json
 
-Two comparisons, each arm in a process of its own, in turns:
+Two comparisons, each arm in a separate process, alternating:
 
 - ``icons``: the quickstart's teacher and student, online and from the cache, with the accuracy that each seed reaches
   on an unseen font;
-- ``peer``: ``--teacher`` into ``--student`` on JPEG pictures with captions made here: open_clip's trainer with
+- ``peer``: ``--teacher`` into ``--student`` on synthetic JPEG pictures with captions: open_clip's trainer with
   ``--distill-model``, ours online with the same losses (contrastive, and cross-entropy with the teacher's in-batch
-  distribution both ways), and ours from the cache. Same batch, precision, resolution, optimizer, number of workers.
-  Random weights serve for speed.
+  distribution, in both directions), and ours from the cache. Same batch, precision, resolution, optimizer, number of
+  workers. Random weights suffice for speed.
 
-Samples/s are medians over the steps of a run, the first ones left out. Without a GPU, the icons' cached arm leaves the
-decoding processes cores of their own, which makes it faster, and the online arm slower.
+Samples/s are medians over the steps of a run, without the first ones. Without a GPU, the icons' cached arm reserves
+cores for the decoding processes, which makes it faster, and would make the online arm slower.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from clipdistill.shards.icons import render_icons
 from clipdistill.shards.writing import Sample, write_retrieval_folder
 
 LEFT_OUT = 3
-"""Records at the start of a run, in which memory is found and workers start."""
+"""Records at the start of a run that are ignored: memory is allocated and workers start."""
 
 PEER = """
 import sys
@@ -52,11 +52,11 @@ group = data.group_by_keys_nothrow
 data.group_by_keys_nothrow = lambda files, **settings: group((file for file in files if file), **settings)
 main(sys.argv[1:])
 """
-"""open_clip's trainer. Its reader does not know the empty mark that webdataset 1.0 puts behind each shard."""
+"""open_clip's trainer. Its reader does not support the empty marker that webdataset 1.0 appends to each shard."""
 
 
 def clipdistill(*arguments: object) -> float:
-    """Run a command; its seconds."""
+    """Run a command; returns its seconds."""
     started = time.perf_counter()
     command = [sys.executable, "-m", "clipdistill", *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -66,14 +66,14 @@ def clipdistill(*arguments: object) -> float:
 
 
 def throughput(run: Path) -> dict[str, float]:
-    """Of a run of ours: medians over its records."""
+    """Throughput of one of our runs: medians over its records."""
     records = [record for record in read_jsonl(run / "metrics.jsonl") if "loss" in record][LEFT_OUT:]
     names = ("samples_per_second", "data_wait_share")
     return {name: statistics.median(record[name] for record in records) for name in names}
 
 
 def icons(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """The quickstart's models, online and from the cache."""
+    """Measure the quickstart's models, online and from the cache."""
     data = args.icons or folder / "icons"
     if not data.exists():
         render_icons(data, size=48)
@@ -82,7 +82,7 @@ def icons(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     common += ["train.log_every=20", "train.trackers=[]", f"data.workers={args.workers}"]
     cache = [f"data.views={args.views}", f"teacher_cache.folder={folder}/icons-embeddings"]
     building = clipdistill("cache", "--config", config, *common, *cache)
-    if not torch.cuda.is_available():  # the decoding keeps up with a step without teacher only on cores of its own
+    if not torch.cuda.is_available():  # without a teacher, decoding keeps up with a step only on reserved cores
         cache.append(f"train.threads={max(1, torch.get_num_threads() - args.workers)}")
     test = load_classification_set(data / "test")
     arms: dict[str, list[dict[str, float]]] = {"online": [], "cached": []}
@@ -116,7 +116,7 @@ def pictures(count: int) -> Iterator[Sample]:
 
 
 def peer(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """open_clip's trainer, ours online, ours from the cache."""
+    """Measure open_clip's trainer, ours online, and ours from the cache."""
     steps = args.peer_steps
     samples = args.batch_size * steps
     shards = folder / "pictures"
@@ -183,7 +183,7 @@ def peer(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def _ratio(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> float:
-    """Of medians of samples/s."""
+    """Ratio of the medians of samples/s."""
     first, second = (statistics.median(run["samples_per_second"] for run in runs) for runs in (ours, theirs))
     return first / second
 
@@ -192,19 +192,19 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one seed, one round, few steps")
-    parser.add_argument("--only", choices=("icons", "peer"), help="one of the comparisons")
-    parser.add_argument("--icons", type=Path, help="rendered icons (default: rendered for this)")
-    parser.add_argument("--steps", type=int, default=600, help="of the icons (default: %(default)s)")
+    parser.add_argument("--only", choices=("icons", "peer"), help="run only one of the comparisons")
+    parser.add_argument("--icons", type=Path, help="folder of rendered icons (default: render them)")
+    parser.add_argument("--steps", type=int, default=600, help="steps of the icons runs (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--views", type=int, default=8, help="stored augmentations of an icon (default: %(default)s)")
     parser.add_argument("--teacher", default="ViT-B-32", help="of the peer comparison (default: %(default)s)")
-    parser.add_argument("--student", default="ViT-S-32", help="default: %(default)s")
+    parser.add_argument("--student", default="ViT-S-32", help="of the peer comparison (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=32, help="of the peer comparison (default: %(default)s)")
-    parser.add_argument("--peer-steps", type=int, default=25, help="default: %(default)s")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="likewise (default: %(default)s)")
+    parser.add_argument("--peer-steps", type=int, default=25, help="of the peer comparison (default: %(default)s)")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of peer (default: %(default)s)")
     parser.add_argument("--workers", type=int, default=1, help="decoding processes (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="of the peer comparison (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="where the result is written, too")
+    parser.add_argument("--json", type=Path, help="also write the result to this file")
     args = parser.parse_args()
     if args.quick:
         args.seeds, args.rounds, args.steps, args.peer_steps = 1, 1, 200, 10

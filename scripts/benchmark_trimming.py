@@ -1,8 +1,9 @@
-"""What cutting the unused prompt columns saves: a text tower over a prompt set, trimmed against full length.
+"""Time saved by trimming unused prompt columns: a text tower over a prompt set, trimmed versus full length.
 
     python scripts/benchmark_trimming.py --model ViT-B-32 --prompts imagenet-1k --json trimming.json
 
-Forward and backward over every class in the first template, in turn, in one process; random weights serve for speed.
+Forward and backward over every class in the first template, alternating in one process; random weights suffice for
+speed.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from clipdistill.models.towers import Student
 
 
 def seconds(student: Student, tokens_NL: Tensor, *, backward: bool, batch_size: int) -> float:
-    """Time to encode all prompts."""
+    """Seconds to encode all prompts."""
     started = time.perf_counter()
     for chunk in tokens_NL.split(batch_size):
         with torch.set_grad_enabled(backward):
@@ -37,7 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="ViT-B-32")
     parser.add_argument("--prompts", default="imagenet-1k")
-    parser.add_argument("--classes", type=int, help="only the first so many")
+    parser.add_argument("--classes", type=int, help="use only the first N")
     parser.add_argument("--batch-size", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)

@@ -2,8 +2,8 @@
 
     python scripts/build_icons_tokenizer.py --shards data/icons/train --output configs/models/icons-tokenizer
 
-CLIP's own vocabulary of 49,408 entries would outweigh the towers; 2,048 byte-pair entries cover icon names. The end
-token has the highest id, as open_clip's ``argmax`` pooling requires.
+CLIP's vocabulary of 49,408 entries would need more weights than the towers; 2,048 byte-pair entries cover icon names.
+The end token has the highest id, as open_clip's ``argmax`` pooling requires.
 """
 
 import argparse

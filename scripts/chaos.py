@@ -1,16 +1,15 @@
-"""Kill a training run again and again, resume it each time, and compare what it leaves with an undisturbed run.
+"""Kill a training run repeatedly, resume it each time, and compare its results with an undisturbed run.
 
     python scripts/chaos.py --kills 50 --seed 0 --processes 1 --workers 2 --json chaos.json
 
 The run distils the shipped teacher into a tiny student on a few hundred real icons, as `python scripts/train.py` (under
-torchrun where there are several processes), with accumulation, a moving average, augmentation, class priors, captions,
-and one picture that cannot be decoded. Kills come at random instants: while it starts, while it sets up, in a step,
-while a checkpoint is being written, at the end. After each of them all processes of the job must be gone, every
-checkpoint must be whole, and a run that was asked to stop must have saved. A run that ends before the kills are used
-up is followed by another round in a new folder. In the end each round is compared with the undisturbed run, as
-scripts/compare_runs.py does.
+torchrun with several processes), with accumulation, a moving average, augmentation, class priors, captions, and one
+picture that cannot be decoded. Kills happen at random times: during start-up, set-up, a step, a checkpoint write, or at
+the end. After each of them all processes of the job must have ended, every checkpoint must be complete, and a run that
+received SIGTERM or SIGINT must have saved. If a run finishes before the last kill, another round starts in a new
+folder. In the end each round is compared with the undisturbed run, as in scripts/compare_runs.py.
 
-Exit code 0: every check passed, nothing was lost, repeated or different. 1: something was. 2: wrong arguments.
+Exit code 0: every check passed, nothing was lost, repeated or different. 1: a check failed. 2: wrong arguments.
 """
 
 import argparse
@@ -49,13 +48,13 @@ from clipdistill.shards.writing import Sample, write_shards
 from clipdistill.training.checkpoint import find_checkpoint, find_damage
 
 STOPPED = 75
-"""Exit code of a run that was asked to stop, and has saved."""
+"""Exit code of a run that was stopped by a signal and has saved."""
 
 SAVE_EVERY = 3
 PHASES = ("start-up", "step", "checkpoint write", "end")
 AIMS = {"start-up": 4, "set-up": 2, "step": 6, "checkpoint write": 6, "end": 2}
-"""What a kill waits for, and how often; set-up is the moment when the run begins to write into its folder, which is
-waited for more often in a new folder."""
+"""Phases in which kills are aimed, with their weights; set-up is when the run starts to write into its folder, and has
+a higher weight in a new folder."""
 
 
 # The run: a few hundred icons, one of them broken, and a config.
@@ -96,7 +95,7 @@ def _sample(key: str, png: bytes, concept: str, label: int) -> Sample:
 
 
 def write_config(path: Path, *, icons: Path, steps: int, workers: int) -> None:
-    """The config of the run, but for its output and cache."""
+    """Write the config of the run, except its output and cache."""
     config = {
         "teachers": [{"model": "local-dir:${resource:weights/icons-teacher}"}],
         "student": {"model": "icons-tiny"},
@@ -133,7 +132,7 @@ def write_config(path: Path, *, icons: Path, steps: int, workers: int) -> None:
 
 
 def start_job(config: Path, folder: Path, *, processes: int, resume: bool) -> Job:
-    """``train.py``, several processes by torchrun; ``folder`` receives ``run/``, ``cache/`` and ``log.txt``."""
+    """Start ``train.py``, with torchrun if several processes; ``folder`` receives ``run/``, ``cache/``, ``log.txt``."""
     folder.mkdir(parents=True, exist_ok=True)
     words = ["--config", config, *(["--resume", "auto"] if resume else [])]
     words += [f"output={folder / 'run'}", f"data.cache={folder / 'cache'}"]
@@ -141,7 +140,7 @@ def start_job(config: Path, folder: Path, *, processes: int, resume: bool) -> Jo
 
 
 class Watch:
-    """What a job is doing, told from the files that it has written since the watch was set."""
+    """Phase of a job, derived from the files that it has written since the watch was created."""
 
     def __init__(self, run: Path, *, total_steps: int) -> None:
         self.run = run
@@ -154,7 +153,7 @@ class Watch:
         self._step: int | None = None
 
     def touched(self) -> bool:
-        """Whether the job has begun to write into the run's folder."""
+        """Whether the job has started to write into the run's folder."""
         return _stamp(self.run) != self._folder
 
     def step(self) -> int | None:
@@ -171,7 +170,7 @@ class Watch:
         return not self._temporary_folders() <= self._temporary
 
     def phase(self) -> str:
-        """One of ``PHASES``."""
+        """The current phase, one of ``PHASES``."""
         step = self.step()
         if self.writing():
             return "checkpoint write"
@@ -186,7 +185,7 @@ class Watch:
 
 
 def newest_step(run: Path) -> int:
-    """Step of the newest whole checkpoint; 0 if there is none."""
+    """Step of the newest complete checkpoint; 0 if there is none."""
     checkpoint = find_checkpoint(run / "checkpoints")
     return 0 if checkpoint is None else int(checkpoint.name.removeprefix("step_"))
 
@@ -211,7 +210,7 @@ def _last_traced(trace: Path) -> int:
 
 @dataclass(frozen=True)
 class Kind:
-    """A way to stop a job: a signal, and to whom; ``job`` is all processes, ``launcher`` is torchrun."""
+    """A way to stop a job: a signal and its target; ``job`` is all processes, ``launcher`` is torchrun."""
 
     number: signal.Signals
     to: str
@@ -219,12 +218,12 @@ class Kind:
 
     @property
     def asks(self) -> bool:
-        """Whether the run is asked to stop, and so must save."""
+        """Whether the run can react to the signal, and so must save."""
         return self.number != signal.SIGKILL and not self.twice
 
     def __str__(self) -> str:
         whom = {"job": "all processes", "launcher": "torchrun", "rank": "one rank", "worker": "a decoding process"}
-        return f"{self.number.name} to {whom[self.to]}{', and at once another' if self.twice else ''}"
+        return f"{self.number.name} to {whom[self.to]}{', twice in succession' if self.twice else ''}"
 
 
 KINDS = {
@@ -241,7 +240,7 @@ KINDS = {
 
 
 def strike(job: Job, kind: Kind, draw: random.Random) -> bool:
-    """Send the signal; whether what it was sent to was alive. Where there is no such process, the launcher gets it."""
+    """Send the signal, to the launcher if the target has no process; returns whether the receiver was alive."""
     if kind.to == "job":
         alive = job.signal_groups(kind.number)
         if kind.number == signal.SIGKILL:
@@ -259,7 +258,7 @@ def strike(job: Job, kind: Kind, draw: random.Random) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Pace:
-    """Seconds of the undisturbed run: to its first step, a step, a checkpoint, and after its last step."""
+    """Seconds of the undisturbed run: until its first step, per step, per checkpoint, and after its last step."""
 
     start: float
     step: float
@@ -274,8 +273,8 @@ class Campaign:
     Attributes:
         config: of the run.
         folder: receives ``reference/``, ``round_00/``, ...
-        limit: seconds in which a job must end once it was struck, and in which it must come to the next instant.
-        broken: whether a run could not go on.
+        limit: seconds within which a job must end after a kill, and within which it must reach the next phase.
+        broken: whether a run could not be resumed.
     """
 
     config: Path
@@ -295,7 +294,7 @@ class Campaign:
     _job: Job | None = None
 
     def undisturbed(self) -> Pace:
-        """Make the reference, and learn how long its parts take."""
+        """Run the reference and measure the durations of its parts."""
         job, watch = self._start(self.folder / "reference", resume=False)
         first = last = job.started
         began: float | None = None
@@ -323,7 +322,7 @@ class Campaign:
         )
 
     def run(self, kills: int, pace: Pace) -> Iterator[Path]:
-        """Rounds until the kills are used up; the folder of each one's run, when it has come to its end."""
+        """Run rounds until all kills are done; yields the folder of each round's run when it has finished."""
         rounds = 0
         while self.kills < kills and not self.broken:
             folder = self.folder / f"round_{rounds:02d}"
@@ -336,7 +335,7 @@ class Campaign:
             yield folder / "run"
 
     def _attempt(self, folder: Path, pace: Pace, *, resume: bool) -> bool:
-        """Start or resume the run and strike it; False if it came to its end unhurt."""
+        """Start or resume the run and send the kill; False if it finished before."""
         name = self.draw.choice(self.kinds)
         weights = AIMS if resume else AIMS | {"set-up": 4 * AIMS["set-up"]}
         aim = self.draw.choices(list(weights), weights=list(weights.values()))[0]
@@ -366,7 +365,7 @@ class Campaign:
         return hit
 
     def _finish(self, folder: Path) -> None:
-        """The last resume, which nothing disturbs."""
+        """Resume a last time, without a kill."""
         job, watch = self._start(folder, resume=True)
         wrong = job.wait_for_all(self.limit + 600)
         for complaint in [wrong, *self._complaints(None, "end", job, watch)]:
@@ -380,12 +379,12 @@ class Campaign:
         return self._job, watch
 
     def close(self) -> None:
-        """Leave no process behind."""
+        """Kill all remaining processes."""
         if self._job is not None:
             self._job.kill_rest()
 
     def _wait_for(self, aim: str, job: Job, watch: Watch, pace: Pace, *, share: float, count: int) -> bool:
-        """Wait for the instant of the strike, up to ``count`` saves away; False if the job ended before."""
+        """Wait for the time of the kill, up to ``count`` saves later; False if the job ended before."""
 
         def until(condition: Callable[[], bool]) -> bool:
             deadline = time.monotonic() + self.limit
@@ -417,7 +416,7 @@ class Campaign:
         return until(watch.writing) and passed(share * pace.write)
 
     def _complaints(self, name: str | None, phase: str, job: Job, watch: Watch) -> list[str]:
-        """What is wrong with what a job has left; ``name`` is the kind of the kill, if it was killed."""
+        """Violations in the state that a job has left; ``name`` is the kind of the kill, if it was killed."""
         found = [
             f"{path.name}: {damage}"
             for path in sorted((watch.run / "checkpoints").glob("step_*"))
@@ -450,7 +449,7 @@ def _tail(log: Path, lines: int = 25) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Kill, compare, print."""
+    """Run the kills, compare, and print."""
     args = _parse(argv)
     started = time.perf_counter()
     console = Console(width=120)
@@ -494,7 +493,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _compare_rounds(campaign: Campaign, kills: int) -> list[Comparison]:
     pace = campaign.undisturbed()
     campaign.console.print(
-        f"undisturbed: {pace.start:.1f} s to the first step, {pace.step:.3f} s a step, {pace.write:.3f} s a save, "
+        f"undisturbed: {pace.start:.1f} s to the first step, {pace.step:.3f} s/step, {pace.write:.3f} s/checkpoint, "
         f"{pace.end:.1f} s after the last step",
         highlight=False,
     )
@@ -535,22 +534,22 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         epilog=f"kinds of kill:{kinds}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--kills", type=positive, default=10, metavar="N", help="in all (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of kinds, aims and instants (default: %(default)s)")
+    parser.add_argument("--kills", type=positive, default=10, metavar="N", help="total kills (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of kinds, aims and times (default: %(default)s)")
     parser.add_argument("--processes", type=positive, default=1, metavar="P", help="ranks (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=2, metavar="W", help="decoding processes a rank (default: 2)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="where the figures are written")
+    parser.add_argument("--workers", type=int, default=2, metavar="W", help="decoding processes per rank (default: 2)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to this file")
     parser.add_argument(
         "--output",
         type=Path,
         metavar="DIR",
         help="folder for icons, runs and logs; earlier ones in it are replaced (default: a temporary folder, kept only "
-        "when something is wrong)",
+        "if a check fails)",
     )
     parser.add_argument("--steps", type=positive, default=48, help="length of the run (default: %(default)s)")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, metavar="KIND", help="see below (default: all that apply)")
     parser.add_argument(
-        "--limit", type=float, default=120, help="seconds that a job has to end in (default: %(default)s)"
+        "--limit", type=float, default=120, help="seconds within which a job must end (default: %(default)s)"
     )
     args = parser.parse_args(argv)
     if args.workers < 0:
@@ -564,7 +563,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _table(campaign: Campaign) -> Table:
-    table = Table(title="kills by kind and by what the run was doing")
+    table = Table(title="kills by kind and phase of the run")
     table.add_column("")
     for column in (*PHASES, "slowest end, s"):
         table.add_column(column, justify="right")

@@ -2,8 +2,8 @@
 
     python scripts/compare_icons.py --data data/icons --output runs/compare --seeds 3
 
-KL and GKL are tuned first, with as many trials each, on the validation split of the training families; then every arm
-runs with its chosen settings and each seed, and is measured once on the unseen family. Finished runs are reused.
+KL and GKL are tuned first, with the same number of trials, on the validation split of the training families; then every
+arm runs with its chosen settings and each seed, and is evaluated once on the unseen family. Finished runs are reused.
 """
 
 import argparse
@@ -39,7 +39,7 @@ ARMS = ("icons-contrastive", "icons-kl", "icons-gkl")
 
 
 def run(name: str, output: Path, data: Path, overrides: list[str]) -> Path:
-    """Train one config unless it has been trained; the folder of its student."""
+    """Train one config, if not done before; returns the folder of its student."""
     folders = {"data.shards": [str(data / "train")], "evaluation.folders": [str(data / "val")]}
     config = load_config(resource("configs", f"{name}.yaml"), overrides, values={"output": str(output), **folders})
     return train(config, resume="auto").student
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("data/icons"))
     parser.add_argument("--output", type=Path, default=Path("runs/compare"))
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="for every run, such as train.steps=100")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="of every run, such as train.steps=100")
     args = parser.parse_args()
     started = time.perf_counter()
 

@@ -1,10 +1,10 @@
-"""Compare two runs of one config that should be the same, sample by sample and bit by bit.
+"""Compare two runs of one config that should be identical, sample by sample and bit by bit.
 
     python scripts/compare_runs.py runs/undisturbed runs/resumed
 
-Samples: those in the traces of all ranks (`train.trace`), each at its step and place, with the digest of the step's
-pixels. Bits: every tensor and value of the newest checkpoint, every file of the exported student, the summary, and the
-metrics save for timings; the evaluations save for the folder's name. Exit code 0: no difference; 1: some.
+Samples: those in the traces of all ranks (`train.trace`), each at its step and position, with the digest of the step's
+pixels. Bits: every tensor and value of the newest checkpoint, every file of the exported student, the summary, the
+metrics without timings, and the evaluations without the folder's name. Exit code 0: no differences; 1: differences.
 """
 
 import argparse
@@ -26,19 +26,19 @@ from clipdistill.io.run_files import METRICS_FILE, SUMMARY_FILE
 from clipdistill.training.checkpoint import find_checkpoint
 
 TIMINGS = ("samples_per_second", "data_wait_share")
-"""Metrics that no two runs share."""
+"""Metrics that differ between any two runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What a run has in common with another, the reference.
+    """Comparison of a run with another, the reference.
 
     Attributes:
         seen: samples that the reference saw, over all ranks and steps.
-        lost: of these, those that the run did not see at their place, with the same pixels.
-        repeated: samples that the run saw where the reference did not.
+        lost: of these, those that the run did not see at their position with the same pixels.
+        repeated: samples that the run saw at a position where the reference did not.
         compared: number of tensors and values compared.
-        differing: names of those that differ, or that only one of the two has.
+        differing: names of those that differ or exist in only one of the two.
     """
 
     seen: int
@@ -48,7 +48,7 @@ class Comparison:
     differing: list[str]
 
     def same(self) -> bool:
-        """Whether the reference saw samples, and nothing at all differs."""
+        """Whether the reference saw samples and nothing differs."""
         return self.seen > 0 and not (self.lost or self.repeated or self.differing)
 
 
@@ -67,7 +67,7 @@ def compare_runs(reference: Path, run: Path) -> Comparison:
 
 
 def _places(run: Path) -> Counter[tuple[str, int, int, str, str]]:
-    """Rank, step, place in the step, key, and the step's pixels, of every sample in the traces."""
+    """Rank, step, position in the step, key, and digest of the step's pixels, of every sample in the traces."""
     return Counter(
         (file.stem, record["step"], place, key, record["pixels"])
         for file in (run / "samples").glob("rank_*.jsonl")
@@ -77,7 +77,7 @@ def _places(run: Path) -> Counter[tuple[str, int, int, str, str]]:
 
 
 def left_by(run: Path) -> dict[str, object]:
-    """Name and bits of everything else that a run leaves, save for timings."""
+    """Names and contents of everything else that a run has written, without timings."""
     return dict(_values(run))
 
 
@@ -121,8 +121,8 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, object]]:
 
 
 def show(console: Console, comparisons: Sequence[Comparison], *, most: int = 20) -> None:
-    """Print a table, a row a comparison, and the names of what differs."""
-    table = Table(title="against the undisturbed run")
+    """Print a table with one row per comparison, and the names of all differences."""
+    table = Table(title="compared with the undisturbed run")
     for column in ("run", "samples seen", "lost", "repeated", "tensors and values", "differing"):
         table.add_column(column, justify="right")
     for number, result in enumerate(comparisons):

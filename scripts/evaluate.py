@@ -1,4 +1,4 @@
-"""`clipdistill evaluate` as a file, for launchers: `accelerate launch` and `torchrun`."""
+"""`clipdistill evaluate` as a script, for launchers: `accelerate launch` and `torchrun`."""
 
 import sys
 

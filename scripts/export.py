@@ -1,4 +1,4 @@
-"""`clipdistill export` as a file, for launchers: `accelerate launch` and `torchrun`."""
+"""`clipdistill export` as a script, for launchers: `accelerate launch` and `torchrun`."""
 
 import sys
 

@@ -1,17 +1,17 @@
-"""Feed mutated shards to the reader, and check all that comes out of it.
+"""Feed mutated shards to the reader, and check its output.
 
     python scripts/fuzz_shards.py --shards 2000 --seed 0 --json fuzz.json
 
-`hostile_shards.make_shard` makes the shards. `index_shards` and `StreamLoader` read each beside a good one, in a
-process of its own with a time limit.
+`hostile_shards.make_shard` makes the shards. `index_shards` and `StreamLoader` read each together with a good one, in a
+separate process with a time limit.
 
-A sample that no mutation touched must be handed out exactly, or skipped for the reason that it was given. One that was
-touched may differ or be missing, but never in silence, and never with members of two samples. Two kinds may be missing
-although untouched: samples that bytes put in or taken out have moved off tar's grid of 512 bytes, and samples that a
-member with a forged, larger size swallows. The latter, and what was taken out or overwritten whole, may go without a
-word: the archive says nothing of them.
+A sample that no mutation touched must be yielded exactly, or skipped for its known reason. One that was touched may
+differ or be missing, but never silently, and never with members of two samples. Two kinds may be missing although
+untouched: samples that inserted or deleted bytes have moved off tar's grid of 512 bytes, and samples swallowed by a
+member with a forged, larger size. The latter, and samples deleted or overwritten completely, may be missing silently:
+the archive contains no trace of them.
 
-Exit status 0: no crash, no hang, no wrong or lost sample, no pickle that ran, and the counts add up; 1: else.
+Exit status 0: no crash, no hang, no wrong or lost sample, no executed pickle, and the counts add up; 1: otherwise.
 """
 
 import argparse
@@ -55,7 +55,7 @@ BESIDE = ("beside/0", "beside/1")
 
 @dataclass
 class HandedOut:
-    """A sample as it came out."""
+    """A sample as yielded by the loader."""
 
     key: str
     caption: str
@@ -65,13 +65,13 @@ class HandedOut:
 
 @dataclass(kw_only=True)
 class Outcome:
-    """What came of reading a shard and a good one beside it."""
+    """Result of reading a shard together with a good one."""
 
     indexes: list[ShardIndex]
     handed_out: list[HandedOut]
     skipped: dict[str, int]
     logged: list[tuple[str, str]]
-    """Key and reason of each sample that a log line says was skipped."""
+    """Key and reason of each sample that was logged as skipped."""
 
 
 class LoggedSkips(logging.Handler):
@@ -82,16 +82,16 @@ class LoggedSkips(logging.Handler):
         self.found: list[tuple[str, str]] = []
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Note key and reason."""
+        """Record key and reason."""
         if record.getMessage().count("\n"):
-            raise ValueError(f"a log line of several lines: {record.getMessage()!r}")
+            raise ValueError(f"a log message with several lines: {record.getMessage()!r}")
         if str(record.msg).startswith("skipped") and isinstance(record.args, tuple):
             key, _, reason, *_ = record.args
             self.found.append((str(key), str(reason)))
 
 
 def read(shard: Shard, urls: list[str]) -> Outcome:
-    """Index the shards, and take an epoch."""
+    """Index the shards, and read one epoch."""
     logger = logging.getLogger("clipdistill")
     logger.propagate = False
     skips = LoggedSkips()
@@ -125,11 +125,11 @@ def read(shard: Shard, urls: list[str]) -> Outcome:
 
 
 def judge(shard: Shard, outcome: Outcome) -> dict[str, list[str]]:
-    """What is wrong with an outcome, by kind of fault."""
+    """Faults of an outcome, by kind."""
     wrong, lost, miscounted = [], [], []
     (indexed, beside), problems = map(len, outcome.indexes), outcome.indexes[0].problems
     samples, skips = indexed + beside, sum(outcome.skipped.values())
-    # An epoch has a step for each sample. Where some are skipped, its last steps repeat its first ones.
+    # An epoch has a step for each sample. If some are skipped, its last steps repeat its first ones.
     once, again = outcome.handed_out[: samples - skips], outcome.handed_out[samples - skips :]
     keys = Counter(sample.key for sample in once)
     reasons = Counter(reason for _, reason in outcome.logged)
@@ -138,27 +138,27 @@ def judge(shard: Shard, outcome: Outcome) -> dict[str, list[str]]:
     if len(outcome.handed_out) != samples:
         miscounted.append(f"{len(outcome.handed_out)} steps for {samples} samples")
     if not {sample.key for sample in again} <= keys.keys():
-        miscounted.append(f"{samples} samples, {skips} skipped, but more than {samples - skips} handed out")
+        miscounted.append(f"{samples} samples, {skips} skipped, but more than {samples - skips} yielded")
     if reasons != outcome.skipped if contents_only else not reasons.keys() <= outcome.skipped.keys():
         miscounted.append(f"skipped {outcome.skipped}, but logged {dict(reasons)}")
     if contents_only and (problems or indexed + len(shard.out_of_reach) != len(shard.samples)):
         miscounted.append(f"{indexed} of {len(shard.samples)} samples in an archive without damage, {problems}")
     if sorted(set(keys) & set(BESIDE)) != sorted(BESIDE):
-        lost.append("of the good shard beside it")
-    wrong += [f"handed out {count} times: {key!r}" for key, count in keys.items() if count > 1]
+        lost.append("samples of the good shard")
+    wrong += [f"yielded {count} times: {key!r}" for key, count in keys.items() if count > 1]
 
     for sample in once:
         origins = origins_of(shard, sample)
         if len(set(origins.values())) > 1 and not shard.spliced:
-            wrong.append(f"{sample.key!r} has parts of several: {origins}")
+            wrong.append(f"{sample.key!r} has parts of several samples: {origins}")
         if sample.key not in {*BESIDE, *(known.key for known in shard.samples)} and not shard.touched:
-            wrong.append(f"nobody's key: {sample.key!r}")
+            wrong.append(f"unknown key: {sample.key!r}")
     for number, expected in enumerate(shard.samples):
         found = next((sample for sample in once if sample.key == expected.key), None)
         fault = expected.fault(required=shard.required)
         logged = [reason for key, reason in outcome.logged if key == expected.key]
         if not found and not logged and not problems and number not in shard.unmentioned:
-            lost.append(f"without a word: sample {number}, {expected.key!r}")
+            lost.append(f"silently: sample {number}, {expected.key!r}")
         if number in shard.touched:
             continue
         if found and (fault or not is_exact(found, expected)):
@@ -171,7 +171,7 @@ def judge(shard: Shard, outcome: Outcome) -> dict[str, list[str]]:
 
 
 def origins_of(shard: Shard, sample: HandedOut) -> dict[str, int]:
-    """The samples that picture, caption and label are from, as far as they are any sample's."""
+    """Numbers of the samples that picture, caption and label come from, if known."""
     origins = {}
     for number, known in enumerate(shard.samples):
         if not isinstance(known.image, Bad) and np.array_equal(known.image, sample.pixels):
@@ -184,7 +184,7 @@ def origins_of(shard: Shard, sample: HandedOut) -> dict[str, int]:
 
 
 def is_exact(found: HandedOut, expected: Sample) -> bool:
-    """Whether a sample came out as it must."""
+    """Whether a sample was yielded as expected."""
     caption = "" if isinstance(expected.caption, Bad) else expected.caption
     label = -1 if isinstance(expected.label, Bad) else expected.label
     difference = np.abs(found.pixels.astype(int) - np.asarray(expected.image, int)).max()
@@ -193,7 +193,7 @@ def is_exact(found: HandedOut, expected: Sample) -> bool:
 
 @dataclass(kw_only=True)
 class Report:
-    """What is to be said of one shard."""
+    """Result of one shard."""
 
     number: int
     faults: dict[str, list[str]]
@@ -206,14 +206,14 @@ class Report:
 
 
 def try_shard(seed: int, number: int) -> Report:
-    """Make, read and judge a shard in the working directory."""
+    """Make, read and check a shard in the working directory."""
     shard = make_shard(seed, number)
     report = Report(number=number, faults={}, mutations=shard.mutations)
     Path("0.tar").write_bytes(shard.data)
     started = time.perf_counter()
     try:
         outcome = read(shard, ["0.tar", "beside.tar"])
-    except Exception:  # whatever escapes the reader stops a run
+    except Exception:  # any error that the reader lets through would stop a run
         report.faults["crashes"] = [traceback.format_exc()]
     else:
         report.faults = judge(shard, outcome)
@@ -228,7 +228,7 @@ def try_shard(seed: int, number: int) -> Report:
 
 
 def write_beside(path: Path) -> None:
-    """A good shard, for either layout."""
+    """Write a good shard, for either layout."""
     rng = random.Random(0)
     beside = Shard(rng=rng, as_json=False, required=True, tar_format="pax")
     for key in BESIDE:
@@ -241,7 +241,7 @@ def write_beside(path: Path) -> None:
 
 
 def serve(connection: Connection, seed: int, folder: Path) -> None:
-    """Try the shards whose numbers come in, in a folder of this process's own."""
+    """Try the shards whose numbers are received, in a folder of this process."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     faulthandler.enable()
@@ -263,12 +263,12 @@ class Worker:
         self.connection.recv()
 
     def begin(self, number: int, seconds: float) -> None:
-        """Hand it a shard."""
+        """Start on a shard."""
         self.number, self.deadline = number, time.monotonic() + seconds
         self.connection.send(number)
 
     def report(self) -> Report | None:
-        """What came of the shard; None while it is at work. The process is killed where it is late."""
+        """Result of the shard; None while it is running. A late process is killed."""
         if self.connection.poll():
             try:
                 report: Report = self.connection.recv()
@@ -280,7 +280,7 @@ class Worker:
             return None
         self.process.kill()
         self.process.join()
-        return Report(number=self.number, faults={"hangs": ["over its time"]})
+        return Report(number=self.number, faults={"hangs": ["over its time limit"]})
 
 
 def try_all(numbers: Sequence[int], *, seed: int, processes: int, seconds: float, folder: Path) -> Iterator[Report]:
@@ -303,19 +303,19 @@ def try_all(numbers: Sequence[int], *, seed: int, processes: int, seconds: float
 
 
 def keep(folder: Path, seed: int, report: Report) -> None:
-    """Write a shard, and what was said of it, into a folder."""
+    """Write a shard and its report into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{seed}-{report.number}.tar").write_bytes(make_shard(seed, report.number).data)
     write_json(folder / f"{seed}-{report.number}.json", {"seed": seed} | asdict(report))
 
 
 def main() -> int:
-    """Try all shards, print and write what came of them."""
+    """Try all shards, print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shards", type=int, default=2000, help="how many (default: %(default)s)")
+    parser.add_argument("--shards", type=int, default=2000, help="number of shards (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of all mutations (default: %(default)s)")
-    parser.add_argument("--only", type=int, metavar="K", help="try shard K alone, and tell all of it")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="readers (default: one a core)")
+    parser.add_argument("--only", type=int, metavar="K", help="try only shard K, and print all its details")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="readers (default: one per core)")
     parser.add_argument("--seconds-per-shard", type=float, default=20, help="time limit (default: %(default)s)")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="folder for the shards with faults")
     parser.add_argument("--json", type=Path, metavar="FILE", help="file for the figures")

@@ -1,11 +1,12 @@
-"""Shards that nobody should vouch for, and what must come out of them all the same.
+"""Hostile shards, and the samples that a reader must still yield from them.
 
     python scripts/hostile_shards.py --output hostile --shards 100
 
-`make_shard` makes one from a seed. It begins as a good shard: ustar, GNU or pax; PNG, JPEG and WebP; captions and
+`make_shard` makes one from a seed. It starts as a good shard: ustar, GNU or pax; PNG, JPEG and WebP; captions and
 labels as text or json. Then some of its samples get bad images, captions, labels, names or pickles; members are
-swapped, repeated or interleaved; headers are forged; bytes are cut, flipped, put in or taken out. Each mutation notes
-which samples it may hurt. What must come of the others is known from how they were made, not from reading them back.
+swapped, repeated or interleaved; headers are forged; bytes are cut, flipped, inserted or deleted. Each mutation records
+which samples it may damage. The expected content of the others is known from their construction, not from reading them
+back.
 """
 
 import argparse
@@ -43,7 +44,7 @@ KEYS = {
     "plain": "{}",
     "folder": "train/part.1/{}",
     "unicode": "写真/größe {}",
-    "abridged alike": "写真",  # and then the number in characters that ustar's field cannot hold
+    "abridged alike": "写真",  # followed by the number in characters that ustar's field cannot hold
     "long": "long/" * 25 + "{}",
     "very long": "d" * 90 + "/" + "k" * 120 + "{}",
     "like bzip2": "BZh{}",
@@ -57,12 +58,12 @@ Pixels = NDArray[np.uint8]
 
 
 class Bad(str):
-    """The reason for which a part of a sample cannot be used."""
+    """The reason why a part of a sample cannot be used."""
 
 
 @dataclass(kw_only=True)
 class Sample:
-    """A sample of a shard, and what must come out of it."""
+    """A sample of a shard, and its expected content."""
 
     key: str
     members: list[tuple[str, bytes]]
@@ -71,13 +72,13 @@ class Sample:
     """(S, S, 3)."""
     tolerance: int = 0
     caption: str
-    """A `Bad` where there is none."""
+    """A `Bad` if missing."""
     label: int | Bad
     whole: Bad | None = None
-    """Why the sample cannot be used, whatever its parts."""
+    """Reason why the entire sample cannot be used, regardless of its parts."""
 
     def replace(self, extensions: tuple[str, ...], content: bytes | None) -> None:
-        """Give the member with one of the extensions another content; None: take it out."""
+        """Replace the content of the member with one of the extensions; None: remove it."""
         self.members = [
             (name, old if name.lower() not in extensions else content or b"")
             for name, old in self.members
@@ -89,7 +90,7 @@ class Sample:
         return next(content for name, content in self.members if name.lower() in extensions)
 
     def fault(self, *, required: bool) -> Bad | None:
-        """Why it must be skipped; None: it must be handed out."""
+        """Reason why it must be skipped; None: it must be yielded."""
         first = Bad("no image") if isinstance(self.image, Bad) and self.image == "no image" else None
         text = (self.caption, self.label) if required else ()
         return next((part for part in (self.whole, first, *text, self.image) if isinstance(part, Bad)), None)
@@ -97,7 +98,7 @@ class Sample:
 
 @dataclass
 class Entry:
-    """A member to be written, and the sample that it belongs to; -1: none."""
+    """A member to write, and the number of its sample; -1: none."""
 
     owner: int
     name: str
@@ -116,42 +117,42 @@ class Span:
 
     @property
     def header(self) -> int:
-        """Where the last of the headers begins, the member's own."""
+        """Start of the last header, the member's own."""
         return self.data - BLOCK
 
 
 @dataclass(kw_only=True)
 class Shard:
-    """A mutated shard, and what is known of it."""
+    """A mutated shard, and the expected results of reading it."""
 
     rng: random.Random
     as_json: bool
-    """Whether captions and labels are fields of a json."""
+    """Whether captions and labels are json fields."""
     required: bool
     """Whether a sample without caption or label is bad."""
     tar_format: str
     samples: list[Sample] = field(default_factory=list)
     entries: list[Entry] = field(default_factory=list)
     parts: set[int] = field(default_factory=set)
-    """Entries that an end-of-archive mark precedes."""
+    """Entries preceded by an end-of-archive mark."""
     spans: list[Span] = field(default_factory=list)
     data: bytearray = field(default_factory=bytearray)
     mutations: list[str] = field(default_factory=list)
     touched: set[int] = field(default_factory=set)
-    """Samples that may come out different, or be missing."""
+    """Samples that may differ or be missing."""
     out_of_reach: set[int] = field(default_factory=set)
     """Samples that may be missing."""
     unmentioned: set[int] = field(default_factory=set)
-    """Samples that may be missing without a word."""
+    """Samples that may be missing silently."""
     spliced: bool = False
-    """Whether a member may have become a mixture of two."""
+    """Whether a member may be a mixture of two."""
 
     def owners(self, start: float, stop: float) -> set[int]:
         """Samples with a byte from `start` to `stop`."""
         return {span.owner for span in self.spans if span.start < stop and start < span.end} - {-1}
 
     def around(self, position: int) -> Span | None:
-        """The member that `position` lies inside of, and not at its start."""
+        """The member that contains `position`, but does not start there."""
         return next((span for span in self.spans if span.start < position < span.end), None)
 
 
@@ -159,7 +160,7 @@ class Shard:
 
 
 def make_shard(seed: int, number: int) -> Shard:
-    """Shard `number` of a seed."""
+    """Make shard `number` of a seed."""
     rng = random.Random(f"{seed} {number}")
     shard = Shard(
         rng=rng, as_json=rng.random() < 0.3, required=rng.random() < 0.6, tar_format=rng.choice(list(FORMATS))
@@ -213,7 +214,7 @@ def encode(image: Image.Image, image_format: str, **options: Any) -> bytes:
 
 
 def reference(data: bytes) -> Pixels:
-    """What Pillow makes of an image file, as (S, S, 3)."""
+    """An image file as decoded by Pillow, (S, S, 3)."""
     image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -224,7 +225,7 @@ def reference(data: bytes) -> Pixels:
 
 
 def list_entries(shard: Shard) -> None:
-    """Note down the members of all samples, and a few that belong to none."""
+    """List the members of all samples, and a few that belong to none."""
     for owner, sample in enumerate(shard.samples):
         if shard.rng.random() < 0.05:
             name = shard.rng.choice(["__meta__", "__index__/x.json", "README", "folder/"])
@@ -251,7 +252,7 @@ def tar_header(name: str, size: int, tar_format: Literal[0, 1, 2] = tarfile.USTA
     info = tarfile.TarInfo(name)
     info.size = size
     info.type = tarfile.DIRTYPE if name.endswith("/") else tarfile.REGTYPE
-    info.mtime = 1.5  # makes pax write an extension header, as webdataset's writer does
+    info.mtime = 1.5  # makes pax write an extension header, like webdataset's writer
     return info.tobuf(tar_format, "utf-8", "surrogateescape")
 
 
@@ -269,14 +270,14 @@ def apply(shard: Shard, mutations: dict[str, Mutation]) -> None:
 
 
 class Bomb:
-    """Makes a folder in the working directory where it is unpickled."""
+    """Creates a folder in the working directory when unpickled."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.mkdir, ("executed",)
 
 
 def mutate_contents(shard: Shard) -> None:
-    """Give some samples bad or unusual images, texts, names, or more members."""
+    """Give some samples bad or unusual images, texts or names, or additional members."""
     rng, bomb = shard.rng, pickle.dumps(Bomb())
     for number in rng.sample(range(len(shard.samples)), rng.randint(1, min(4, len(shard.samples)))):
         mutate = rng.choice([mutate_image, mutate_image, mutate_text, mutate_text, mutate_members])
@@ -284,11 +285,11 @@ def mutate_contents(shard: Shard) -> None:
 
 
 def mutate_image(shard: Shard, number: int, bomb: bytes) -> str:
-    """Take the image out, or replace it by a bad one, or one of another kind."""
+    """Remove the image, or replace it by a bad or unusual one."""
     rng, sample = shard.rng, shard.samples[number]
     good = sample.content(IMAGES)
     images: dict[str, tuple[bytes | None, Bad | None]] = {"missing": (None, Bad("no image"))}
-    # The last bytes of an image file are checksums and end marks: without them, the pixels may be whole.
+    # The last bytes of an image file are checksums and end marks: without them, the pixels may be complete.
     images["cut"] = images["cut off"] = good[: rng.randrange(len(good) - 24)], Bad("broken image")
     images |= dict(bad_images(rng, good, bomb))
     images |= {kind: (data, None) for kind, data in exotic_images(rng)}
@@ -301,7 +302,7 @@ def mutate_image(shard: Shard, number: int, bomb: bytes) -> str:
 
 
 def bad_images(rng: random.Random, good: bytes, bomb: bytes) -> Iterator[tuple[str, tuple[bytes, Bad]]]:
-    """What must be refused."""
+    """Images that must be refused."""
     image = noise(rng)
     contents = {"empty": b"", "random": rng.randbytes(900), "text": b"404 Not Found", "short": good[:16]}
     contents["pickle"] = bomb
@@ -330,7 +331,7 @@ def chunk(kind: bytes, content: bytes = b"") -> bytes:
 
 
 def exotic_images(rng: random.Random) -> Iterator[tuple[str, bytes]]:
-    """What must be read as Pillow reads it."""
+    """Images that must be decoded as by Pillow."""
     image, other = noise(rng), noise(rng)
     grey, alpha, palette = image.convert("L"), other.getchannel(0), image.convert("P")
     transparent = image.copy()
@@ -381,7 +382,7 @@ def mutate_text(shard: Shard, number: int, bomb: bytes) -> str:
 
 
 def text_captions(text: str, bomb: bytes) -> list[tuple[bytes | None, str]]:
-    """Contents of a txt, and what they must be taken for."""
+    """Contents of a txt, and the expected captions."""
     long = text + "y" * (65_536 - len(text.encode()))
     return [
         (None, Bad("no caption")),
@@ -399,7 +400,7 @@ def text_captions(text: str, bomb: bytes) -> list[tuple[bytes | None, str]]:
 
 
 def json_captions(text: str) -> list[tuple[Any, str]]:
-    """Values of a json's caption, and what they must be taken for."""
+    """Values of a json's caption, and the expected captions."""
     deep: list[Any] = []
     for _ in range(300):
         deep = [deep]
@@ -416,7 +417,7 @@ def json_captions(text: str) -> list[tuple[Any, str]]:
 
 
 def text_labels(label: int) -> list[tuple[bytes | None, int | Bad]]:
-    """Contents of a cls, and what they must be taken for."""
+    """Contents of a cls, and the expected labels."""
     bad = (*b"cat 1.0 -1 1_0 0x10 1e3".split(), b"", b"7 7", b"\0", b"\xff", "٣".encode(), b"9" * 5000, b"%d" % 2**63)
     return [
         (None, Bad("no label")),
@@ -427,7 +428,7 @@ def text_labels(label: int) -> list[tuple[bytes | None, int | Bad]]:
 
 
 def json_labels(label: int) -> list[tuple[Any, int | Bad]]:
-    """Values of a json's label, and what they must be taken for."""
+    """Values of a json's label, and the expected labels."""
     bad = ("cat", "", 1.0, -1, "1_0", True, [label], {"label": label}, "٣", "\ud800", 2**63, 10**4000)
     return [
         ("gone", Bad("no label")),
@@ -438,7 +439,7 @@ def json_labels(label: int) -> list[tuple[Any, int | Bad]]:
 
 
 def jsons(bomb: bytes) -> list[tuple[bytes, str, str]]:
-    """Contents of a json, and for what reason each has no caption and no label."""
+    """Contents of a json, and the reasons why each has no caption and no label."""
     deep, large = (b"[" * 100_000, b'{"caption":' * 100_000), b'{"label": ' + b"9" * 5000 + b"}"
     broken = (b"", b"{", *deep, large, b'{"caption": "\xe9"}', bomb)
     return [
@@ -479,7 +480,7 @@ def mutate_members(shard: Shard, number: int, bomb: bytes) -> str:
 
 
 def swap_members(shard: Shard) -> str:
-    """Two members of different samples change places."""
+    """Swap two members of different samples."""
     one, other = shard.rng.sample(range(len(shard.samples)), 2)
     here = shard.rng.choice([at for at, entry in enumerate(shard.entries) if entry.owner == one])
     there = shard.rng.choice([at for at, entry in enumerate(shard.entries) if entry.owner == other])
@@ -489,7 +490,7 @@ def swap_members(shard: Shard) -> str:
 
 
 def interleave(shard: Shard) -> str:
-    """The members of two samples take turns."""
+    """Interleave the members of two samples."""
     one, other = shard.rng.sample(range(len(shard.samples)), 2)
     first = [entry for entry in shard.entries if entry.owner == one]
     second = [entry for entry in shard.entries if entry.owner == other]
@@ -501,7 +502,7 @@ def interleave(shard: Shard) -> str:
 
 
 def repeat_at_once(shard: Shard) -> str:
-    """A sample stands there twice, its second time right behind its first."""
+    """Write a sample twice in succession."""
     owner = shard.rng.randrange(len(shard.samples))
     copies = [entry for entry in shard.entries if entry.owner == owner]
     end = shard.entries.index(copies[-1]) + 1
@@ -511,7 +512,7 @@ def repeat_at_once(shard: Shard) -> str:
 
 
 def repeat_later(shard: Shard) -> str:
-    """A key comes again behind other samples, with the members that it had or with another sample's."""
+    """Repeat a key after other samples, with its own members or with another sample's."""
     owner, content_of = shard.rng.choices(range(len(shard.samples)), k=2)
     later = set(range(owner + 1, len(shard.samples))) - shard.out_of_reach
     if not later or owner in shard.out_of_reach or shard.samples[owner].fault(required=shard.required):
@@ -522,7 +523,7 @@ def repeat_later(shard: Shard) -> str:
 
 
 def shuffle_samples(shard: Shard) -> str:
-    """The samples stand in another order, the members of each in another order."""
+    """Shuffle the samples, and the members of each sample."""
     blocks = [[entry for entry in shard.entries if entry.owner == owner] for owner in range(len(shard.samples))]
     shard.rng.shuffle(blocks)
     for block in blocks:
@@ -532,7 +533,7 @@ def shuffle_samples(shard: Shard) -> str:
 
 
 def concatenate(shard: Shard) -> str:
-    """Several archives in one file."""
+    """Concatenate several archives in one file."""
     shard.parts = set(shard.rng.sample(range(1, len(shard.entries)), min(2, len(shard.entries) - 1)))
     for number in shard.parts:
         shard.touched |= {shard.entries[number].owner} & {shard.entries[number - 1].owner} - {-1}
@@ -540,7 +541,7 @@ def concatenate(shard: Shard) -> str:
 
 
 def concatenate_alike(shard: Shard) -> str:
-    """Two archives in one file: one ends with a sample's picture, the other begins with another's text, of one key."""
+    """Concatenate two archives: one ends with a sample's picture, the other starts with another's text, same key."""
     first = shard.rng.randrange(len(shard.samples) - 1)
     key = shard.samples[first].key
     upper = [entry for entry in shard.entries if entry.owner < first]
@@ -568,10 +569,10 @@ ORDER_MUTATIONS: dict[str, Mutation] = {
 
 
 def put(shard: Shard, start: int, stop: int, new: bytes, *, copied: tuple[int, int] | None = None) -> set[int]:
-    """Replace the bytes from `start` to `stop`; note, and return, which samples that may hurt.
+    """Replace the bytes from `start` to `stop`; record, and return, which samples that may damage.
 
-    A member that begins before `start` claims as many bytes as ever, and so may swallow others behind `stop`; as may
-    one whose header is the last among the bytes `copied`.
+    A member that begins before `start` still claims the same number of bytes, and so may swallow others after `stop`;
+    so may one whose header is the last among the bytes `copied`.
     """
     touched = shard.owners(start, stop) | shard.owners(start - 1, start) & shard.owners(stop, stop + 1)
     claims = 0
@@ -593,25 +594,25 @@ def put(shard: Shard, start: int, stop: int, new: bytes, *, copied: tuple[int, i
 
 
 def place(shard: Shard) -> int:
-    """Somewhere in the archive: anywhere, on the grid, or where a member begins."""
+    """A random position in the archive: anywhere, on the grid, or at the start of a member."""
     anywhere = shard.rng.randrange(len(shard.data))
     return shard.rng.choice([anywhere, anywhere // BLOCK * BLOCK, shard.rng.choice(shard.spans).start])
 
 
 def length(shard: Shard) -> int:
-    """A number of bytes, often of whole blocks."""
+    """A random number of bytes, often a multiple of the block size."""
     some = shard.rng.randint(1, shard.rng.choice([20, 600, 6000, 60_000]))
     return shard.rng.choice([some, -(-some // BLOCK) * BLOCK])
 
 
 def junk(shard: Shard, size: int) -> bytes:
-    """Bytes that are no tar header."""
+    """Bytes that are not a tar header."""
     noise = shard.rng.randbytes(size)
     return shard.rng.choice([noise, bytes(size), bytes(BLOCK) + noise, b"\xff" * size, b"junk\n" * size])[:size]
 
 
 def truncate(shard: Shard) -> str:
-    """The archive ends early."""
+    """Truncate the archive."""
     at = place(shard)
     gone = {span.owner for span in shard.spans if span.data + span.size > at} - {-1}
     shard.touched |= gone
@@ -622,7 +623,7 @@ def truncate(shard: Shard) -> str:
 
 
 def flip(shard: Shard) -> str:
-    """Single bytes change."""
+    """Change single bytes."""
     places = [place(shard) for _ in range(shard.rng.randint(1, 8))]
     for at in places:
         shard.touched |= shard.owners(at, at + 1)
@@ -631,7 +632,7 @@ def flip(shard: Shard) -> str:
 
 
 def overwrite(shard: Shard) -> str:
-    """Junk instead of some bytes."""
+    """Overwrite some bytes with junk."""
     start = place(shard)
     stop = min(start + length(shard), len(shard.data))
     gone = shard.owners(start, stop)
@@ -642,14 +643,14 @@ def overwrite(shard: Shard) -> str:
 
 
 def insert(shard: Shard) -> str:
-    """Junk between the bytes."""
+    """Insert junk."""
     at, size = place(shard), length(shard)
     put(shard, at, at, junk(shard, size))
     return f"{size} at {at}"
 
 
 def delete(shard: Shard) -> str:
-    """Bytes are taken out."""
+    """Delete bytes."""
     start = place(shard)
     stop = min(start + length(shard), len(shard.data))
     shard.unmentioned |= put(shard, start, stop, b"")
@@ -657,7 +658,7 @@ def delete(shard: Shard) -> str:
 
 
 def duplicate(shard: Shard) -> str:
-    """Bytes are put in, or overwritten, with bytes of another place."""
+    """Insert, or overwrite with, bytes copied from another position."""
     source = place(shard)
     copy = bytes(shard.data[source : source + length(shard)])
     at = place(shard)
@@ -668,7 +669,7 @@ def duplicate(shard: Shard) -> str:
 
 
 def overwrite_first_headers(shard: Shard) -> str:
-    """Junk instead of the first header, which may be one that spells out the name, of two neighbours."""
+    """Overwrite the first headers of two adjacent members, possibly long-name headers, with junk."""
     first = shard.rng.randrange(len(shard.spans) - 1)
     for span in shard.spans[first : first + 2]:
         put(shard, span.start, span.start + BLOCK, junk(shard, BLOCK))
@@ -685,7 +686,7 @@ BYTE_MUTATIONS: dict[str, Mutation] = {
 
 
 def forge(data: bytearray, header: int, start: int, value: bytes, *, checksum: bytes = b"%06o\0 ") -> None:
-    """Write a field of the tar header at byte `header`, and the right checksum."""
+    """Write a field of the tar header at byte `header`, with a valid checksum."""
     block = data[header : header + BLOCK]
     block[start : start + len(value)] = value
     block[148:156] = b" " * 8
@@ -694,7 +695,7 @@ def forge(data: bytearray, header: int, start: int, value: bytes, *, checksum: b
 
 
 def some_span(shard: Shard) -> Span:
-    """A member of a sample. Where it is the sample's only one, nothing may be left to tell of the sample."""
+    """A member of a sample. If it is the sample's only one, no trace of the sample may remain."""
     span = shard.rng.choice([span for span in shard.spans if span.owner >= 0])
     if sum(other.owner == span.owner for other in shard.spans) == 1:
         shard.unmentioned.add(span.owner)
@@ -702,7 +703,7 @@ def some_span(shard: Shard) -> Span:
 
 
 def forge_size(shard: Shard) -> str:
-    """A member claims another size, one that the archive does not have, or none."""
+    """Forge the size of a member: another one, one larger than the archive, or none."""
     span, left = some_span(shard), len(shard.data)
     base_256 = [b"\x80" + value.to_bytes(11, "big") for value in (left, 2**62, 2**80, 2**88 - 1)]
     wrong = [b"\xff" * 12, b"-0000000001\0", b"0x0000000a\0", b"99999999999\0", b"1 2 3 4 5 6 ", b"77777777777\0"]
@@ -720,7 +721,7 @@ def forge_size(shard: Shard) -> str:
 
 
 def forge_all_sizes(shard: Shard) -> str:
-    """All members of a sample, or all but the first, claim more than the archive has."""
+    """Forge the sizes of all members of a sample, or all but the first, to be larger than the archive."""
     owner = some_span(shard).owner
     for span in [span for span in shard.spans if span.owner == owner][shard.rng.randrange(2) :]:
         forge(shard.data, span.header, 124, b"77777777777\0")
@@ -729,20 +730,20 @@ def forge_all_sizes(shard: Shard) -> str:
 
 
 def forge_type(shard: Shard) -> str:
-    """A member becomes a link, device, folder, sparse file, extension header, or nothing known."""
+    """Change the type of a member to link, device, folder, sparse file, extension header, or an unknown one."""
     span = some_span(shard)
     kind = shard.rng.choice([bytes([kind]) for kind in b"123456DLKMNSVXAxg\x01\xff7\0"])
     if kind not in (b"7", b"\0"):
         shard.touched.add(span.owner)
     if kind in (b"L", b"x"):
         shard.touched |= shard.owners(span.end, span.end + 1)
-        shard.unmentioned |= shard.owners(span.start, span.end + 1)  # two members less, perhaps the only ones
+        shard.unmentioned |= shard.owners(span.start, span.end + 1)  # two members fewer, perhaps the only ones
     forge(shard.data, span.header, 156, kind)
     return f"{kind!r} at {span.start}"
 
 
 def forge_name(shard: Shard) -> str:
-    """A member gets a hostile name, or that of another."""
+    """Give a member a hostile name, or that of another member."""
     span, other = some_span(shard), shard.rng.choice(shard.entries)
     names = [b"../../x.png", b"/etc/passwd.png", b"", b"\0.png", b"\xff\xfe.png", b"x", b".png", b"__x__/y.png", b"a/"]
     name = shard.rng.choice([*names, b"n" * 100, other.name.encode("utf-8", "surrogateescape")[:100]])
@@ -753,7 +754,7 @@ def forge_name(shard: Shard) -> str:
 
 
 def forge_checksum(shard: Shard) -> str:
-    """The checksum is wrong, or right in another spelling."""
+    """Write a wrong checksum, or a valid one in another format."""
     span = some_span(shard)
     checksum = shard.rng.choice([b"%08o", b"%07o\0", b"%6o\0 ", b"%07o ", b"%06o  ", b"zeros", b"other"])
     if checksum in (b"zeros", b"other"):
@@ -766,7 +767,7 @@ def forge_checksum(shard: Shard) -> str:
 
 
 def forge_the_rest(shard: Shard) -> str:
-    """Nonsense in the fields that the reader has no use for."""
+    """Write junk to the fields that the reader does not use."""
     span = some_span(shard)
     start, stop = shard.rng.choice([(100, 108), (108, 116), (116, 124), (136, 148), (157, 257), (265, 297), (329, 345)])
     forge(shard.data, span.header, start, junk(shard, stop - start))
@@ -774,7 +775,7 @@ def forge_the_rest(shard: Shard) -> str:
 
 
 def insert_extension(shard: Shard) -> str:
-    """A hostile extension header before a member."""
+    """Insert a hostile extension header before a member."""
     span = some_span(shard)
     shard.touched.add(span.owner)
     fields = [b"size=1e99", b"size=100", b"size=", b"size=\xff", b"size=" + b"9" * 20, b"size=" + b"9" * 5000]
@@ -792,14 +793,14 @@ def insert_extension(shard: Shard) -> str:
 
 
 def extension_header(kind: bytes, content: bytes) -> bytearray:
-    """A header of kind x, g or L, and its content."""
+    """An extension header of kind x, g or L, with its content."""
     header = bytearray(tar_header("././@LongLink", len(content)))
     forge(header, 0, 156, kind)
     return header + content + bytes(-len(content) % BLOCK)
 
 
 def pax_record(field: bytes) -> bytes:
-    """A field of a pax header, with its length before it."""
+    """A field of a pax header, prefixed with its length."""
     length = len(field) + 2
     while length != len(field) + 2 + len(str(length)):
         length = len(field) + 2 + len(str(length))
@@ -819,7 +820,7 @@ HEADER_MUTATIONS: dict[str, Mutation] = {
 
 
 def compress(shard: Shard) -> str:
-    """The archive is compressed."""
+    """Compress the archive."""
     shard.touched |= set(range(len(shard.samples)))
     method = shard.rng.choice([gzip, bz2, lzma])
     shard.data = bytearray(method.compress(shard.data))
@@ -827,7 +828,7 @@ def compress(shard: Shard) -> str:
 
 
 def no_archive(shard: Shard) -> str:
-    """Something else under the name."""
+    """Replace the archive by a file of another format."""
     shard.touched |= set(range(len(shard.samples)))
     contents = [b"", b"<html>404</html>", b"\n" * 9999, bytes(99_999), shard.rng.randbytes(9999)]
     shard.data = bytearray(shard.rng.choice(contents))
@@ -835,7 +836,7 @@ def no_archive(shard: Shard) -> str:
 
 
 def nest(shard: Shard) -> str:
-    """The archive is a member of another one."""
+    """Make the archive a member of another one."""
     everything = set(range(len(shard.samples)))
     shard.out_of_reach |= everything
     shard.unmentioned |= everything
@@ -845,22 +846,22 @@ def nest(shard: Shard) -> str:
 
 
 def put_before(shard: Shard) -> str:
-    """Something before the first member."""
-    comment = bytes(extension_header(b"g", pax_record(b"comment=" + b"0" * 40)))  # as git archive writes it
+    """Insert bytes before the first member."""
+    comment = bytes(extension_header(b"g", pax_record(b"comment=" + b"0" * 40)))  # as written by git archive
     before = shard.rng.choice([comment, junk(shard, length(shard)), bytes(BLOCK)])
     put(shard, 0, 0, before)
     return f"{len(before)} bytes"
 
 
 def put_behind(shard: Shard) -> str:
-    """More zeros, or junk, behind the end."""
+    """Append zeros or junk to the archive."""
     behind = shard.rng.choice([bytes(100_000), junk(shard, length(shard))])
     shard.data += behind
     return f"{len(behind)} bytes"
 
 
 def take_the_end(shard: Shard) -> str:
-    """No end-of-archive mark."""
+    """Remove the end-of-archive mark."""
     del shard.data[shard.spans[-1].end :]
     return ""
 
@@ -871,7 +872,7 @@ FILE_MUTATIONS: dict[str, Mutation] = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Write shards to a folder, to try a reader on."""
+    """Write shards to a folder, for testing a reader."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="new folder")
     parser.add_argument("--shards", type=int, default=100, help="default: %(default)s")

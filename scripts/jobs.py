@@ -1,7 +1,7 @@
-"""Training runs in processes of their own, to be killed and resumed: for the chaos script and for tests.
+"""Training runs in separate processes, to be killed and resumed: for the chaos script and for tests.
 
-A job is started as a user starts it, by ``python`` or torchrun; or its ranks are started one by one, as a batch system
-would, from a server that has everything imported, so that each starts in a fraction of a second.
+A job is started as by a user, with ``python`` or torchrun; or its ranks are started one by one, as by a batch system,
+from a server that has imported everything, so that each starts in a fraction of a second.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ ENVIRONMENT = {
 }
 
 _MARK = "CLIPDISTILL_JOB"
-"""Environment variable by which the processes of a job are recognised."""
+"""Environment variable that identifies the processes of a job."""
 
 _numbers = itertools.count()
 
@@ -42,9 +42,9 @@ class Job:
     Args:
         arguments: of ``clipdistill train``.
         log: receives the output of all ranks.
-        ranks: how many.
-        launcher: whether it is started by ``python``, or by torchrun for several ranks; else rank by rank.
-        file_sizes: without launcher, the largest file in bytes that some ranks may write.
+        ranks: number of ranks.
+        launcher: start it with ``python``, or torchrun for several ranks; otherwise rank by rank.
+        file_sizes: without launcher, the largest file in bytes that a rank may write, by rank.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Job:
 
     @property
     def pids(self) -> list[int]:
-        """Ids of the ranks; of a launched job none before the launcher has started them all."""
+        """Process ids of the ranks; for a launched job, empty until the launcher has started all of them."""
         if not self._ranks:
             leaders = [leader.pid for leader in self._leaders]
             launched = self._size > 1 and len(leaders) == 1
@@ -107,17 +107,17 @@ class Job:
 
     @property
     def leader(self) -> int:
-        """Id of the process that was started first: the launcher, where there is one."""
+        """Id of the process that was started first: the launcher, if there is one."""
         return self._leaders[0].pid
 
     def workers(self) -> list[int]:
-        """Ids of the data workers of all ranks; looked for until found, as that takes many milliseconds."""
+        """Ids of the data workers of all ranks; cached once found, as the search takes many milliseconds."""
         if not self._workers:
             self._workers = [child for rank in self.pids for child in _children(rank)]
         return self._workers
 
     def children(self) -> list[psutil.Process]:
-        """The data workers of all ranks, as they are now."""
+        """The current data workers of all ranks."""
         found = []
         for pid in self.pids:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -125,7 +125,7 @@ class Job:
         return found
 
     def processes(self) -> list[psutil.Process]:
-        """All living processes of a launched job, also those that have lost their parent."""
+        """All living processes of a launched job, including orphans."""
         found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
@@ -145,7 +145,7 @@ class Job:
         return [leader.code() for leader in self._leaders]
 
     def wait(self, seconds: float = 120) -> list[int | None]:
-        """The exit codes of all ranks, or of the launcher.
+        """Wait for the end; returns the exit codes of all ranks, or of the launcher.
 
         Raises:
             AssertionError: they have not ended in time.
@@ -179,14 +179,14 @@ class Job:
     # Signals.
 
     def signal(self, pid: int, number: int) -> bool:
-        """Send a signal to one process; whether it was alive."""
+        """Send a signal to one process; returns whether it was alive."""
         alive = is_alive(pid)
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, number)
         return alive
 
     def signal_groups(self, number: int) -> bool:
-        """Send a signal to all processes at once, as a batch system or a terminal does; whether any was alive."""
+        """Send a signal to all processes at once, like a batch system or a terminal; returns whether any was alive."""
         living = [pid for pid in (self.leader, *self.pids) if is_alive(pid)]
         for pid in set(living):
             with contextlib.suppress(ProcessLookupError):
@@ -200,7 +200,7 @@ class Job:
         self._join(60)
 
     def kill_rest(self) -> int:
-        """SIGKILL what is left of a launched job; returns the number of processes."""
+        """SIGKILL the remaining processes of a launched job; returns their number."""
         count = 0
         while left := self.processes():
             count = max(count, len(left))
@@ -218,12 +218,12 @@ class Job:
         return self.log.read_text() if self.log.exists() else ""
 
     def lines(self) -> list[str]:
-        """The lines that clipdistill has printed about its end."""
+        """The messages that clipdistill has printed when it ended."""
         return [line for line in self.text().splitlines() if line.startswith("clipdistill: ")]
 
 
 class _Process:
-    """A process of either kind."""
+    """A process started by subprocess or multiprocessing."""
 
     def __init__(self, process: "subprocess.Popen[bytes] | multiprocessing.process.BaseProcess") -> None:
         self._process = process
@@ -231,7 +231,7 @@ class _Process:
         self.pid = process.pid
 
     def code(self) -> int | None:
-        """Its exit code; None: it runs."""
+        """Its exit code; None: still running."""
         if isinstance(self._process, subprocess.Popen):
             return self._process.poll()
         return self._process.exitcode
@@ -246,7 +246,7 @@ class _Process:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process runs."""
+    """Whether a process is running."""
     with contextlib.suppress(psutil.Error):
         return bool(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE)
     return False
@@ -265,7 +265,7 @@ def _server() -> "multiprocessing.context.ForkServerContext":
 
 
 def _train(arguments: Sequence[str], environment: Mapping[str, str], log: str, file_size: int | None) -> None:
-    multiprocessing.set_start_method("fork", force=True)  # as in a process of its own
+    multiprocessing.set_start_method("fork", force=True)  # as in a process started normally
     os.setpgid(0, 0)
     os.environ.update(environment)
     handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)

@@ -1,4 +1,4 @@
-"""`clipdistill train` as a file, for launchers: `accelerate launch` and `torchrun`."""
+"""`clipdistill train` as a script, for launchers: `accelerate launch` and `torchrun`."""
 
 import sys
 

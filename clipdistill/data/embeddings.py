@@ -1,14 +1,14 @@
 """Teachers' embeddings of a shard's samples, in one file: `FOLDER/<shard's stem>-<its digest>.safetensors`.
 
-    valid        (N,)         uint8: 0 for a sample that could not be used
-    content      (N,)         int64: digest of the sample's image and caption as they lie in the shard
+    valid        (N,)         uint8: 0 for an unusable sample
+    content      (N,)         int64: digest of the sample's image and caption as stored in the shard
     label        (N,)         int64: -1 for a sample without one
     image.T      (N, K, D)    of teacher T: unit-norm image embedding of each stored view
     captions.T   (N, D)       of teacher T: unit-norm text embedding of the caption, where captions are stored
-    *.scale      (N[, K])     float32: what an int8 row is multiplied with
+    *.scale      (N[, K])     float32: factor of an int8 row
 
-The header holds the key (everything that the numbers depend on) and a digest of the tensors. A file with another
-key, or whose bytes changed, is never used.
+The header holds the key (everything that the embeddings depend on) and a digest of the tensors. A file with another
+key, or with changed bytes, is never used.
 
 Shapes: N samples of a shard, K views, D dimensions of a teacher, B samples of a batch.
 """
@@ -33,14 +33,14 @@ from clipdistill.io.urls import file_name, shown
 from clipdistill.models.outputs import ModelOutputs
 
 EMBEDDING_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
-"""How embeddings may be stored."""
+"""Storage formats of embeddings."""
 
 _FORMAT = 1
 _OPEN_FILES = 64
 
 
 def pack(rows: Tensor, precision: str) -> dict[str, Tensor]:
-    """Rows (..., D) as they are stored: ``""`` the numbers, and for int8 ``".scale"`` each row's factor."""
+    """Rows (..., D) in their stored form: ``""`` the values, and for int8 ``".scale"`` each row's factor."""
     if precision != "int8":
         return {"": rows.to(EMBEDDING_DTYPES[precision]).cpu().contiguous()}
     scale = rows.float().abs().amax(-1).clamp(min=torch.finfo(torch.float32).tiny) / 127
@@ -61,7 +61,7 @@ def bytes_per_sample(dimensions: Sequence[int], *, views: int, captions: bool, p
 
 
 def content_digest(raw: RawSample, caption_key: str) -> int:
-    """A 63-bit digest of a sample's image and caption as they lie in the shard."""
+    """A 63-bit digest of a sample's image and caption as stored in the shard."""
     digest = hashlib.blake2b(digest_size=8)
     for name in (*IMAGE_EXTENSIONS, "txt" if caption_key == "txt" else "json"):
         if name in raw.members:
@@ -71,13 +71,13 @@ def content_digest(raw: RawSample, caption_key: str) -> int:
 
 
 def embedding_file(folder: Path, shard: ShardIndex) -> Path:
-    """Where a shard's embeddings are."""
+    """Path of a shard's embeddings."""
     stem = file_name(shard.url).removesuffix(".tar")
     return folder / f"{stem}-{shard.digest}.safetensors"
 
 
 def write_embeddings(path: Path, tensors: Mapping[str, Tensor], key: Mapping[str, Any]) -> None:
-    """Write a shard's file, whole or not at all.
+    """Write a shard's file atomically.
 
     Raises:
         RunError: The disk is full...
@@ -90,13 +90,13 @@ def write_embeddings(path: Path, tensors: Mapping[str, Tensor], key: Mapping[str
 
 
 def find_fault(path: Path, key: Mapping[str, Any], *, samples: int, thorough: bool) -> str | None:
-    """Why a shard's file cannot be used, in words; None where it can.
+    """Reason why a shard's file cannot be used, None if it can.
 
     Args:
         path: The file.
-        key: What its numbers must depend on.
+        key: The key that its header must hold.
         samples: N of the shard.
-        thorough: Whether to read all of the file and compare its digest.
+        thorough: Also read the entire file and verify its digest.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -109,7 +109,7 @@ def find_fault(path: Path, key: Mapping[str, Any], *, samples: int, thorough: bo
             if file.get_slice("valid").get_shape() != [samples]:
                 return f"stale: it holds {file.get_slice('valid').get_shape()[0]} samples, the shard {samples}"
             if thorough and _digest(_tensors(file)) != header["digest"]:
-                return "damaged: its bytes are not those that were written"
+                return "damaged: its bytes differ from those written"
     except FileNotFoundError:
         return "missing"
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
@@ -118,12 +118,12 @@ def find_fault(path: Path, key: Mapping[str, Any], *, samples: int, thorough: bo
 
 
 class EmbeddingReader:
-    """Embeddings of samples, by shard and number; files are mapped into memory, and verified when first opened.
+    """Embeddings of samples, by shard and number; files are memory-mapped, and verified when first opened.
 
     Args:
-        folder: Where the files are.
+        folder: Folder of the files.
         index: All shards.
-        key: What every file's numbers must depend on.
+        key: The key that every file's header must hold.
         caption_key: As for the stream.
     """
 
@@ -135,10 +135,10 @@ class EmbeddingReader:
         self._files: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
 
     def check(self) -> None:
-        """See that every shard has a file with the right key.
+        """Check that every shard has a file with the right key.
 
         Raises:
-            InputError: Naming the first that has none.
+            InputError: A shard has none; the message names the first.
         """
         faults = []
         for shard in self._index:
@@ -149,20 +149,20 @@ class EmbeddingReader:
         if faults:
             raise InputError(
                 f"teacher_cache.folder: {self._folder} cannot serve {len(faults)} of {len(self._index)} shards, "
-                f"the first for {faults[0]}; allowed: what `clipdistill cache` with this config writes"
+                f"the first for {faults[0]}; allowed: a cache written by `clipdistill cache` with this config"
             )
 
     def read(self, shard: int, sample: int, view: int, raw: RawSample) -> list[ModelOutputs]:
-        """Each teacher's embeddings of a view of a sample, and of its caption where captions are stored; (D,) float32.
+        """Each teacher's embeddings of a view of a sample, and of its caption if captions are stored; (D,) float32.
 
         Raises:
-            InputError: The file is damaged, or was made from another content of the shard.
+            InputError: The file is damaged, or was computed from other content of the shard.
         """
         tensors = self._open(shard)
         if not tensors["valid"][sample] or int(tensors["content"][sample]) != content_digest(raw, self._caption_key):
             raise InputError(
                 f"teacher_cache.folder: sample {raw.key!r} of {shown(raw.url)} is not what {self._path(shard).name} "
-                "was made from; allowed: the same shards, or build the cache anew"
+                "was made from; allowed: the same shards, or a rebuilt cache"
             )
 
         def row(name: str, *at: int) -> Tensor:
@@ -200,7 +200,9 @@ class EmbeddingReader:
             path = self._path(shard)
             fault = find_fault(path, self._key, samples=len(self._index[shard]), thorough=True)
             if fault:
-                raise InputError(f"teacher_cache.folder: {path} {fault}; allowed: `clipdistill cache` builds it anew")
+                raise InputError(
+                    f"teacher_cache.folder: {path} {fault}; allowed: a file rebuilt by `clipdistill cache`"
+                )
             with safe_open(path, framework="pt") as file:
                 self._files[shard] = _tensors(file)
             while len(self._files) > _OPEN_FILES:
@@ -222,7 +224,7 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def _difference(then: Any, now: Any, at: str = "") -> str | None:
-    """The first setting that differs, in words."""
+    """Description of the first setting that differs, None if all are equal."""
     if isinstance(then, dict) and isinstance(now, dict):
         for name in now:
             found = _difference(then.get(name), now[name], f"{at}.{name}" if at else name)

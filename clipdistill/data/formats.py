@@ -1,6 +1,6 @@
-"""The formats of shards, by the end of a shard's name.
+"""Shard formats, by file extension.
 
-To add one: a class with the methods of ``shard_format.ShardFormat`` in a file of its own, and its place in ``FORMATS``.
+To add one: a class with the methods of ``shard_format.ShardFormat`` in a file of its own, and its entry in ``FORMATS``.
 """
 
 from clipdistill.data.shard_format import ShardFormat
@@ -8,10 +8,10 @@ from clipdistill.data.tar_shards import TarShards
 from clipdistill.io.urls import file_name
 
 FORMATS: dict[str, ShardFormat] = {".tar": TarShards()}
-"""Every format of shards."""
+"""All shard formats."""
 
 
 def format_of(url: str) -> ShardFormat:
-    """The format of a shard; one without a known ending is a tar file."""
+    """The format of a shard; one without a known extension is a tar file."""
     name = file_name(url)
     return next((each for ending, each in FORMATS.items() if name.endswith(ending)), FORMATS[".tar"])

@@ -1,8 +1,8 @@
-"""From the bytes of an image to the pixels of a training view.
+"""Decode an image and augment it into a training view.
 
-One resampling from the source to the view: a crop is resized with antialiasing, as CLIP's preprocessing does;
-where the view is turned, shifted, sheared or stretched, one affine map does all of it at once, from a source
-that was reduced by a whole factor first. Grey images stay in one channel until the end.
+The source is resampled once: a crop is resized with antialiasing, as CLIP's preprocessing does; rotation, shift,
+shear and stretch are one affine map, applied to a source that was first reduced by an integer factor. Grey images
+stay in one channel until the end.
 
 Shapes: H, W height and width of the source; S side of the view; C channels, 1 (then left out) or 3.
 """
@@ -28,7 +28,7 @@ MAX_PIXELS = 89_478_485
 """Images of more pixels are refused before they are decoded; Pillow's own limit."""
 
 MAX_SCANS = 100
-"""Of a JPEG. Progressive ones have about ten; ten bytes make another, and of 80 million pixels it takes 0.1 s."""
+"""Scans of a JPEG. Progressive ones have about ten; ten bytes add one, which takes 0.1 s for 80 million pixels."""
 
 _ORIENTATION = 0x0112
 _UPRIGHT = {
@@ -45,8 +45,8 @@ _DRAWS = (
     *("shear", "stretch", "brightness", "contrast", "saturation"),
     *("stroke", "stroke_side", "stroke_strength", "outline"),
 )
-"""One uniform number each, drawn whether used or not: switching one change on leaves the others as they
-were."""
+"""One uniform number each, drawn whether used or not: enabling one augmentation does not change the draws of
+the others."""
 
 
 class TooManyPixelsError(ValueError):
@@ -56,7 +56,7 @@ class TooManyPixelsError(ValueError):
 class Augmentation(Settings):
     """Random changes of a training image. The defaults are CLIP's: a random crop of nearly everything.
 
-    What a turned or shifted view sees outside the image has the median colour of the image's corners.
+    Where a rotated or shifted view extends beyond the image, it has the median colour of the image's corners.
     """
 
     crop_scale: tuple[float, float] = (0.9, 1.0)
@@ -106,7 +106,7 @@ class Augmentation(Settings):
 
     @property
     def is_affine(self) -> bool:
-        """Whether more than a crop and a flip may happen to the geometry."""
+        """Whether the geometric augmentation goes beyond a crop and a flip."""
         return self.zoom != (1.0, 1.0) or any((self.rotate, self.translate, self.shear, self.stretch))
 
 
@@ -121,22 +121,22 @@ def render(
     """Decode an image and make a view of it.
 
     PNG, JPEG and WebP are decoded, whatever their name; of an animation, the first frame. EXIF orientation is
-    applied, transparency is laid on white, CMYK and palettes become RGB, 16 bits become 8.
+    applied, transparency is composited on white, CMYK and palettes become RGB, 16 bits become 8.
 
     Args:
         data: The encoded image.
         image_size: Side S of the view, pixels.
-        augmentation: What may change at random. None: nothing; the largest central square, as in zero-shot
+        augmentation: Ranges of the random changes. None: no changes; the largest central square, as in zero-shot
             evaluation.
-        rng: Where the random numbers come from; always as many.
-        max_pixels: Images that claim more are refused before decoding.
+        rng: Source of the random numbers; every call draws the same number of them.
+        max_pixels: Images whose header claims more are refused before decoding.
 
     Returns:
         uint8 array (3, S, S), RGB; read-only where the image is grey.
 
     Raises:
         TooManyPixelsError: More than `max_pixels`.
-        Exception: Whatever Pillow raises on data that are no image, or a broken one.
+        Exception: Any that Pillow raises on data that are not an image, or a broken one.
     """
     image = _open(data, max_pixels)
     orientation = _orientation(image)
@@ -187,7 +187,7 @@ def _open(data: bytes, max_pixels: int) -> Image.Image:
 
 
 def _check_scans(image: JpegImageFile, data: bytes) -> None:
-    """Refuse a JPEG of too many scans. Where the first holds all of a plain one, as nearly always, no more are read."""
+    """Refuse a JPEG with too many scans. A sequential one whose first scan has all components passes."""
     components = image.layers
     header = b"\xff\xda\x00" + bytes((6 + 2 * components, components))
     first = image.fp.tell() - len(header) - 3 - 2 * components if image.fp else 0
@@ -199,26 +199,26 @@ def _check_scans(image: JpegImageFile, data: bytes) -> None:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 to 8; 1 where there is none or it cannot be read."""
+    """EXIF orientation, 1 to 8; 1 if missing or unreadable."""
     if image.format == "PNG" and "exif" not in image.info:
-        image.load()  # the chunk may stand after the pixels
+        image.load()  # the chunk may follow the pixels
     if "exif" not in image.info and "Raw profile type exif" not in image.info:
         return 1
     try:
         orientation = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # the pixels may be good all the same
+    except Exception:  # the pixels may still be good
         return 1
     return orientation if orientation in _UPRIGHT else 1
 
 
 def _draft(image: Image.Image, step: float) -> None:
-    """Let the JPEG decoder shrink by 2, 4 or 8 where the view is smaller still."""
+    """Let the JPEG decoder downscale by 2, 4 or 8 if the view is smaller still."""
     if step >= 2:
         image.draft(None, (math.ceil(image.width / step), math.ceil(image.height / step)))
 
 
 def _decode_fast(image: Image.Image, data: bytes, step: float) -> Image.Image:
-    """Decode a JPEG, shrunk as ``_draft`` has it, with libjpeg-turbo's quickest paths."""
+    """Decode a JPEG, downscaled as in ``_draft``, with libjpeg-turbo's fastest paths."""
     import simplejpeg
 
     least = (math.ceil(image.height / step), math.ceil(image.width / step)) if step >= 2 else (0, 0)
@@ -271,8 +271,8 @@ def _crop_box(width: int, height: int, augmentation: Augmentation, draw: dict[st
 
 
 def _affine(box: tuple[float, ...], size: int, augmentation: Augmentation, draw: dict[str, float]) -> list[float]:
-    """The map (a, b, c, d, e, f) from pixels of the view to pixels of the source: x = a * u + b * v + c, y =
-    d * u + ..."""
+    """The affine map (a, b, c, d, e, f) from pixels of the view to pixels of the source: x = a * u + b * v + c,
+    y = d * u + e * v + f."""
     angle = math.radians(augmentation.rotate) * _either_way(draw["rotate"])
     shear = math.tan(math.radians(augmentation.shear) * _either_way(draw["shear"]))
     zoom = _between(*augmentation.zoom, draw["zoom"])
@@ -311,7 +311,7 @@ def _resize(image: Image.Image, box: tuple[float, ...], size: int) -> Image.Imag
 
 
 def _background(image: Image.Image) -> tuple[int, ...]:
-    """The median colour of the four corners, one number a channel."""
+    """Median colour of the four corners, one number per channel."""
     right, bottom = image.width - 1, image.height - 1
     corners = [image.getpixel(corner) for corner in ((0, 0), (right, 0), (0, bottom), (right, bottom))]
     channels = zip(*(corner if isinstance(corner, tuple) else (corner,) for corner in corners), strict=True)
@@ -342,7 +342,7 @@ def _neighbourhood(extreme: np.ufunc, pixels: Pixels) -> Pixels:
 
 
 def _colour_jitter(pixels: Pixels, augmentation: Augmentation, draw: dict[str, float]) -> Pixels:
-    """Brightness, then contrast around the mean, then saturation."""
+    """Change brightness, then contrast around the mean, then saturation."""
     if augmentation.brightness or augmentation.contrast:
         brightness = 1 + augmentation.brightness * _either_way(draw["brightness"])
         contrast = 1 + augmentation.contrast * _either_way(draw["contrast"])

@@ -1,4 +1,4 @@
-"""Where the samples of each shard are: one pass over the shard, kept on disk for the next start."""
+"""Index of the samples of each shard: one pass over the shard, cached on disk for the next start."""
 
 import hashlib
 import json
@@ -26,21 +26,21 @@ _KEPT = 16
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ShardIndex:
-    """Where the samples of one shard begin."""
+    """Positions of the samples of one shard."""
 
     url: str
     offsets: NDArray[np.int64]
-    """First byte of each sample, rising."""
+    """First byte of each sample, ascending."""
     end: int
     """Byte after the last sample."""
     digest: str
-    """Of what the scan read, such as tar headers: it changes when the shard is written anew, not when it is moved."""
+    """Digest of the bytes that the scan read, such as tar headers: changes if the shard is rewritten, not if moved."""
     stat: Stat
     """The version that was indexed."""
     repeats: frozenset[int] = frozenset()
-    """Numbers of samples whose key an earlier sample has: bad ones."""
+    """Numbers of the samples that repeat an earlier sample's key; they are bad."""
     problems: tuple[str, ...] = ()
-    """What is damaged, and where. Samples that the damage hides are not among the offsets."""
+    """Damage, with its position. Samples hidden by damage are not among the offsets."""
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -54,16 +54,16 @@ def index_shards(
     threads: int = 8,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[ShardIndex]:
-    """Index shards, in their order. Each rank may index a slice of them, and gather.
+    """Index shards, in their order. Each rank may index a slice of them, and gather the results.
 
-    A shard that is damaged, or no tar at all, is indexed as far as it goes, and its problems are logged.
+    A shard that is damaged, or not a tar file, is indexed as far as possible, and its problems are logged.
 
     Args:
-        urls: Shards, as `expand_urls` gives them.
-        cache_dir: Folder for finished indexes; they are found again while URL, size and modification time (or
-            ETag) are the same. None: no cache.
-        threads: Shards that are read at once.
-        progress: Called with the number of shards done, and of all.
+        urls: Shards, as returned by `expand_urls`.
+        cache_dir: Folder for finished indexes; they are reused while URL, size and modification time (or ETag)
+            are unchanged. None: no cache.
+        threads: Number of shards read at once.
+        progress: Called with the number of indexed shards and the total.
 
     Raises:
         InputError: A shard is missing or cannot be read.
@@ -86,10 +86,10 @@ class LazyIndex(Sequence[ShardIndex]):
     """Shards that are indexed on first use: for sets too large to index before the first step.
 
     Args:
-        urls: Shards, as `expand_urls` gives them.
+        urls: Shards, as returned by `expand_urls`.
         cache_dir: As for `index_shards`.
 
-    `index[i]` raises InputError where shard i is missing or cannot be read.
+    `index[i]` raises InputError if shard i is missing or cannot be read.
     """
 
     def __init__(self, urls: Sequence[str], *, cache_dir: str | Path | None) -> None:
@@ -130,13 +130,13 @@ def _index_shard(url: str, cache_dir: str | Path | None) -> ShardIndex:
             file.close()
     except InputError:
         raise
-    except Exception as error:  # each filesystem has errors of its own
+    except Exception as error:  # every filesystem raises its own errors
         raise InputError(f"shard {shown(url)!r} cannot be read: {one_line(error, url)}") from error
     if cached:
         try:
             _save(cached, index)
-        except OSError as error:  # it will be made again
-            logger.warning("the index of shard %s is not kept: %s", shown(url), one_line(error))
+        except OSError as error:  # the shard is indexed again at the next start
+            logger.warning("the index of shard %s is not cached: %s", shown(url), one_line(error))
     return index
 
 
@@ -170,7 +170,7 @@ def _cache_file(cache_dir: str | Path | None, *, url: str, version: Stat) -> Pat
 
 
 def _load(path: Path, *, url: str, version: Stat) -> ShardIndex | None:
-    """The index in a cache file; None where there is none, or it is damaged."""
+    """The index in a cache file; None if it is missing or damaged."""
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
         return ShardIndex(

@@ -1,18 +1,18 @@
-"""Which sample is seen when, and by whom: a pure function of (seed, epoch, ranks, workers).
+"""Assignment of samples to steps, ranks and workers: a pure function of (seed, epoch, ranks, workers).
 
-An epoch strings the shards together in an order of its own, beginning somewhere inside one of them, and cuts
-the string of T samples into equal parts of whole batches, one a rank:
+Each epoch concatenates the shards in a random order, starting at a random sample, and cuts the sequence of T
+samples into equal parts of full batches, one per rank:
 
     shard 5 | shard 0        | shard 3   | shard 1      | 5      T samples
-    rank 0               | rank 1                | remainder     S * batch_size samples a rank
-    worker 0 | worker 1  | worker 0 | worker 1   |               whole batches a worker
+    rank 0               | rank 1                | remainder     S * batch_size samples per rank
+    worker 0 | worker 1  | worker 0 | worker 1   |               full batches per worker
 
-Every rank takes S = T // (ranks * batch_size) steps, however uneven the shards and however few. What the
-epoch leaves out is the remainder: fewer than ranks * batch_size samples, others each epoch. A worker reads
-its part from front to back, and gives it out shuffled within a window.
+Every rank takes S = T // (ranks * batch_size) steps, however uneven or few the shards. The epoch leaves out
+only the remainder: fewer than ranks * batch_size samples, different ones each epoch. A worker reads its part
+sequentially, and yields it shuffled within a window.
 
-Where a run goes on with another number of ranks or workers, what the old ones have yielded is taken from
-the string, and the rest of it is cut anew.
+If a run resumes with another number of ranks or workers, the samples already yielded are removed from the
+sequence, and the rest is cut again.
 """
 
 from collections.abc import Sequence
@@ -31,16 +31,16 @@ _SHARDS, _WINDOW, _PIXELS, _DRAWS, _VIEWS = 1, 2, 3, 4, 5
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Partition:
-    """What one worker of one rank does in one epoch. N samples, in the order of reading."""
+    """The N samples of one worker of one rank in one epoch, in reading order."""
 
     shard_N: Indices
     """Number of the sample's shard in the index."""
     sample_N: Indices
     """Number of the sample in its shard."""
     number_N: Indices
-    """Number of the sample in the whole index, whatever the epoch."""
+    """Number of the sample in the entire index, the same in every epoch."""
     order_N: Indices
-    """The order of giving out: positions in the arrays above."""
+    """Order of yielding: positions in the arrays above."""
     batches: int
 
     def __len__(self) -> int:
@@ -49,15 +49,15 @@ class Partition:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """Who shares the samples out among themselves."""
+    """Ranks, workers and batch size over which the samples are distributed."""
 
     batch_size: int
-    """Samples a rank and step."""
+    """Samples per rank and step."""
     ranks: int
     workers: int
     """Workers of each rank, at least 1."""
     shuffle: int
-    """Window of the sample shuffle; 0: off. From a worker's share on, the share is fully shuffled."""
+    """Window of the sample shuffle; 0: off. A window at least as long as a worker's part shuffles it fully."""
 
     def __post_init__(self) -> None:
         for name, least in {"batch_size": 1, "ranks": 1, "workers": 1, "shuffle": 0}.items():
@@ -66,16 +66,16 @@ class Layout:
 
     @property
     def global_batch(self) -> int:
-        """Samples that all ranks take in a step."""
+        """Samples of all ranks in one step."""
         return self.ranks * self.batch_size
 
     def turns(self, *, steps: int, before: int, worker: int) -> int:
-        """Batches that a worker makes of the `steps` that follow on `before`: it makes every batch g with
+        """Number of batches that a worker makes in the `steps` after `before`: every batch g with
         g % workers = worker."""
         return len(range((worker - before) % self.workers, steps, self.workers))
 
     def part(self, *, samples: int, before: int, rank: int, worker: int) -> tuple[int, int]:
-        """Where a worker's part of a string of samples begins, and its length in batches."""
+        """Start of a worker's part of a sequence of samples, and its length in batches."""
         steps = samples // self.global_batch
         made = [self.turns(steps=steps, before=before, worker=other) for other in range(worker + 1)]
         return (rank * steps + sum(made[:worker])) * self.batch_size, made[worker]
@@ -83,7 +83,7 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True)
 class PreviousLayout(Layout):
-    """How far an earlier layout came in an epoch."""
+    """Progress of an earlier layout in an epoch."""
 
     before: int
     """Batches of a rank that the layout yielded before the epoch."""
@@ -96,16 +96,16 @@ class Plan(Layout):
     """The order of samples of all epochs.
 
     Raises:
-        InputError: There are fewer samples than one batch for each rank needs.
+        InputError: Fewer samples than one batch per rank.
     """
 
     sizes: Sequence[int]
     """Samples of each shard of the index."""
     seed: int
     first_epoch: int = 0
-    """Where this layout begins."""
+    """Epoch in which this layout begins."""
     past: Sequence[PreviousLayout] = ()
-    """The layouts before it in its first epoch."""
+    """Earlier layouts of its first epoch."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -114,25 +114,25 @@ class Plan(Layout):
         if self.total < self.global_batch:
             raise InputError(
                 f"shards: {self.total} samples in {len(self.sizes)} shards, but one step needs {self.global_batch} "
-                f"({self.ranks} ranks x batch_size {self.batch_size}); allowed: fewer, or more samples"
+                f"({self.ranks} ranks x batch_size {self.batch_size}); allowed: a smaller batch, or more samples"
             )
 
     @cached_property
     def total(self) -> int:
-        """Samples of the whole index."""
+        """Samples of the entire index."""
         return sum(self.sizes)
 
     @property
     def steps(self) -> int:
-        """Batches of each rank in a whole epoch."""
+        """Batches of each rank in a full epoch."""
         return self.total // self.global_batch
 
     def steps_of(self, epoch: int) -> int:
-        """Batches of each rank in an epoch: fewer in the first, where an earlier layout began it."""
+        """Batches of each rank in an epoch: fewer in the first if an earlier layout began it."""
         return self._left(epoch) // self.global_batch
 
     def before(self, epochs: float) -> float:
-        """Batches of each rank from this layout's beginning to a point of the run, such as 2.5 epochs."""
+        """Batches of each rank from this layout's start to a point of the run, such as 2.5 epochs."""
         whole = int(epochs)
         if whole < self.first_epoch:
             return 0
@@ -176,20 +176,20 @@ class Plan(Layout):
         )
 
     def pixels(self, epoch: int, number: int) -> np.random.Generator:
-        """The generator that draws a sample's augmentation: the same whichever rank and worker decodes it."""
+        """Random generator of a sample's augmentation: the same whichever rank and worker decodes it."""
         return generator(_PIXELS, self.seed, epoch, number)
 
     def view(self, epoch: int, number: int, views: int) -> int:
-        """Which of its fixed views a sample shows: each once in that many epochs."""
+        """Number of the fixed view that a sample shows: each once in `views` epochs."""
         return (epoch + number) % views
 
     def _left(self, epoch: int) -> int:
-        """Samples of an epoch that this layout shares out."""
+        """Number of samples of an epoch that this layout distributes."""
         return len(self._rest) if self.past and epoch == self.first_epoch else self.total
 
     @cached_property
     def _rest(self) -> Indices:
-        """Positions in the first epoch's string that no earlier layout gave out."""
+        """Positions in the first epoch's sequence that no earlier layout yielded."""
         rest = np.arange(self.total)
         for number, past in enumerate(self.past):
             waiting = np.ones(len(rest), bool)
@@ -202,26 +202,26 @@ class Plan(Layout):
         return rest
 
     def _order(self, layout: Layout, length: int, epoch: int, rank: int, worker: int, number: int) -> Indices:
-        """The order in which a worker of the epoch's layout `number` gives its part out."""
+        """The order in which a worker of the epoch's layout `number` yields its part."""
         again = [number] if number else []
         return window_shuffle(length, layout.shuffle, generator(_WINDOW, self.seed, epoch, rank, worker, *again))
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResampledPlan(Layout):
-    """An endless stream: each worker draws shard after shard, each time from all of them.
+    """An endless stream: each worker draws shards with replacement.
 
     Raises:
-        InputError: There is no shard, or an epoch is shorter than a step.
+        InputError: No shards, or an epoch is shorter than a step.
     """
 
     shards: int
     """Number of shards to draw from."""
     seed: int
     samples_per_epoch: int
-    """What is called an epoch; nothing in the stream depends on it."""
+    """Length of an epoch; the stream itself does not depend on it."""
     restarts: int = 0
-    """Times that the number of ranks or workers changed: each begins draws of its own."""
+    """Number of changes of the number of ranks or workers: each starts a new series of draws."""
     first_epoch: float = 0.0
     """Epochs before the last change."""
 
@@ -241,7 +241,7 @@ class ResampledPlan(Layout):
         return self.samples_per_epoch // self.global_batch
 
     def before(self, epochs: float) -> float:
-        """Batches of each rank from this layout's beginning to a point of the run, such as 2.5 epochs."""
+        """Batches of each rank from this layout's start to a point of the run, such as 2.5 epochs."""
         return max(0.0, (epochs - self.first_epoch) * self.steps)
 
     def epoch_at(self, step: int) -> int:
@@ -253,17 +253,17 @@ class ResampledPlan(Layout):
         return int(self._generator(_DRAWS, rank, worker, draw).integers(self.shards))
 
     def keys(self, rank: int, worker: int, draw: int, first: int, samples: int) -> NDArray[np.float64]:
-        """For each sample of a draw, whose first is the worker's sample number `first`, a number by whose order
-        it is yielded: its own, moved back by a random part of the window."""
+        """Sort key of each sample of a draw, whose first is the worker's sample number `first`: the sample's
+        number plus a random part of the window. Samples are yielded in ascending order of the keys."""
         noise = self._generator(_WINDOW, rank, worker, draw).random(samples)
         return first + np.arange(samples) + noise * self.shuffle
 
     def pixels(self, rank: int, worker: int, number: int) -> np.random.Generator:
-        """The generator that draws the augmentation of a worker's sample."""
+        """Random generator of the augmentation of a worker's sample."""
         return self._generator(_PIXELS, rank, worker, number)
 
     def view(self, rank: int, worker: int, number: int, views: int) -> int:
-        """Which of its fixed views a sample shows: any, with equal chance."""
+        """Number of the fixed view that a sample shows, drawn uniformly."""
         return int(self.pixels(rank, worker, number).integers(views))
 
     def _generator(self, purpose: int, *numbers: int) -> np.random.Generator:
@@ -271,22 +271,22 @@ class ResampledPlan(Layout):
 
 
 def view_pixels(seed: int, shard_digest: str, sample: int, view: int) -> np.random.Generator:
-    """The generator that draws a fixed view of a sample: the same wherever its shard lies, among whichever others."""
+    """Random generator of a fixed view of a sample: independent of the shard's location and of the other shards."""
     return generator(_VIEWS, seed, int(shard_digest, 16), sample, view)
 
 
 def generator(purpose: int, *numbers: int) -> np.random.Generator:
-    """A generator of its own for each purpose and numbers."""
+    """An independent random generator for each purpose and numbers."""
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence([purpose, *numbers])))
 
 
 def window_shuffle(length: int, window: int, rng: np.random.Generator) -> Indices:
-    """An order of 0 to length - 1 in which none comes `window` or more places early or late; 0 leaves all in
-    place.
+    """A permutation of 0 to length - 1 that moves every index by less than `window` places; 0 is the
+    identity.
 
-    Each index is moved back by a random part of the window. So a reader that yields index i needs to have read
-    no further than i, and holds at most `window` samples that were read and not yet yielded. A window of
-    `length` or more is a plain permutation.
+    Each index is delayed by a random part of the window. So a reader that yields index i needs to have read no
+    further than i, and holds at most `window` samples that were read and not yet yielded. A window of `length`
+    or more is a uniform permutation.
     """
     if window >= length:
         return rng.permutation(length)

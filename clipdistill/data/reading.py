@@ -1,4 +1,4 @@
-"""Raw samples in the shuffled order: read in the order of the shards, held undecoded until their turn.
+"""Raw samples in the shuffled order: read in shard order, and held undecoded until they are yielded.
 
 At most one shuffle window of samples is held.
 """
@@ -22,30 +22,30 @@ T = TypeVar("T")
 
 
 class ScheduledSample(NamedTuple):
-    """A sample whose turn it is."""
+    """A sample scheduled to be yielded."""
 
     raw: RawSample
     rng: np.random.Generator
-    """Draws its augmentation."""
+    """Random generator of its augmentation."""
     shard: int
     """Number of its shard in the index."""
     sample: int
     """Number of the sample in its shard."""
     view: int = 0
-    """Which of its fixed views it shows, where it has any."""
+    """Number of the fixed view to show, if it has any."""
     draw: int = 0
-    """Of a resampled stream: the oldest draw with a sample left,"""
+    """In a resampled stream, the oldest draw with samples left."""
     first: int = 0
-    """and the worker's number of that draw's first sample."""
+    """In a resampled stream, the worker's number of that draw's first sample."""
 
 
 class Views(NamedTuple):
     """Fixed augmentations of each sample."""
 
     number: int
-    """0: none, each time a new one."""
+    """Number of views; 0: none, a new augmentation each time."""
     seed: int
-    """Draws them."""
+    """Seed of the views."""
 
 
 NO_VIEWS = Views(0, 0)
@@ -62,12 +62,12 @@ def read_partition(
     position: int,
     views: Views = NO_VIEWS,
 ) -> Iterator[ScheduledSample]:
-    """A worker's partition of an epoch from a position of its order on, over and over.
+    """A worker's partition of an epoch, starting at a position of its order, repeated endlessly.
 
     Args:
-        plan: Which samples they are, and their order.
+        plan: The samples and their order.
         index: The shards.
-        reader: Reads their samples.
+        reader: Reads the samples.
         epoch: The epoch.
         rank: The worker's rank.
         worker: The worker.
@@ -96,7 +96,7 @@ def read_partition(
 
 
 class _Turn(NamedTuple):
-    """A worker's sample number `number`, and where it is."""
+    """A worker's sample number `number`, and its location."""
 
     number: int
     shard: int
@@ -115,23 +115,23 @@ def read_draws(
     position: int,
     views: Views = NO_VIEWS,
 ) -> Iterator[ScheduledSample]:
-    """A worker's samples from a position of its order on, without end.
+    """A worker's samples, starting at a position of its order, without end.
 
-    A shard that cannot be indexed stands as one bad sample, an empty one as none.
+    A shard that cannot be indexed counts as one bad sample, an empty one as none.
 
     Args:
-        plan: Which shards are drawn, and the order of their samples.
+        plan: The draws of shards, and the order of their samples.
         index: The shards.
-        reader: Reads their samples.
+        reader: Reads the samples.
         rank: The worker's rank.
         worker: The worker.
-        draw: Where to begin: all before this draw was yielded before `position`.
-        first: Number of the draw's first sample among all of the worker.
+        draw: The first draw to read: all earlier draws were yielded completely before `position`.
+        first: Number of the draw's first sample among all samples of the worker.
         position: Samples yielded so far.
         views: The samples' fixed views.
 
     Raises:
-        InputError: While iterating: draw after draw is empty.
+        InputError: While iterating: too many consecutive draws are empty.
     """
     whole = _in_order(plan, index, rank, worker, draw, first, lambda *_: None)
     yielded = {turn.number for turn, *_ in islice(whole, position - first)}
@@ -162,8 +162,8 @@ def _in_order(
     first: int,
     read: Callable[[_Turn, InputError | None], T],
 ) -> Iterator[tuple[_Turn, T, int, int]]:
-    """Each sample in the shuffled order, what `read` returned when its place in its shard was reached, and the
-    oldest open draw with the number of its first sample."""
+    """Each sample in the shuffled order, the result of `read` when its place in its shard was reached, and the
+    oldest unfinished draw with the number of its first sample."""
     waiting: list[tuple[float, _Turn, int, T]] = []
     left: deque[list[int]] = deque()
     number, empty = first, 0
@@ -176,7 +176,10 @@ def _in_order(
             samples, fault = 1, error
         empty = 0 if samples else empty + 1
         if empty > _EMPTY_DRAWS * len(index):
-            raise InputError(f"shards: {empty} draws of {len(index)} shards in a row brought no sample; allowed: some")
+            raise InputError(
+                f"shards: {empty} draws in a row from {len(index)} shards yielded no sample; "
+                "allowed: shards with samples"
+            )
         left.append([current, number, samples])
         for sample, key in enumerate(plan.keys(rank, worker, current, number, samples).tolist()):
             while waiting and waiting[0][0] <= number:

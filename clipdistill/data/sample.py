@@ -1,5 +1,4 @@
-"""One sample: its members from the shard, then image, caption and label. What is wrong with it becomes a
-reason."""
+"""Read one sample's members from its shard, and decode image, caption and label. A bad sample gets a reason."""
 
 import json
 import reprlib
@@ -18,16 +17,16 @@ from clipdistill.errors import InputError
 from clipdistill.io.urls import ShardFile, one_line, shown
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
-"""The members that are decoded as images, the first that a sample has. Nothing else but text and json is
+"""Members that are decoded as images; the first present is used. Apart from images, only text and json are
 decoded."""
 
 MAX_TEXT_BYTES = 64 << 10
 MAX_JSON_BYTES = 16 << 20
-"""Hostile json takes some 20 times its size when it is parsed."""
+"""Limit of json members: parsing hostile json takes about 20 times its size in memory."""
 
 
 class DecodedSample(NamedTuple):
-    """A decoded sample: uint8 pixels (3, S, S); caption "" and label -1 where it has none."""
+    """A decoded sample: uint8 pixels (3, S, S); caption "" and label -1 if missing."""
 
     pixels: Pixels
     caption: str
@@ -35,9 +34,9 @@ class DecodedSample(NamedTuple):
 
 
 class SampleReader:
-    """Reads samples shard after shard, with one shard open at a time.
+    """Reads samples shard by shard, with one shard open at a time.
 
-    When a shard fails, the samples that were still wanted of it are bad, and the next shard is tried.
+    If a shard fails, its remaining samples are bad, and reading continues with the next shard.
     """
 
     def __init__(self, index: Sequence[ShardIndex], wanted: frozenset[str]) -> None:
@@ -48,7 +47,7 @@ class SampleReader:
         self._failure: str | None = None
 
     def read(self, shard: int, sample: int) -> RawSample:
-        """Sample number `sample` of shard number `shard`."""
+        """Read sample number `sample` of shard number `shard`."""
         entry = self._index[shard]
         start = int(entry.offsets[sample])
         stop = int(entry.offsets[sample + 1]) if sample + 1 < len(entry) else entry.end
@@ -81,14 +80,14 @@ class SampleReader:
                 if len(data) == size:
                     return data
                 self._failure = f"the shard ends at byte {start + len(data):,}: it changed since it was indexed"
-            except Exception as error:  # each filesystem has errors of its own
+            except Exception as error:  # every filesystem raises its own errors
                 self._failure = one_line(error, url)
         raise BadSampleError("shard unreadable", self._failure)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Decoder:
-    """What a sample must have, and how it is decoded."""
+    """Required members of a sample, and their decoding."""
 
     image_size: int
     augmentation: Augmentation | None
@@ -99,12 +98,12 @@ class Decoder:
     require_captions: bool = False
     require_labels: bool = False
     num_classes: int | None = None
-    """Labels outside 0 to num_classes - 1 are the user's error; None: not checked."""
+    """A label outside 0 to num_classes - 1 raises InputError; None: not checked."""
     max_pixels: int = MAX_PIXELS
 
     @property
     def wanted(self) -> frozenset[str]:
-        """Extensions of the members that are needed."""
+        """Extensions of the required members."""
         caption = "txt" if self.caption_key == "txt" else "json"
         label = "cls" if self.label_key == "cls" else "json"
         return frozenset({*IMAGE_EXTENSIONS, caption, label})
@@ -113,8 +112,8 @@ class Decoder:
         """Decode a sample; `rng` draws its augmentation.
 
         Raises:
-            BadSampleError: It lacks something, or something is broken.
-            InputError: Its label is outside the class list: the list does not belong to the data.
+            BadSampleError: A member is missing or broken.
+            InputError: The label is outside the class list: the list does not match the data.
         """
         if raw.fault:
             raise raw.fault
@@ -145,7 +144,7 @@ class Decoder:
             raise BadSampleError("too many pixels", str(error)) from error
         except UnidentifiedImageError as error:
             raise BadSampleError("broken image", "not a PNG, JPEG or WebP image") from error
-        except Exception as error:  # Pillow's decoders raise nearly anything on hostile data
+        except Exception as error:  # Pillow's decoders raise almost any error on hostile data
             raise BadSampleError("broken image", one_line(error)) from error
         return DecodedSample(pixels, caption, label)
 
@@ -191,7 +190,7 @@ def _caption(members: dict[str, bytes], key: str) -> str:
 
 
 def _member(members: dict[str, bytes], key: str, *, own: str) -> Any:
-    """The content of the member `own`, or the json field `key`; None where there is none."""
+    """The content of the member `own`, or the json field `key`; None if missing."""
     if key == own:
         return members.get(own)
     if "json" not in members:

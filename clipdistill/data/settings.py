@@ -12,7 +12,7 @@ class DataSettings(Settings):
     shards: list[str] = Field(default_factory=list)
     """WebDataset shards: paths, globs, brace patterns, folders; local, http(s)://, s3:// or hf://."""
     batch_size: Count = 256
-    """Samples a process and a micro-batch. Global batch = processes x train.accumulate x batch_size."""
+    """Samples per process and micro-batch. Global batch = processes x train.accumulate x batch_size."""
     image_size: Count | None = None
     """Side, in pixels, of the uint8 crop that all towers share; empty: the largest tower's input size."""
     workers: CountOrZero = 2
@@ -20,18 +20,18 @@ class DataSettings(Settings):
     views: CountOrZero = 0
     """Fixed augmentations of each sample, of which an epoch shows one; 0: a new one each epoch."""
     view_seed: CountOrZero = 0
-    """Draws the fixed augmentations; apart from ``seed``, so that runs of several seeds share a teacher cache."""
+    """Seed of the fixed augmentations, separate from ``seed``, so that runs of several seeds share a teacher cache."""
     shuffle: CountOrZero = 1000
-    """Window of the sample shuffle, in samples (the order of shards is shuffled each epoch, too); 0: off."""
+    """Window of the sample shuffle, in samples; 0: off. The order of shards is shuffled each epoch in any case."""
     caption_key: str = "txt"
-    """Where the caption is: ``txt``, or a field of the sample's json."""
+    """Source of the caption: ``txt``, or a field of the sample's json."""
     label_key: str = "cls"
-    """Where the label is: ``cls``, or a field of the sample's json."""
+    """Source of the label: ``cls``, or a field of the sample's json."""
     samples_per_epoch: Count | None = None
-    """For sets too large for epochs: draw shards at random, each time from all, and call this many samples an epoch.
+    """For sets too large for epochs: draw shards at random with replacement; an epoch is this many samples.
     Empty: an epoch is every sample once."""
     max_bad_share: Fraction = 0.01
-    """Largest share of bad samples, from the first 1,000 on; above it the run saves and stops. 1: never."""
+    """Largest share of bad samples; above it the run saves and stops. Checked after the first 1,000. 1: never stop."""
     max_pixels: Count = MAX_PIXELS
     """Images of more pixels are refused before they are decoded."""
     cache: str = "~/.cache/clipdistill"

@@ -1,4 +1,4 @@
-"""What a format of shards must do: find the samples of a shard, and take one of them apart."""
+"""The protocol of a shard format: find the samples of a shard, and split a sample into its members."""
 
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -6,11 +6,11 @@ from typing import Protocol
 from clipdistill.data.tar import ReadAt
 
 MAX_SAMPLE_BYTES = 256 << 20
-"""Of a sample no more than this is read."""
+"""Largest number of bytes read of a sample."""
 
 
 class BadSampleError(ValueError):
-    """A sample that cannot be used: the reason that it is counted under, and the detail that is logged."""
+    """An unusable sample: the reason it is counted under, and the detail that is logged."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(reason, detail)
@@ -20,7 +20,7 @@ class BadSampleError(ValueError):
 
 @dataclass(kw_only=True)
 class RawSample:
-    """A sample as it lies in its shard. Where reading it failed, `fault` says why."""
+    """A sample as stored in its shard. If reading failed, `fault` is the reason."""
 
     url: str
     key: str
@@ -31,16 +31,16 @@ class RawSample:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardLayout:
-    """Where the samples of a shard are: consecutive ranges of bytes."""
+    """Positions of a shard's samples: consecutive byte ranges."""
 
     offsets: list[int]
-    """First byte of each sample, rising."""
+    """First byte of each sample, ascending."""
     end: int
     """Byte after the last sample."""
     repeats: frozenset[int] = frozenset()
-    """Numbers of samples whose key an earlier sample has: bad ones."""
+    """Numbers of the samples that repeat an earlier sample's key; they are bad."""
     problems: list[str] = field(default_factory=list)
-    """What is damaged, and where. Samples that the damage hides are not among the offsets."""
+    """Damage, with its position. Samples hidden by damage are not among the offsets."""
 
 
 class ShardFormat(Protocol):
@@ -49,11 +49,11 @@ class ShardFormat(Protocol):
     def scan(self, read_at: ReadAt, size: int) -> ShardLayout:
         """Find the samples of a shard of ``size`` bytes.
 
-        The bytes that it reads identify the version of the shard: read all that describes samples, such as headers.
+        The bytes read identify the version of the shard: read everything that describes samples, such as headers.
         """
 
     def read_sample(self, data: bytes, wanted: frozenset[str], raw: RawSample) -> None:
-        """Fill key and wanted members of a sample from its bytes, cut at ``MAX_SAMPLE_BYTES``.
+        """Fill in key and wanted members of a sample from its bytes, which are cut at ``MAX_SAMPLE_BYTES``.
 
         Raises:
             BadSampleError: The bytes are not those of a sample.

@@ -1,6 +1,6 @@
-"""The training stream: an endless iterable of batches, and the loader whose state is exact.
+"""The training stream: an endless iterable of batches, and a loader with exact state.
 
-Shapes: B samples a batch of one rank; C = 3 channels, RGB; H = W = image_size.
+Shapes: B samples per batch of one rank; C = 3 channels, RGB; H = W = image_size.
 """
 
 import hashlib
@@ -36,11 +36,11 @@ _NAMED = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Cursor:
-    """Where a worker is.
+    """Position of a worker in its partition.
 
-    `batch` and `position` count the batches and samples of its share of the epoch that it gave out; `position`
-    runs ahead of batches x batch_size by the bad samples, past the share's end where they made it begin again.
-    In a resampled stream both count from its beginning, and `draw` and `first` are those of `read_draws`.
+    `batch` and `position` count the batches and samples of the epoch's partition that it yielded; `position` exceeds
+    batches x batch_size by the bad samples, and the partition's length once bad samples made the partition repeat.
+    In a resampled stream both count from the stream's beginning, and `draw` and `first` are those of `read_draws`.
     """
 
     epoch: int = 0
@@ -52,7 +52,7 @@ class Cursor:
 
 @dataclass(frozen=True, kw_only=True)
 class Skip:
-    """A bad sample that was passed over."""
+    """A bad sample that was skipped."""
 
     url: str
     key: str
@@ -62,24 +62,24 @@ class Skip:
 
 @dataclass(kw_only=True)
 class Batch:
-    """One step's samples of one rank."""
+    """Samples of one rank for one step."""
 
     image_BCHW: Tensor
-    """uint8, RGB, 0 to 255: to be normalised for each tower on the device."""
+    """uint8, RGB, 0 to 255; normalised for each tower on the device."""
     captions: list[str]
-    """Empty where a sample has none."""
+    """Empty string if a sample has none."""
     labels_B: Tensor
-    """int64; -1 where a sample has none."""
+    """int64; -1 if a sample has none."""
     keys: list[str]
-    """The samples' names in their shards."""
+    """Keys of the samples in their shards."""
     epoch: int = 0
     """Number of the epoch, from 0."""
     teachers: list[ModelOutputs] = field(default_factory=list)
-    """Each teacher's features of these very pixels, where they were stored."""
+    """Each teacher's stored features of exactly these pixels; empty without a teacher cache."""
     caption_tokens: list[Tensor] = field(default_factory=list)
-    """The captions as token ids (B, L), by each of the stream's tokenizers."""
+    """Token ids (B, L) of the captions, from each of the stream's tokenizers."""
     caption_ids_B: Tensor | None = None
-    """int64, a number for each caption, equal for equal captions; where captions are required."""
+    """int64 id of each caption, equal for equal captions; None unless captions are required."""
     _worker: int = field(default=0, repr=False)
     _cursor: Cursor = field(default=Cursor(), repr=False)
     _skips: list[Skip] = field(default_factory=list, repr=False)
@@ -89,7 +89,7 @@ class Batch:
         return len(self.keys)
 
     def to(self, device: torch.device | str) -> "Batch":
-        """The batch with its tensors on a device; from pinned memory without waiting for the copy."""
+        """The batch with its tensors on a device; asynchronous from pinned memory."""
         return self._with(lambda tensor: tensor.to(device, non_blocking=tensor.is_pinned()))
 
     def pin_memory(self) -> "Batch":
@@ -112,22 +112,22 @@ class ImageTextStream(IterableDataset[Batch]):
 
     Args:
         index: All shards, the same list on every rank; a `LazyIndex` for a resampled stream.
-        decoder: What a sample must have, and how it is decoded.
-        batch_size: Samples a rank and step.
-        seed: With the epoch, of everything random.
-        shuffle: Window of the sample shuffle; 0: off (the order of shards changes each epoch all the same).
+        decoder: Required members of a sample, and their decoding.
+        batch_size: Samples per rank and step.
+        seed: With the epoch, determines all random numbers.
+        shuffle: Window of the sample shuffle; 0: off (the order of shards still changes each epoch).
         views: Fixed augmentations of each sample, of which an epoch shows one; none: a new one each epoch.
-        embeddings: Where teachers' embeddings of the views are stored; None: batches carry none.
-        tokenizers: Captions -> token ids (B, L), run where samples are decoded.
-        samples_per_epoch: None: an epoch is every sample once. A number: shards are drawn at random, each time
-            from all, and so many samples are called an epoch.
-        rank: This process among `world_size`.
+        embeddings: Stored teachers' embeddings of the views; None: batches carry none.
+        tokenizers: Captions -> token ids (B, L), run in the decoding process.
+        samples_per_epoch: None: an epoch is every sample once. A number: shards are drawn at random with
+            replacement, and an epoch is that many samples.
+        rank: Rank of this process, from 0 to `world_size` - 1.
         world_size: Number of ranks.
-        num_workers: Decoding processes of this rank; 0: none, decode in this one.
+        num_workers: Decoding processes of this rank; 0: decode in this process.
 
-    A bad sample is passed over, and the worker goes on with the next of its share of the epoch; where the
-    share ends early for that, it begins again with the share's first. So the number of steps stays, and only
-    that many samples repeat.
+    A bad sample is skipped, and the worker continues with the next one of its partition of the epoch; if the
+    partition ends early as a result, the worker starts it again. So the number of steps stays the same, and
+    only as many samples repeat as were skipped.
 
     An `InputError` in a worker is the stream's last item; `from_workers` raises it.
 
@@ -178,11 +178,11 @@ class ImageTextStream(IterableDataset[Batch]):
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches of this rank in a whole epoch; every rank has as many."""
+        """Batches of this rank in a full epoch; the same for every rank."""
         return self.plan.steps
 
     def start_at(self, step: int, cursors: Sequence[Cursor]) -> None:
-        """Let the next iteration begin with batch `step` of the plan, each worker at its cursor."""
+        """Start the next iteration at batch `step` of the plan, each worker at its cursor."""
         self._start = step, list(cursors)
 
     def __iter__(self) -> Iterator[Batch | InputError]:  # type: ignore[override]
@@ -203,7 +203,7 @@ class ImageTextStream(IterableDataset[Batch]):
             reader.close()
 
     def _epochs(self, plan: Plan, worker: int, cursor: Cursor, reader: SampleReader) -> Iterator[Batch]:
-        """All batches of a worker from a cursor on."""
+        """All batches of a worker, starting at a cursor."""
         while True:
             batches = plan.batches(cursor.epoch, worker)
             if cursor.batch < batches:
@@ -224,7 +224,7 @@ class ImageTextStream(IterableDataset[Batch]):
             cursor = Cursor(epoch=cursor.epoch + 1)
 
     def _draws(self, plan: ResampledPlan, worker: int, cursor: Cursor, reader: SampleReader) -> Iterator[Batch]:
-        """All batches of a worker of a resampled stream from a cursor on."""
+        """All batches of a worker of a resampled stream, starting at a cursor."""
         assert isinstance(self.index, LazyIndex)
         samples = read_draws(
             plan,
@@ -244,7 +244,7 @@ class ImageTextStream(IterableDataset[Batch]):
             yield batch
 
     def _batch(self, worker: int, cursor: Cursor, samples: Iterator[ScheduledSample], *, share: int | None) -> Batch:
-        """The next batch, past its bad samples; after `share` of them, if that is a number, the samples repeat."""
+        """The next batch, bad samples skipped; after `share` samples, if not None, the partition repeats."""
         size, side = self.plan.batch_size, self.decoder.image_size
         image_BCHW = np.empty((size, 3, side, side), np.uint8)
         captions: list[str] = []
@@ -295,17 +295,17 @@ class ImageTextStream(IterableDataset[Batch]):
 
 
 class StreamLoader:
-    """Batches of a stream, made ahead by worker processes, with a state that counts those yielded.
+    """Batches of a stream, prefetched by worker processes, with a state that counts those yielded.
 
-    Iterating never ends; count the steps. A new iteration goes on where the last one was left.
+    Iteration never ends; count the steps. A new iteration continues where the last one stopped.
 
     Args:
-        stream: What to load.
-        prefetch: Batches that each worker makes ahead.
-        pin_memory: Whether batches come in pinned memory, for a GPU.
+        stream: The stream to load.
+        prefetch: Batches that each worker prepares ahead.
+        pin_memory: Whether to copy batches into pinned memory, for a GPU.
 
     Raises:
-        InputError: While iterating: the data contradict the class list, or a worker finds nothing usable.
+        InputError: While iterating: a label is outside the class list, or a worker finds no usable sample.
     """
 
     def __init__(self, stream: ImageTextStream, *, prefetch: int = 2, pin_memory: bool = False) -> None:
@@ -321,7 +321,7 @@ class StreamLoader:
 
     @property
     def embeddings(self) -> EmbeddingReader | None:
-        """Where the teachers' embeddings are, if they are stored."""
+        """Reader of the stored teachers' embeddings, None if there are none."""
         return self._stream.embeddings
 
     @property
@@ -331,12 +331,12 @@ class StreamLoader:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches of this rank in a whole epoch."""
+        """Batches of this rank in a full epoch."""
         return self._stream.steps_per_epoch
 
     def batches_before(self, epochs: float) -> float:
-        """Batches of this rank up to a point of the run, such as 2.5 epochs; counted from where the present
-        number of ranks and workers took over."""
+        """Batches of this rank up to a point of the run, such as 2.5 epochs; counted from the last change of the
+        number of ranks or workers."""
         return self._stream.plan.before(epochs)
 
     @property
@@ -346,18 +346,18 @@ class StreamLoader:
 
     @property
     def skipped(self) -> dict[str, int]:
-        """Bad samples among the batches yielded so far, by reason; a sample counts once an epoch."""
+        """Bad samples skipped for the batches yielded so far, by reason; a sample counts once per epoch."""
         return dict(sorted(self._skipped.items()))
 
     def __iter__(self) -> Iterator[Batch]:
         self.close()
         batches = self._iterate()
-        # Weakly: in a cycle with its loader, the iteration would keep its workers until garbage collection.
+        # Weak reference: in a cycle with its loader, the iteration would keep its workers until garbage collection.
         self._live = weakref.ref(batches)
         return batches
 
     def close(self) -> None:
-        """End the iteration under way, if any, and its worker processes."""
+        """End the current iteration, if any, and its worker processes."""
         batches = self._live and self._live()
         if batches:
             batches.close()
@@ -382,14 +382,14 @@ class StreamLoader:
         return state | {"samples_per_epoch": plan.samples_per_epoch, "restarts": plan.restarts}
 
     def load_state_dict(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Go on after the states of all ranks that saved, in their order, with any number of ranks and workers now.
+        """Resume from the states of all ranks that saved, in rank order, with any number of ranks and workers now.
 
-        With as many as then, the next batch is the one that would have followed, bit for bit. With others, the samples
-        of the epoch that nobody has seen are distributed anew: each is seen once, save a remainder smaller than one
-        batch of all ranks. A resampled stream begins draws of its own. Ends an iteration.
+        With the same numbers as before, the next batch is the one that would have followed, bit for bit. Otherwise,
+        the epoch's unseen samples are redistributed: each is seen once, except a remainder smaller than one global
+        batch. A resampled stream starts a new series of draws. Ends the current iteration.
 
         Raises:
-            InputError: The states are those of other shards or of another seed, or not those of all ranks.
+            InputError: The states belong to other shards or another seed, or do not cover all ranks.
         """
         before, now = self._plan_of(states[0]), self._stream.plan
         _check_same("ranks of the states", list(range(before.ranks)), [state["rank"] for state in states])
@@ -428,7 +428,7 @@ class StreamLoader:
         self._skipped = sum((Counter(state["skipped"]) for state in states), Counter()) if first else Counter()
 
     def _plan_of(self, state: Mapping[str, Any]) -> Plan | ResampledPlan:
-        """The plan under which a state was saved; its shards and seed must be those of today."""
+        """The plan under which a state was saved; its shards and seed must equal the current ones."""
         _check_same("version", state.get("version"), _STATE_VERSION)
         now = self._stream.plan
         _check_same("seed", state["seed"], now.seed)
@@ -436,7 +436,7 @@ class StreamLoader:
         changes = _changes(state["shards"], _names_and_digests(self._stream.index))
         if changes:
             raise InputError(
-                f"shards: not those that the run was saved with: {changes}; allowed: the same, in the same order"
+                f"shards: not those of the saved run: {changes}; allowed: the same shards, in the same order"
             )
         layout = dict(state["layout"])
         if isinstance(now, ResampledPlan):
@@ -469,25 +469,25 @@ class StreamLoader:
 
 
 def caption_ids(captions: Sequence[str]) -> Tensor:
-    """A 63-bit number for each caption, equal for equal captions on every rank."""
+    """A 63-bit id of each caption, equal for equal captions on every rank."""
     digests = [hashlib.blake2b(caption.encode(), digest_size=8).digest() for caption in captions]
     return torch.tensor([int.from_bytes(digest, "big") >> 1 for digest in digests])
 
 
 def _check_same(name: str, then: object, now: object) -> None:
     if then != now:
-        raise InputError(f"stream state: {name} was {then!r} and is {now!r}; allowed: the same")
+        raise InputError(f"stream state: {name} was {then!r} and is {now!r}; allowed: the same value")
 
 
 def _names_and_digests(index: Sequence[ShardIndex]) -> list[list[str]]:
-    """File name and digest of each shard; of a `LazyIndex` the names alone."""
+    """File name and digest of each shard; for a `LazyIndex`, only the names."""
     if isinstance(index, LazyIndex):
         return [[file_name(url), ""] for url in index.urls]
     return [[file_name(shard.url), shard.digest] for shard in index]
 
 
 def _changes(then: Sequence[Sequence[str]], now: Sequence[Sequence[str]]) -> str:
-    """What differs between two lists of names and digests, in words; empty where nothing does."""
+    """Description of the differences between two lists of names and digests; empty if there are none."""
     missing = Counter(map(tuple, then)) - Counter(map(tuple, now))
     added = Counter(map(tuple, now)) - Counter(map(tuple, then))
     before, after = {name for name, _ in missing}, {name for name, _ in added}

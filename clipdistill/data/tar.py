@@ -1,14 +1,12 @@
-"""Walking the headers of a tar archive that nobody vouches for.
+"""Walk the headers of an untrusted tar archive.
 
-`tarfile` trusts sizes that a hostile header claims, and stops at the first damaged block. `walk` reads no
-more than the archive holds, always moves forward, and finds its way back after damage by looking for the next
-block whose checksum is right. It knows ustar, GNU long names and pax headers: all that WebDataset shards are
-made of.
+`tarfile` trusts the sizes that a hostile header claims, and stops at the first damaged block. `walk` reads no
+more than the archive holds, always moves forward, and resynchronises after damage at the next block with a
+valid checksum. It supports ustar, GNU long names and pax headers: everything that WebDataset shards contain.
 
-What it cannot find: members that bytes put in or taken out have moved off the 512-byte grid, up to where the
-grid fits again; members that lie inside another one, because its header, though its checksum is right, claims
-too many bytes. What it cannot even notice: that as many zeros as may end an archive stand in for its last
-members.
+It misses members that inserted or removed bytes shifted off the 512-byte grid, up to the next aligned one, and
+members inside another one whose header has a valid checksum but claims too many bytes. It cannot detect that
+the last members were replaced by zeros, if no more than may end an archive.
 """
 
 import zlib
@@ -25,11 +23,11 @@ _REGULAR = (b"0", b"\0", b"7")
 _LONG_NAME, _LONG_LINK, _PAX, _PAX_GLOBAL = b"L", b"K", b"x", b"g"
 
 ReadAt = Callable[[int, int], bytes]
-"""(offset, length) -> bytes of a file; fewer at its end."""
+"""(offset, length) -> bytes of a file; fewer than `length` at its end."""
 
 
 class Member(NamedTuple):
-    """One member: its name, and the bytes `start` to `start + size` of the archive that are its content."""
+    """One member: its name, and its content, the bytes `start` to `start + size` of the archive."""
 
     header: int
     name: str
@@ -39,7 +37,7 @@ class Member(NamedTuple):
 
 
 class Damage(NamedTuple):
-    """Something wrong at byte `at`; `name` is the member that is cut short, if one is."""
+    """Damage at byte `at`; `name` is the truncated member, if any."""
 
     at: int
     reason: str
@@ -53,7 +51,7 @@ class _Header(NamedTuple):
 
 
 class _Extension(NamedTuple):
-    """What extension headers define of the next member."""
+    """Fields of the next member that extension headers define."""
 
     path: str = ""
     size: int | None = None
@@ -64,12 +62,12 @@ def walk(read_at: ReadAt, size: int) -> Iterator[Member | Damage]:
     """Yield the members of an archive of `size` bytes, and its damage, in order.
 
     Args:
-        read_at: Reads `size` bytes at an offset; offsets only rise.
-        size: Where the archive ends; nothing beyond is read.
+        read_at: Reads `size` bytes at an offset; offsets only increase.
+        size: Size of the archive; nothing beyond is read.
 
-    A member's `header` is the first of its headers, extension headers included: reading may start there
-    again. Behind damage that took its extension headers, a member may have the wrong name: nothing on the other
-    side of damage belongs with it.
+    A member's `header` is the offset of the first of its headers, extension headers included: reading can
+    restart there. After damage that destroyed its extension headers, a member may have the wrong name: do not
+    group members across damage.
     """
     at = 0
     first: int | None = None
@@ -139,7 +137,7 @@ def _parse(block: bytes) -> _Header | None:
 
 
 def _size(field: bytes, base: int = 8) -> int | None:
-    """A number of a header: octal digits, or, for what is too large for them, 0x80 and big-endian bytes."""
+    """A number of a header: octal digits, or, if too large for them, 0x80 and big-endian bytes."""
     if field[:1] == b"\x80":
         return int.from_bytes(field[1:], "big")
     digits = field.strip(b"\0 ")
@@ -160,7 +158,7 @@ def _short(name: str) -> str:
 
 
 def _extended(known: _Extension, kind: bytes, data: bytes) -> _Extension | None:
-    """What is known of the next member with this extension header's content; None where that is damaged."""
+    """`known`, updated with the content of an extension header; None if that is damaged."""
     if kind == _LONG_NAME:
         path = data.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
         return known._replace(path=path) if path else None

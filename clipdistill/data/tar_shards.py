@@ -1,4 +1,4 @@
-"""WebDataset's format: tar files whose consecutive members with one key are a sample."""
+"""WebDataset's format: tar files in which consecutive members with the same key form a sample."""
 
 import re
 from collections.abc import Iterable
@@ -12,14 +12,14 @@ _COMPRESSED = {
     "bzip2": re.compile(rb"BZh[1-9]1AY&SY"),
     "xz": re.compile(rb"\xfd7zXZ\0"),
 }
-"""What compressed files begin with, and no member's name does."""
+"""Magic bytes of compressed files; no member's name begins with them."""
 
 
 class TarShards:
     """Plain tar files, as `webdataset` and img2dataset write them (``data.shard_format.ShardFormat``)."""
 
     def scan(self, read_at: ReadAt, size: int) -> ShardLayout:
-        """Find the samples by the headers of the members; a damaged shard is scanned as far as it goes."""
+        """Find the samples by the headers of the members; a damaged shard is scanned as far as possible."""
         start = read_at(0, 16)
         compression = next((name for name, magic in _COMPRESSED.items() if magic.match(start)), None)
         if compression:
@@ -32,7 +32,7 @@ class TarShards:
         return ShardLayout(offsets=offsets, end=end, repeats=repeats, problems=problems)
 
     def read_sample(self, data: bytes, wanted: frozenset[str], raw: RawSample) -> None:
-        """Fill key and wanted members of a sample."""
+        """Fill in key and wanted members of a sample."""
         key = None
         seen = set()
         for entry in walk(lambda at, size: data[at : at + size], len(data)):
@@ -60,7 +60,7 @@ class TarShards:
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """Key and extension of a member, cut at the first dot of its file name; None where it belongs to no
+    """Key and extension of a member, split at the first dot of its file name; None if it belongs to no
     sample.
 
     The extension is in lower case. WebDataset's `__meta__` members, and names without key or extension,
@@ -75,8 +75,8 @@ def split_name(name: str) -> tuple[str, str] | None:
 
 
 def _group(entries: Iterable[Member | Damage], problems: list[str]) -> tuple[list[int], int, frozenset[int]]:
-    """Offsets of the samples (runs of members with one key), the end of the last, and which have a key that was there
-    before; damage goes into `problems`."""
+    """Offsets of the samples (runs of members with one key), the end of the last, and the numbers of those whose key
+    occurred before; damage is added to `problems`."""
     offsets: list[int] = []
     ends: list[int] = [0]
     repeats: set[int] = set()

@@ -1,4 +1,4 @@
-"""The processes that load data: their setup, and the message about one that dies."""
+"""Data loading processes: their setup, and the message about one that died."""
 
 import signal
 import time
@@ -19,23 +19,23 @@ _DYING_SECONDS = 5
 def from_workers(
     dataset: IterableDataset[Any], *, workers: int, max_pixels: int, prefetch: int = 2, pin_memory: bool = False
 ) -> Iterator[Any]:
-    """The items of a dataset, made by worker processes; webdataset's ``WebLoader`` runs them.
+    """Yield the items of a dataset from worker processes, run by webdataset's ``WebLoader``.
 
-    The sockets of a worker that dies close before its parent receives SIGCHLD. A tensor fetched in between raises an
-    error of the socket: this waits for the signal, upon which PyTorch raises an error that names the worker.
+    The sockets of a dead worker close before its parent receives SIGCHLD. A tensor fetched in between raises a socket
+    error: this waits for the signal, on which PyTorch raises an error that names the worker.
 
     Args:
         dataset: Its items are not collated. An `InputError` among them is raised: DataLoader would bury its line in a
             traceback.
         workers: Number of processes; 0: this one.
         max_pixels: Pillow's limit in the workers.
-        prefetch: Items that each worker makes ahead.
-        pin_memory: Whether items come in pinned memory.
+        prefetch: Items that each worker prepares ahead.
+        pin_memory: Whether to copy items into pinned memory.
 
     Raises:
         InputError: One of the items.
         RuntimeError: A worker has died (`dead_worker_message`).
-        OSError, EOFError: A worker cannot be reached, though it is alive.
+        OSError, EOFError: A worker is alive but cannot be reached.
     """
     loader = wds.WebLoader(
         dataset,
@@ -44,7 +44,7 @@ def from_workers(
         prefetch_factor=prefetch if workers else None,
         pin_memory=pin_memory,
         worker_init_fn=partial(_start_worker, max_pixels=max_pixels),
-        generator=torch.Generator(),  # DataLoader draws a seed from the global generator otherwise
+        generator=torch.Generator(),  # else DataLoader draws a seed from the global generator
     )
     try:
         for item in loader:
@@ -58,16 +58,16 @@ def from_workers(
 
 
 def _start_worker(_: int, *, max_pixels: int) -> None:
-    """Set up a worker process: one thread, Ctrl-C left to the training process, the limit of pixels."""
+    """Set up a worker process: one thread, Ctrl-C left to the training process, Pillow's pixel limit."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     Image.MAX_IMAGE_PIXELS = max_pixels
 
 
 def dead_worker_message(error: BaseException) -> str | None:
-    """The message about a dead data worker, if the error is PyTorch's about one.
+    """The first line of PyTorch's error about a dead data worker; None for any other error.
 
-    It is raised on SIGCHLD, by any line of the main thread's code.
+    PyTorch raises it on SIGCHLD, from any line of the main thread's code.
     """
     if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
         return str(error).splitlines()[0].rstrip(". ")

@@ -1,4 +1,4 @@
-"""The class priors of an objective: one for each teacher of each term that uses one.
+"""The class priors of an objective: one per teacher and per term that uses one.
 
 Shapes: B rows of this rank, C classes.
 """
@@ -18,9 +18,9 @@ class ClassPriors:
 
     Args:
         terms: of the objective.
-        teachers: how many there are.
+        teachers: number of teachers.
         num_classes: C.
-        device: where the priors are used.
+        device: device of the priors.
     """
 
     def __init__(self, terms: Sequence[Loss], *, teachers: int, num_classes: int, device: torch.device | str) -> None:
@@ -31,13 +31,13 @@ class ClassPriors:
             for teacher in range(teachers)
         }
         self.complete = False
-        """Whether they are final: means over all stored views of a teacher cache."""
+        """Whether the priors are final: means over all stored views of a teacher cache."""
 
     def __bool__(self) -> bool:
         return bool(self._priors)
 
     def get(self, term: Loss, teacher: int) -> Tensor | TopKPrior | None:
-        """The prior in use; None where the term uses none."""
+        """The current prior; None if the term uses none."""
         prior = self._priors.get(f"{term.term_name}/{teacher}")
         return None if prior is None else prior.prior
 
@@ -53,11 +53,11 @@ class ClassPriors:
             prior.end_epoch(sum_over_ranks)
 
     def shared_state(self) -> dict[str, Tensor]:
-        """The priors in use, the same on all ranks."""
+        """The current priors, the same on all ranks."""
         return {f"{name}{part}": x for name, prior in self._priors.items() for part, x in prior.tensors().items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's sums of the epoch under way."""
+        """This rank's sums of the current epoch."""
         return {
             "complete": self.complete,
             "sums": {name: prior.sum_CC.cpu() for name, prior in self._priors.items()},
@@ -70,7 +70,7 @@ class ClassPriors:
             prior.load_tensors({part: tensors[f"{name}{part}"] for part in prior.tensors()})
 
     def load_state_dict(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Restore the sums of all ranks that saved; their number may differ from today's."""
+        """Restore the sums of all ranks that saved; the number of ranks may have changed."""
         self.complete = states[0]["complete"]
         for name, prior in self._priors.items():
             prior.sum_CC = own_part([state["sums"][name] for state in states]).to(prior.sum_CC.device)

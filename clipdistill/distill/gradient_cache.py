@@ -1,4 +1,4 @@
-"""Gradients of terms whose rows see each other across micro-batches (Gao et al. 2021, arXiv 2101.06983)."""
+"""Gradients of terms that couple rows across micro-batches (Gao et al. 2021, arXiv 2101.06983)."""
 
 from collections.abc import Callable, Mapping, Sequence
 
@@ -10,14 +10,14 @@ from clipdistill.models.outputs import PER_SAMPLE, ModelOutputs
 
 
 class GradientCache:
-    """Features of all micro-batches without their graphs, and the way from their gradients to the weights.
+    """Features of all micro-batches without their graphs, and the backward pass from their gradients to the weights.
 
-    All features are computed once without gradient; the loss of the whole gives each feature its gradient; a second
-    forward pass of each micro-batch carries it to the weights. Random states and buffers are put back before the second
-    pass, so that both passes see the same network.
+    All features are computed once without gradient; the loss of the combined batch gives each feature its gradient; a
+    second forward pass of each micro-batch propagates it to the weights. Random states and buffers are restored before
+    the second pass, so that both passes compute the same function.
 
     Args:
-        student: whose buffers are put back.
+        student: its buffers are restored.
         forward: the student's outputs of a micro-batch, by its number.
         sizes: samples of each micro-batch.
         device: of the random states.
@@ -43,10 +43,10 @@ class GradientCache:
             for name, buffer in student.named_buffers():
                 buffer.copy_(before[name])
         self.outputs = ModelOutputs.cat(outputs).map(lambda tensor: tensor.detach().requires_grad_())
-        """Of the whole batch: leaves, which receive the gradients of the loss."""
+        """Outputs of the combined batch: leaf tensors, which receive the gradients of the loss."""
 
     def surrogate(self, number: int) -> Tensor:
-        """A second forward pass of a micro-batch: a 0-d tensor whose gradients are those of the loss."""
+        """Run the second forward pass of a micro-batch; returns a 0-d tensor whose gradients are those of the loss."""
         set_random_state(self._random_states[number], self._device)
         outputs = self._forward(number)
         first = sum(self._sizes[:number])

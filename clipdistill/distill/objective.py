@@ -1,7 +1,7 @@
 """The weighted sum of a config's terms, normalised over the global batch.
 
 Every rank computes its share: numerators over its own rows, divided by denominators summed over all ranks and
-micro-batches. The ranks' losses therefore add up to the loss of one process with the whole batch.
+micro-batches. The ranks' losses therefore add up to the loss of one process with the entire batch.
 
 Shapes: B rows of this rank, C columns.
 """
@@ -18,19 +18,19 @@ from clipdistill.distributed.collectives import rank, sum_over_ranks, widest_flo
 from clipdistill.losses import Comparison, Implementation, Loss, LossParts
 
 Denominators = Mapping[str, Tensor]
-"""``rows``, and those of each loss by ``TERM/TEACHER/MATRIX/NAME``; sums over the global batch, 0-d."""
+"""``rows``, and each loss's denominators by ``TERM/TEACHER/MATRIX/NAME``; sums over the global batch, 0-d."""
 
 
 class Objective:
-    """The terms, the teachers' shares, and the class priors.
+    """The terms, the teachers' weights, and the class priors.
 
     Args:
-        terms: those of weight above 0; others cost nothing because they are not here.
-        warmup_steps: by the name of a term, the optimizer steps over which its weight rises; others have none.
+        terms: those with weight above 0; others are excluded, so they cost nothing.
+        warmup_steps: optimizer steps over which a term's weight rises, by the term's name; other terms have no warm-up.
         teacher_weights: share of each teacher; normalised to sum to 1.
         num_classes: C, for the class priors.
-        device: where the priors are used.
-        implementation: of losses that have several.
+        device: device of the priors.
+        implementation: for losses with several implementations.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Objective:
 
     @property
     def separable(self) -> bool:
-        """Whether micro-batches may be computed apart, given the denominators."""
+        """Whether micro-batches can be computed separately, given the denominators."""
         return all(term.separable for term in self.terms)
 
     def weight_at(self, term: Loss, step: int) -> float:
@@ -95,7 +95,7 @@ class Objective:
 
     @torch.no_grad()
     def denominators(self, batches: Sequence[Targets], rows: int) -> dict[str, Tensor]:
-        """Every denominator, summed over all ranks and the given micro-batches of this rank.
+        """All denominators, summed over all ranks and the given micro-batches of this rank.
 
         Args:
             batches: the targets of the optimizer step's micro-batches, or of their concatenation.
@@ -132,7 +132,7 @@ class Objective:
                 name.removeprefix(f"{key}/"): each for name, each in denominators.items() if name.startswith(f"{key}/")
             }
             loss = term.compute(comparison, rows, of_matrix)
-            ranks = world_size() if term.couples_rows else 1  # each rank has computed the whole loss
+            ranks = world_size() if term.couples_rows else 1  # each rank has computed the complete loss
             value = value + share * (loss.value / ranks)
             for name, part in loss.parts.items():
                 parts[name] = parts.get(name, 0.0) + share * (part / ranks)
@@ -141,7 +141,8 @@ class Objective:
     def _comparisons(
         self, term: Loss, student: Similarities | None, targets: Targets
     ) -> Iterator[tuple[str, float, Comparison]]:
-        """The matrices of a term: key of the denominators, share in the term, and the matrix beside each teacher's."""
+        """The comparisons of a term: key of the denominators, share in the term, and the student's matrix with a
+        teacher's."""
         teachers = (
             list(zip(targets.teachers, self.teacher_shares, strict=True)) if term.needs_teacher else [(None, 1.0)]
         )
@@ -162,7 +163,7 @@ class Objective:
                 yield f"{term.term_name}/{number}/{direction}", share / max(len(ours), len(theirs)), comparison
 
     def _target_columns(self, term: Loss, targets: Targets) -> Tensor | None:
-        """The column of each row's own class or, over captions, of its own pair in the matrix over all ranks."""
+        """Column of each row's class or, over captions, of its matching pair in the matrix over all ranks."""
         if term.over != "captions":
             return targets.labels_B
         assert targets.caption_ids_B is not None

@@ -1,4 +1,4 @@
-"""The matrices of similarities of one model's outputs: over class prompts, and over the captions of all ranks.
+"""Similarity matrices of one model's outputs: over class prompts, and over the captions or images of all ranks.
 
 Shapes: N ranks, B rows of this rank, C columns (classes, or N * B captions or images), D features.
 """
@@ -14,7 +14,7 @@ from clipdistill.models.outputs import ModelOutputs
 
 
 class SimilarityMatrix:
-    """Rows against columns; columns and logits are computed on first use (implements ``losses.base.Similarity``)."""
+    """Rows versus columns; columns and logits are computed on first use (implements ``losses.base.Similarity``)."""
 
     def __init__(self, outputs: ModelOutputs, rows_BD: Tensor, columns: Callable[[], Tensor]) -> None:
         self.rows_BD = rows_BD
@@ -52,7 +52,7 @@ class WholeBatch:
 
 
 class Similarities:
-    """All matrices of one model for a micro-batch, each made once."""
+    """All matrices of one model for a micro-batch, each computed once."""
 
     def __init__(self, outputs: ModelOutputs) -> None:
         self.outputs = outputs
@@ -61,22 +61,22 @@ class Similarities:
         """The matrices that a term compares.
 
         Args:
-            what: ``prompts``: images against class prompts. ``captions``: images against the captions of all ranks, and
-                captions against images. ``images``: images against the images of all ranks.
+            what: ``prompts``: images versus class prompts. ``captions``: images versus the captions of all ranks, and
+                captions versus images. ``images``: images versus the images of all ranks.
         """
         matrices: list[SimilarityMatrix] = getattr(self, f"over_{what}")
         return matrices
 
     @cached_property
     def over_prompts(self) -> list[SimilarityMatrix]:
-        """Images against class prompts."""
+        """Images versus class prompts."""
         image_BD, prompts_CD = self._image_BD, self.outputs.prompts_CD
         assert prompts_CD is not None
         return [SimilarityMatrix(self.outputs, image_BD, lambda: prompts_CD)]
 
     @cached_property
     def over_captions(self) -> list[SimilarityMatrix]:
-        """Images against captions, and captions against images."""
+        """Images versus captions, and captions versus images."""
         image_BD, captions_BD = self._image_BD, self.outputs.captions_BD
         assert captions_BD is not None
         return [
@@ -86,7 +86,7 @@ class Similarities:
 
     @cached_property
     def over_images(self) -> list[SimilarityMatrix]:
-        """Images against images."""
+        """Images versus images."""
         image_BD = self._image_BD
         return [SimilarityMatrix(self.outputs, image_BD, lambda: gather_rows(image_BD))]
 

@@ -1,9 +1,9 @@
-"""The gradients of one optimizer step. Data goes one way:
+"""Gradients of one optimizer step. Data flows in one direction:
 
     batches ─ Teachers.run ─> Targets ─ Objective.denominators ─┐
             └ perturb ─> student ─> Similarities ───────────────┴─ Objective.losses ─> backward
 
-Shapes: K micro-batches, B samples of one, D features.
+Shapes: K micro-batches, B samples per micro-batch, D features.
 """
 
 import contextlib
@@ -28,17 +28,17 @@ from clipdistill.models.outputs import ModelOutputs
 from clipdistill.models.towers import Student
 
 Perturb = Callable[[Tensor, Targets, int], Tensor]
-"""Changes the student's images before its forward pass: (uint8 images, targets, step) -> images as ``PixelTransform``
-takes them. The teachers see the images as they were."""
+"""Changes the student's images before its forward pass: (uint8 images, targets, step) -> images in the input format of
+``PixelTransform``. The teachers see the unchanged images."""
 
 
 @dataclass(kw_only=True)
 class StepLosses:
-    """What a step computed, unweighted: this rank's share, 0-d.
+    """Losses of a step: this rank's share, 0-d.
 
     Attributes:
-        sums: ``loss``, and every part as ``loss/TERM/PART``.
-        gradient_shares: each part's share of the gradient norms, where they were measured.
+        sums: ``loss``, the weighted total, and every unweighted part as ``loss/TERM/PART``.
+        gradient_shares: each part's share of the gradient norms, if measured.
     """
 
     sums: dict[str, Tensor] = field(default_factory=dict)
@@ -54,7 +54,7 @@ class StepLosses:
 
 
 class DistillationStep:
-    """Computes the gradients of a step; the caller lets the optimizer take it.
+    """Computes the gradients of a step; the caller runs the optimizer.
 
     Args:
         accelerator: scales and synchronises the backward passes.
@@ -63,8 +63,8 @@ class DistillationStep:
         teachers: the frozen models.
         objective: the terms.
         texts: the student's class prompts and captions.
-        labels: where the class of a sample comes from.
-        perturb: changes the student's images; None: nothing does.
+        labels: source of a sample's class.
+        perturb: changes the student's images; None: no change.
     """
 
     def __init__(
@@ -90,12 +90,12 @@ class DistillationStep:
         self.stopwatch = NoStopwatch()
 
     def __call__(self, batches: Sequence[Batch], step: int, *, measure_shares: bool) -> StepLosses:
-        """Add the gradients of an optimizer step's micro-batches to the student's.
+        """Accumulate the gradients of an optimizer step's micro-batches in the student.
 
         Args:
             batches: K micro-batches of this rank.
             step: from 0.
-            measure_shares: whether each part's share of the gradient norms is measured.
+            measure_shares: measure each part's share of the gradient norms.
         """
         batches = [batch.to(self.accelerator.device) for batch in batches]
         with self.stopwatch.section("teacher"):
@@ -111,7 +111,7 @@ class DistillationStep:
         return self._backward_together(batches, targets, whole, denominators, step, measure_shares)
 
     def _make_targets(self, batches: Sequence[Batch]) -> list[Targets]:
-        """Run the teachers where they are needed, and let the class priors see what they predict."""
+        """Run the teachers if needed, and add their predictions to the class priors."""
         objective = self.objective
         lends_captions = self.student.text_mode == "teacher" and objective.needs_captions
         if objective.needs_teachers or self.labels == "teacher" or lends_captions:
@@ -132,7 +132,7 @@ class DistillationStep:
         step: int,
         measure_shares: bool,
     ) -> StepLosses:
-        """Gradients of rows that need not see each other: forward and backward, one micro-batch after another."""
+        """Gradients of terms with independent rows: forward and backward, one micro-batch after another."""
         found = StepLosses()
         for number, (batch, target) in enumerate(zip(batches, targets, strict=True)):
             last = number == len(batches) - 1
@@ -160,7 +160,7 @@ class DistillationStep:
         step: int,
         measure_shares: bool,
     ) -> StepLosses:
-        """Gradients of rows that see each other across micro-batches (in-batch terms)."""
+        """Gradients of terms that couple rows across micro-batches (in-batch terms)."""
         images = [self._perturbed(batch, target, step) for batch, target in zip(batches, targets, strict=True)]
 
         def forward(number: int) -> ModelOutputs:
@@ -193,11 +193,11 @@ class DistillationStep:
         return batch.image_BCHW if self.perturb is None else self.perturb(batch.image_BCHW, target, step)
 
     def _synchronised(self, last: bool) -> Any:
-        """Exchange gradients in the backward pass of the last micro-batch only."""
+        """Synchronise gradients only in the backward pass of the last micro-batch."""
         return contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
 
     def _gradient_shares(self, losses: Mapping[str, LossParts], student: Similarities, step: int) -> dict[str, float]:
-        """Each part's share of the gradient norms at this rank's image features of the student, weights applied."""
+        """Each weighted part's share of the gradient norms with respect to this rank's student image features."""
         image_BD = student.outputs.image_BD
         assert image_BD is not None
         norms = {}

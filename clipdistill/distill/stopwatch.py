@@ -10,7 +10,7 @@ from clipdistill.io.machine import device_time
 
 
 class NoStopwatch:
-    """Measures nothing, and makes no device wait."""
+    """Measures nothing and synchronises no device."""
 
     def section(self, name: str) -> AbstractContextManager[None]:  # noqa: ARG002
         """A part of a step."""
@@ -22,12 +22,12 @@ class NoStopwatch:
 
 
 class Stopwatch(NoStopwatch):
-    """Seconds of the sections of each step; the device is waited for at every border.
+    """Seconds of each section of each step; the device is synchronised at every section boundary.
 
-    A section inside another one is not part of the outer one.
+    The time of a nested section does not count towards the outer one.
 
     Attributes:
-        steps: for each step, its seconds by section, and under ``""`` in all.
+        steps: for each step, its seconds by section, and the total under ``""``.
         flops: floating-point operations of the first step, on this process.
     """
 
@@ -62,7 +62,7 @@ class Stopwatch(NoStopwatch):
             self.flops = counter.get_total_flops()
 
     def _account(self) -> None:
-        """The time since the last border belongs to the innermost section."""
+        """Add the time since the last boundary to the innermost section."""
         now = device_time(self._device)
         if self._open and self.steps:
             times = self.steps[-1]

@@ -1,4 +1,4 @@
-"""Class priors from a teacher cache: the means over all stored views, known before the first step.
+"""Class priors from a teacher cache: means over all stored views, computed before the first step.
 
 Shapes: B views of samples.
 """
@@ -27,10 +27,10 @@ def observe_stored_views(
     num_classes: int,
     device: torch.device,
 ) -> None:
-    """Set the class priors to the means over all stored views; each rank reads its part of the shards, once.
+    """Set the class priors to the means over all stored views; each rank reads its part of the shards once.
 
     Raises:
-        InputError: a label outside the class list, or a file that is damaged.
+        InputError: a label outside the class list, or a damaged file.
     """
     for shard in range(rank(), shards, world_size()):
         images, stored_B = embeddings.everything(shard)
@@ -39,7 +39,7 @@ def observe_stored_views(
             if len(stored_B) and int(stored_B.max()) >= num_classes:
                 raise InputError(
                     f"data.shards: label {int(stored_B.max())} in shard number {shard}; allowed: 0 to "
-                    f"{num_classes - 1} (there are {num_classes} class names)"
+                    f"{num_classes - 1} (the class list has {num_classes} names)"
                 )
         for start in range(0, len(stored_B), _ROWS_AT_ONCE):
             rows = slice(start, start + _ROWS_AT_ONCE)

@@ -15,16 +15,16 @@ from clipdistill.models.towers import Student, share_of_classes
 
 
 class StudentTexts:
-    """Text inputs of the student's forward pass, and the text features that it takes over.
+    """Text inputs of the student's forward pass, and the text features that it reuses.
 
     Args:
-        student: trims its prompts.
-        class_tokens_CTL: token ids of every class in every template, where the text tower is trained.
-        class_CD: class embeddings, where they are fixed.
-        templates_per_step: templates that are encoded in a step; 0: all.
-        seed: draws them, with the step.
-        caption_tokens: number of the batch's caption tokens that are the student's; None: it encodes no captions.
-        teacher_captions: whether the first teacher's caption features are the student's own.
+        student: its tokenizer trims the prompts.
+        class_tokens_CTL: token ids of every class in every template, if the text tower is trained.
+        class_CD: class embeddings, if they are fixed.
+        templates_per_step: number of templates encoded per step; 0: all.
+        seed: seed of their selection, with the step.
+        caption_tokens: index of the student's tokens in the batch's caption tokens; None: it encodes no captions.
+        teacher_captions: use the first teacher's caption features as the student's.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class StudentTexts:
         Args:
             batch: on the device.
             step: the optimizer step, from 0.
-            prompts: whether class prompts are encoded along with this micro-batch.
+            prompts: encode class prompts with this micro-batch.
         """
         texts: dict[str, Any] = {}
         if prompts and self._class_tokens_CTL is not None:
@@ -65,7 +65,7 @@ class StudentTexts:
         return texts
 
     def complete(self, outputs: ModelOutputs, targets: Targets) -> ModelOutputs:
-        """The student's outputs with the text features that it takes over."""
+        """The student's outputs, completed with the fixed class embeddings and the teacher's caption features."""
         if outputs.prompts_CD is None:
             outputs = outputs._replace(prompts_CD=self._class_CD)
         if self._teacher_captions:
@@ -73,7 +73,7 @@ class StudentTexts:
         return outputs
 
     def _templates_of_step(self, tokens_CTL: Tensor, step: int) -> Tensor:
-        """This step's templates: (C, L) for one, (C, t, L) for several; drawn from (seed, step)."""
+        """Token ids of this step's templates: (C, L) for one, (C, t, L) for several; drawn from (seed, step)."""
         wanted = self._templates_per_step or tokens_CTL.shape[1]
         if wanted < tokens_CTL.shape[1]:
             generator = torch.Generator().manual_seed(self._seed * 1_000_003 + step)

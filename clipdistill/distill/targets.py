@@ -1,4 +1,4 @@
-"""The targets of a micro-batch: the teachers' outputs, labels, and which captions are equal.
+"""The targets of a micro-batch: the teachers' outputs, labels and caption ids.
 
 Shapes: B samples.
 """
@@ -17,7 +17,7 @@ from clipdistill.distributed.collectives import gather_rows
 from clipdistill.models.outputs import ModelOutputs
 
 Labels = Literal["none", "dataset", "teacher"]
-"""Where the class of a training sample comes from: nowhere, the sample, or the first teacher's argmax."""
+"""Source of a training sample's class: none, the sample, or the first teacher's argmax."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +26,8 @@ class Targets:
 
     Attributes:
         teachers: their similarities.
-        labels_B: the class of each sample, where a term needs it.
-        caption_ids_B: a number for each caption, equal for equal captions on every rank.
+        labels_B: the class of each sample; None without labels.
+        caption_ids_B: id of each caption, equal for equal captions on every rank.
     """
 
     teachers: Sequence[Similarities] = ()
@@ -36,13 +36,13 @@ class Targets:
 
     @cached_property
     def all_caption_ids(self) -> Tensor:
-        """Those of all ranks."""
+        """Caption ids of all ranks."""
         assert self.caption_ids_B is not None
         return gather_rows(self.caption_ids_B)
 
     @classmethod
     def cat(cls, targets: Sequence["Targets"]) -> "Targets":
-        """The targets of several micro-batches as those of one batch."""
+        """Concatenate the targets of several micro-batches."""
 
         def join(parts: Sequence[Tensor | None]) -> Tensor | None:
             present = [part for part in parts if part is not None]
@@ -63,8 +63,8 @@ def make_targets(batch: Batch, outputs: Sequence[ModelOutputs], labels: Labels) 
 
     Args:
         batch: on the device.
-        outputs: each teacher's.
-        labels: where the labels come from.
+        outputs: each teacher's outputs.
+        labels: source of the labels.
     """
     teachers = [Similarities(each) for each in outputs]
     labels_B = batch.labels_B if labels == "dataset" else None

@@ -1,7 +1,7 @@
-"""Building the files of the teacher cache.
+"""Build the files of the teacher cache.
 
-Each shard gets a file of its own (data/embeddings.py), written when it is complete: a build that was stopped goes on
-with the shards that have none, and the files of several machines can be copied together.
+Each shard has its own file (data/embeddings.py), written when it is complete: an interrupted build resumes with the
+shards that have none, and files from several machines can be copied into one folder.
 
 Shapes: N samples of a shard, n samples of a chunk, K views, S side in pixels, L tokens, D dimensions of a teacher.
 """
@@ -47,21 +47,21 @@ class TeacherCacheSettings(Settings):
     """The teachers' embeddings, which ``clipdistill cache`` computes once for all views of all samples."""
 
     folder: str = ""
-    """Where the files are, one a shard; empty: the teachers run in every step."""
+    """Folder of the files, one per shard; empty: the teachers run in every step."""
     precision: Literal["fp32", "bf16", "int8"] = "bf16"
-    """fp32, bf16, or int8 (with a factor a row)."""
+    """fp32, bf16, or int8 (with a factor per row)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheContent:
-    """What is stored, and all that the stored numbers depend on beside the shards and the teachers."""
+    """What is stored, and everything except shards and teachers that the stored values depend on."""
 
     decoder: Decoder
-    """Makes the pixels that all towers see. Captions' text embeddings are stored where it requires captions."""
+    """Decodes the pixels that all towers see. The captions' text embeddings are stored if it requires captions."""
     views: Views
     """The stored augmentations of each sample: K of them."""
     precision: str = "bf16"
-    """How embeddings are stored: fp32, bf16, or int8 with a factor a row."""
+    """Storage format of embeddings: fp32, bf16, or int8 with a factor per row."""
 
     def __post_init__(self) -> None:
         if self.views.number < 1:
@@ -73,7 +73,7 @@ class CacheContent:
         return self.decoder.require_captions
 
     def key(self, teachers: Sequence[FrozenModel]) -> dict[str, Any]:
-        """The identity of a file's numbers."""
+        """The key in a file's header: everything that the embeddings depend on."""
         identities = []
         for teacher in teachers:
             identity = {"dimensions": teacher.embed_dim, "image": teacher.image_fingerprint()}
@@ -98,10 +98,10 @@ class CacheContent:
 
 @dataclass(frozen=True, kw_only=True)
 class CacheEstimate:
-    """What a build will take."""
+    """Estimated cost of a build."""
 
     samples: int
-    """Of the shards that have no file yet."""
+    """Samples of the shards that have no file yet."""
     shards: int
     bytes_per_sample: int
     seconds_per_sample: float
@@ -109,21 +109,21 @@ class CacheEstimate:
 
     @property
     def bytes(self) -> int:
-        """Disk that the build will fill."""
+        """Disk space that the build needs."""
         return self.samples * self.bytes_per_sample
 
     @property
     def seconds(self) -> float:
-        """Time that the build will take one process."""
+        """Time that the build takes with one process."""
         return self.samples * self.seconds_per_sample
 
 
 @dataclass(kw_only=True)
 class CacheBuild:
-    """What a build did."""
+    """Result of a build."""
 
     written: int = 0
-    """Files."""
+    """Number of files written."""
     samples: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
     """Bad samples by reason."""
@@ -152,10 +152,10 @@ class CacheBuilder:
         index: All shards.
         teachers: The models.
         content: What is stored.
-        folder: Where the files go.
+        folder: Folder of the files.
         batch_size: Samples decoded and encoded at once, each in all its views.
         workers: Decoding processes; 0: none.
-        device: Where the teachers are.
+        device: Device of the teachers.
     """
 
     def __init__(
@@ -179,8 +179,8 @@ class CacheBuilder:
         self.key = content.key(teachers)
 
     def missing(self, numbers: Sequence[int] | None = None) -> list[int]:
-        """Those of the numbered shards (None: of all) that have no whole file with this key; what is stale or damaged
-        is named in the log."""
+        """Those of the numbered shards (None: of all) that have no complete file with this key; stale and damaged
+        files are logged."""
         missing = []
         for number in range(len(self.index)) if numbers is None else numbers:
             shard = self.index[number]
@@ -193,7 +193,7 @@ class CacheBuilder:
         return missing
 
     def estimate(self, numbers: Sequence[int]) -> CacheEstimate:
-        """Disk and time for shards, from one chunk of the first that has samples.
+        """Estimate disk space and time for shards from one chunk of the first shard with samples.
 
         Raises:
             InputError: That shard cannot be read.
@@ -225,11 +225,11 @@ class CacheBuilder:
         """Write the files of shards, one after another.
 
         Args:
-            numbers: Of the shards.
+            numbers: Numbers of the shards.
             progress: Called with the number of samples done.
 
         Raises:
-            InputError: A shard cannot be read: it gets no file, those before it are whole.
+            InputError: A shard cannot be read: it gets no file, the files of earlier shards are complete.
             RunError: The disk is full, or a decoding process has died.
         """
         try:
@@ -267,7 +267,7 @@ class CacheBuilder:
 
     @torch.no_grad()
     def _encode(self, chunk: _Chunk) -> dict[str, Tensor]:
-        """A chunk's rows as they are stored, by name."""
+        """A chunk's rows in their stored form, by name."""
         tensors = {"valid": chunk.valid_n, "content": chunk.content_n, "label": chunk.labels_n}
         rows, views = chunk.pixels.shape[:2]
         image_BCHW = chunk.pixels.flatten(0, 1).to(self.device, non_blocking=True)
@@ -287,7 +287,7 @@ class CacheBuilder:
 
 
 class _Chunks(IterableDataset["_Chunk | InputError"]):
-    """The chunks of shards in their order; worker w of W makes those of number w, w + W, ..."""
+    """The chunks of shards in their order; worker w of W decodes chunks w, w + W, ..."""
 
     def __init__(self, builder: CacheBuilder, numbers: Sequence[int]) -> None:
         super().__init__()
@@ -324,9 +324,10 @@ class _Chunks(IterableDataset["_Chunk | InputError"]):
                     decoded = decoder.decode(raw, view_pixels(views.seed, shard.digest, sample, view))
                     pixels[at, view] = decoded.pixels
             except BadSampleError as bad:
-                if bad.reason == "shard unreadable":  # it may be readable another time
+                if bad.reason == "shard unreadable":  # perhaps only temporarily
                     raise InputError(
-                        f"shard {shown(shard.url)}: {bad.detail}; allowed: a shard that can be read, and is as it was"
+                        f"shard {shown(shard.url)}: {bad.detail}; "
+                        "allowed: a readable shard that is unchanged since it was indexed"
                     ) from bad
                 skips.append((raw.key, bad.reason, bad.detail))
                 continue

@@ -1,4 +1,4 @@
-"""The frozen teachers of a run: they encode a batch, or its features come from the teacher cache.
+"""The frozen teachers of a run: they encode a batch, or their features are read from the teacher cache.
 
 Shapes: B samples, L tokens.
 """
@@ -21,8 +21,8 @@ class Teachers:
 
     Args:
         models: on the CPU.
-        tokenizers: for each, the number of the batch's caption tokens that are its own.
-        micro_batches: how many are encoded at once.
+        tokenizers: for each, the index of its tokens in the batch's caption tokens.
+        micro_batches: number of micro-batches encoded at once.
         cached: whether batches carry the teachers' features, so that no teacher is run.
     """
 
@@ -39,14 +39,14 @@ class Teachers:
         self._tokenizers = tokenizers
         self._micro_batches = micro_batches
         self.class_embeddings: list[Tensor | None] = [None for _ in models]
-        """Of each, (C, D), where there are prompts."""
+        """Class embeddings (C, D) of each teacher; None without prompts."""
 
     def embed_classes(self, prompts: PromptSet, **settings: object) -> None:
-        """Compute each teacher's class embeddings; settings as of ``class_embeddings``."""
+        """Compute each teacher's class embeddings; settings as for ``class_embeddings``."""
         self.class_embeddings = [class_embeddings(model, prompts, **settings) for model in self.models]  # type: ignore[arg-type]
 
     def with_class_embeddings(self, number: int, features: ModelOutputs) -> ModelOutputs:
-        """A teacher's features of a batch with all that makes logits of them."""
+        """A teacher's features of a batch, completed with its class embeddings, logit scale and bias."""
         model = self.models[number]
         return features._replace(prompts_CD=self.class_embeddings[number], scale=model.logit_scale, bias=model.bias)
 
@@ -55,7 +55,7 @@ class Teachers:
 
         Args:
             batches: on the device.
-            captions: whether captions are encoded, too.
+            captions: also encode captions.
         """
         if self.cached:
             outputs = [batch.teachers for batch in batches]
@@ -83,7 +83,7 @@ class Teachers:
 
 
 def cat_tokens(parts: Sequence[Tensor]) -> Tensor:
-    """Token ids (B, L) of several micro-batches; shorter ones gain columns that their tower ignores."""
+    """Token ids (B, L) of several micro-batches; shorter ones are padded with columns that their tower ignores."""
     if len({part.shape[1] for part in parts}) == 1:
         return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
     return pad_sequence([row for part in parts for row in part], batch_first=True)

@@ -1,8 +1,8 @@
 """Collectives: sums, features with their gradients, plain values. All are the identity on one process.
 
-Plain values have a gloo group of their own, so that they synchronise no device.
+Plain values use a separate gloo group, so that they synchronise no device.
 
-Shapes: N ranks, B rows a rank, D features.
+Shapes: N ranks, B rows per rank, D features.
 """
 
 import os
@@ -19,11 +19,11 @@ from torch import Tensor
 from clipdistill.errors import InputError
 
 _LONGEST_WAIT = timedelta(days=1)
-"""Commands without a trainer: rank 0 may do long work alone, such as fitting a linear probe."""
+"""For commands without a trainer: rank 0 may do long work alone, such as fitting a linear probe."""
 
 
 def world_size() -> int:
-    """Number of ranks; 1 where torch.distributed is not running."""
+    """Number of ranks; 1 if torch.distributed is not initialised."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -33,7 +33,7 @@ def rank() -> int:
 
 
 def widest_float(device: torch.device) -> torch.dtype:
-    """float64, where the device has it (Apple's MPS does not)."""
+    """float64 if the device supports it (Apple's MPS does not), else float32."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
@@ -47,11 +47,11 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
 
 
 _hosts: Any = None
-"""The group of plain values; None stands for the default group."""
+"""The process group of plain values; None: the default group."""
 
 
 def open_host_group(timeout: float) -> None:
-    """Make the group of plain values; every rank calls this after the default group has been made.
+    """Create the group of plain values; every rank calls this after the default group was created.
 
     Args:
         timeout: seconds after which a rank that waits for another raises RuntimeError.
@@ -72,7 +72,7 @@ def launched(device: str | None) -> Iterator[str]:
     """Connect the processes of a launcher for a command without a trainer; yields this process's device.
 
     Args:
-        device: from the command line; None: a GPU where there is one.
+        device: from the command line; None: a GPU if available.
 
     Raises:
         InputError: no such device.
@@ -90,7 +90,7 @@ def launched(device: str | None) -> Iterator[str]:
 
 
 def available_device(device: str) -> str:
-    """Check that a device from the command line exists; returns it.
+    """Check that a device from the command line exists, and return it.
 
     Raises:
         InputError: no such device.
@@ -98,7 +98,7 @@ def available_device(device: str) -> str:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {device}: not available here; allowed: cpu, or what torch finds") from error
+        raise InputError(f"--device {device}: not available here; allowed: cpu, or a device of torch") from error
     return device
 
 
@@ -112,8 +112,8 @@ def gather_objects(value: Any) -> list[Any]:
 
 
 def own_part(parts: Sequence[Tensor]) -> Tensor:
-    """This rank's part of a sum that was saved in parts, one for each rank. With another number of ranks, rank 0 gets
-    the whole sum."""
+    """This rank's part of a sum that was saved in parts, one per rank. With another number of ranks, rank 0 gets the
+    total and the others zeros."""
     if len(parts) == world_size():
         return parts[rank()].clone()
     total = torch.stack(list(parts)).sum(dim=0)
@@ -123,14 +123,14 @@ def own_part(parts: Sequence[Tensor]) -> Tensor:
 class AsyncMax:
     """Asynchronous all-reduce (max) of a number, available one call later; with one rank, at once.
 
-    A rank waits only where another is more than one call behind, and a device never.
+    A rank blocks only if another is more than one call behind; devices are never synchronised.
     """
 
     def __init__(self) -> None:
         self._pending: tuple[Tensor, Any] | None = None
 
     def __call__(self, number: int) -> int:
-        """Contribute a number; returns the maximum of the call before (with one rank: of this one)."""
+        """Contribute a number; returns the maximum of the previous call (with one rank: of this one)."""
         if world_size() == 1:
             return number
         maximum = self.close()
@@ -168,9 +168,9 @@ class _Gather(torch.autograd.Function):
 
 
 def gather_rows(rows_BD: Tensor) -> Tensor:
-    """Rows of all ranks, (N * B, D), in the order of ranks; every rank must bring the same shape.
+    """Rows of all ranks, (N * B, D), in the order of ranks; every rank must contribute the same shape.
 
-    The gradient that reaches a row is the sum of the gradients of all ranks' losses towards it.
+    The gradient of a row is the sum of the gradients of all ranks' losses with respect to it.
     """
     if world_size() == 1:
         return rows_BD

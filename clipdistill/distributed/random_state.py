@@ -1,4 +1,4 @@
-"""The states of torch's random generators: for checkpoints, and for recomputation."""
+"""States of torch's random generators, for checkpoints and recomputation."""
 
 from collections.abc import Mapping, Sequence
 
@@ -9,7 +9,7 @@ from clipdistill.distributed.collectives import rank
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
-    """The states of the CPU's generator and of a GPU's."""
+    """States of the CPU's generator and, if there is one, the GPU's."""
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
@@ -34,6 +34,6 @@ class RandomState:
         return random_state(self._device)
 
     def load_state_dict(self, states: Sequence[Mapping[str, Tensor]]) -> None:
-        """Restore this rank's state, if there is one."""
+        """Restore this rank's state, if it was saved."""
         if rank() < len(states):
             set_random_state(states[rank()], self._device)

@@ -24,10 +24,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 RELAY_SECONDS = 2.0
 """Under torchrun and `accelerate launch` a signal to the process group arrives twice, from its sender and relayed by
-the launcher: within this time of the first it counts as the same one."""
+the launcher: a second one within this time counts as the same signal."""
 
 PATIENCE_SECONDS = 10.0
-"""The main thread may take this long to exit where there is nothing to finish; it may be blocked in a library."""
+"""The main thread may take this long to exit if there is nothing to finish; it may be blocked in a library."""
 
 
 class Interruption:
@@ -75,7 +75,7 @@ class Interruption:
 
     @contextmanager
     def immediate(self) -> Iterator[None]:
-        """A part of a deferred block with nothing to finish: a signal, also an earlier one, is raised at once."""
+        """A part of a deferred block with nothing to finish: a signal, even an earlier one, is raised at once."""
         with self._mode(deferring=False):
             self._raise_if_due()
             yield
@@ -106,7 +106,7 @@ class Interruption:
             self._raise_if_due()
 
     def _watch(self, read: int) -> None:
-        """In a thread: Python writes the number of each signal into a pipe at once, whatever the main thread does."""
+        """Run in a thread: Python writes each signal's number to a pipe at once, whatever the main thread does."""
         launched = "TORCHELASTIC_RUN_ID" in os.environ
         first: float | None = None
         while True:

@@ -5,7 +5,7 @@ it within milliseconds and notifies the others. A host that drops off the networ
 when no heartbeat has arrived for half of the time-out. Collectives alone do not report which rank failed and, on GPUs,
 do not return at all. (torch's TCPStore does not report that a client has disconnected.)
 
-Messages are JSON, one a line; ``{}`` is a heartbeat.
+Messages are JSON, one per line; ``{}`` is a heartbeat.
 """
 
 import contextlib
@@ -31,24 +31,24 @@ from clipdistill.errors import ReportedElsewhereError, RunError
 log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 1.0
-"""Between two heartbeats."""
+"""Interval between heartbeats."""
 
 GATHER_SECONDS = 0.3
 """Rank 0 waits this long after a failure for others of the same host, to report them together."""
 
 CAUSE_SECONDS = 5.0
-"""A rank whose error may be the effect of another rank's failure waits this long for that news."""
+"""A rank whose error may be caused by another rank's failure waits this long for a report of it."""
 
 FAREWELL_SECONDS = 2.0
 """Ranks wait this long for each other's shutdown message."""
 
 GRACE_SECONDS = 15.0
-"""After that a rank may take this long to exit; its main thread may be blocked in a collective with a dead rank."""
+"""A rank may then take this long to exit; its main thread may be blocked in a collective with a dead rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Shutdown:
-    """Why the run ends: exit code of all ranks, message, and the rank that prints it."""
+    """Reason for the end of the run: exit code of all ranks, message, and the rank that prints it."""
 
     code: int
     line: str
@@ -72,7 +72,7 @@ class _Connection:
             self.socket.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self) -> list[dict[str, Any]] | None:
-        """The messages received; None when the connection is closed."""
+        """The messages received; None if the connection is closed."""
         try:
             data = self.socket.recv(65536)
         except OSError:
@@ -119,10 +119,11 @@ class Watchdog:
                     self._changed.wait(HEARTBEAT_SECONDS)
 
     def resolve(self, error: BaseException) -> BaseException:
-        """Shut all ranks down because of an error of this one, or find that it is the effect of another rank's end.
+        """Shut all ranks down because of an error of this one, or find that another rank's failure caused it.
 
         Returns:
-            What to raise: the error; a RunError about other ranks; or ReportedElsewhereError, if another rank reports.
+            The exception to raise: the error; a RunError about other ranks; or ReportedElsewhereError, if another rank
+            reports.
         """
         if not self._connections:
             return error
@@ -131,7 +132,7 @@ class Watchdog:
             if re.search(r"Timed out waiting \d+ms", str(error)):
                 error = RunError(
                     f"rank {self._rank} of {self._size} waited {self._timeout:.0f} s for the others "
-                    "(train.rank_timeout); all give signs of life, and which of them is late cannot be known; "
+                    "(train.rank_timeout); all send heartbeats, so the late rank is unknown; "
                     f"{self.progress()}"
                 )
         line = str(error) or type(error).__name__
@@ -145,7 +146,7 @@ class Watchdog:
         return RunError(shutdown.line) if shutdown.reporter == self._rank else ReportedElsewhereError(shutdown.code)
 
     def finish(self) -> None:
-        """All ranks have finished: stop expecting heartbeats."""
+        """Wait until all ranks have finished, then stop expecting heartbeats."""
         if self._connections:
             gather_objects(None)
             self._broadcast({"bye": True})
@@ -157,7 +158,7 @@ class Watchdog:
     # Between the ranks.
 
     def _connect(self) -> None:
-        """Connect every rank with rank 0, or none if one of them cannot be reached."""
+        """Connect every rank with rank 0, or none if a rank cannot reach it."""
         me: dict[str, Any] = {"host": socket.gethostname(), "pid": os.getpid()}
         server = None
         if self._rank == 0:
@@ -201,7 +202,7 @@ class Watchdog:
             connection.socket.close()
 
     def _watch(self) -> None:
-        """In a thread: receive, send heartbeats, detect failures, and exit if the main thread does not."""
+        """Run in a thread: receive, send heartbeats, detect failures, and exit if the main thread does not."""
         lost_at = before = beat = time.monotonic()
         gone: dict[int, float] = {}
         with selectors.DefaultSelector() as selector:
@@ -237,7 +238,7 @@ class Watchdog:
             connection.socket.close()
 
     def _listen(self, connection: _Connection) -> bool:
-        """Process a connection's messages; False when it is closed."""
+        """Process a connection's messages; False if it is closed."""
         messages = connection.receive()
         with self._changed:
             for message in messages or ():
@@ -250,7 +251,7 @@ class Watchdog:
         return messages is not None
 
     def _propose(self, shutdown: _Shutdown) -> _Shutdown:
-        """Agree on a shutdown: this one, or an earlier one that rank 0 knows."""
+        """Agree on a shutdown: this one, or an earlier one known to rank 0."""
         if self._rank > 0 and not self._connections[0].lost:
             self._broadcast({"shutdown": asdict(shutdown)})
             self._wait(lambda: self._shutdown is not None, FAREWELL_SECONDS)
@@ -283,7 +284,7 @@ class Watchdog:
 
 
 def _server(backlog: int) -> socket.socket:
-    """A listening socket of IPv6 and IPv4, where there are both."""
+    """A listening socket for IPv6 and IPv4, or IPv4 alone."""
     with contextlib.suppress(OSError):
         if socket.has_dualstack_ipv6():
             return socket.create_server(("", 0), family=socket.AF_INET6, backlog=backlog, dualstack_ipv6=True)

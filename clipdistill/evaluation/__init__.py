@@ -5,7 +5,8 @@
         ├─ predictions.py ─> classification.py, calibration.py, agreement.py, robustness.py
         ├─ retrieval.py
         └─ linear_probe.py
-    evaluate.py: tasks, and evaluate_sets for the trainer ─> benchmark_format.py, datacomp.py
+    evaluate.py, tasks.py: what is measured on a set ─> benchmark_format.py, datacomp.py
+    during_training.py: evaluate_sets, for the trainer
     command.py, session.py, results.py: ``clipdistill evaluate``
 
 The names below are imported from their modules on first use: ``--help`` needs none of them.
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from clipdistill.evaluation.benchmark_format import benchmark_record, main_metric, mean_main_metric
     from clipdistill.evaluation.classification import classification_metrics
     from clipdistill.evaluation.cost import image_tower_cost, images_per_second
-    from clipdistill.evaluation.evaluate import evaluate_sets
+    from clipdistill.evaluation.during_training import evaluate_sets
     from clipdistill.evaluation.models import load_for_evaluation
     from clipdistill.evaluation.predictions import Predictions, predict
     from clipdistill.evaluation.sets.open import load_classification_set, open_set
@@ -28,7 +29,7 @@ _MODULES = {
     "classification_metrics": "classification",
     "image_tower_cost": "cost",
     "images_per_second": "cost",
-    "evaluate_sets": "evaluate",
+    "evaluate_sets": "during_training",
     "load_for_evaluation": "models",
     "Predictions": "predictions",
     "predict": "predictions",

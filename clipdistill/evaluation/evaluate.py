@@ -1,4 +1,4 @@
-"""Tasks on test sets, from a tower to metrics; ``evaluate_sets`` for the trainer.
+"""Tasks on test sets, from a tower to metrics.
 
 Every rank calls the functions here together, and all get the same result.
 """
@@ -14,7 +14,6 @@ import torch
 from clipdistill.distributed.collectives import world_size
 from clipdistill.errors import InputError
 from clipdistill.evaluation.agreement import class_gains
-from clipdistill.evaluation.benchmark_format import Record, benchmark_record
 from clipdistill.evaluation.calibration import reliability
 from clipdistill.evaluation.classification import (
     Metrics,
@@ -26,7 +25,7 @@ from clipdistill.evaluation.classification import (
 from clipdistill.evaluation.encoding import SetFeatures, encode_classes, encode_set
 from clipdistill.evaluation.linear_probe import linear_probe
 from clipdistill.evaluation.predictions import Predictions, predictions_of
-from clipdistill.evaluation.ranks import broadcast_from_first_rank, from_first_rank
+from clipdistill.evaluation.ranks import from_first_rank
 from clipdistill.evaluation.retrieval import retrieval_metrics
 from clipdistill.evaluation.robustness import BaselineLine, robustness_metrics
 from clipdistill.evaluation.sets.samples import EvaluationSet
@@ -34,47 +33,6 @@ from clipdistill.models.towers import Tower
 
 Details = dict[str, Any]
 """Results beyond single numbers, as JSON values: per-class results, unreadable images."""
-
-
-def evaluate_sets(
-    tower: Tower,
-    sets: Sequence[EvaluationSet],
-    *,
-    model: str,
-    pretrained: str = "",
-    batch_size: int = 256,
-    workers: int = 0,
-    device: torch.device | str = "cpu",
-    cache: Path | None = None,
-) -> list[Record]:
-    """Evaluate a tower zero-shot; with several ranks, all call this together, and all get the records.
-
-    Each sample is counted once. A rank encodes its share of the batches and all class prompts; the first rank computes
-    the metrics. Buffers such as batch-norm statistics differ between the ranks of a training run: all take the first
-    rank's, as DDP does at its next step.
-
-    Args:
-        tower: the model, with the same weights on every rank; its mode is restored afterwards.
-        sets: from ``open_set``.
-        model: name of the model in the records.
-        pretrained: tag or checkpoint in the records.
-        batch_size: images at once.
-        workers: threads of a rank that decode and resize; 0 means one.
-        device: where the tower is.
-        cache: folder for class features, useful while the text tower does not change.
-
-    Returns:
-        One CLIP_benchmark record per set; see ``classification_metrics`` and ``retrieval_metrics``.
-
-    Raises:
-        InputError: on every rank: a bad sample, a set without readable images, or features that are not finite.
-    """
-    broadcast_from_first_rank(tower.clip.buffers())
-    evaluator = Evaluator(tower, batch_size=batch_size, workers=workers, device=device, cache=cache)
-    return [
-        benchmark_record(data, zero_shot(evaluator, data, temperature=False)[0], model=model, pretrained=pretrained)
-        for data in sets
-    ]
 
 
 @dataclass

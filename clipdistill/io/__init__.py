@@ -1,1 +1,1 @@
-"""Files, JSON lines, URLs, shipped resources and argument types: what every other room may use."""
+"""Files, JSON lines, URLs, shipped resources and argument types, available to every other package."""

@@ -1,15 +1,15 @@
-"""What the commands' arguments have in common."""
+"""Argument types shared by the commands."""
 
 import argparse
 
 
 def positive(text: str) -> int:
-    """A whole number of 1 or more, as the type of an argument."""
+    """Argument type: a whole number, 1 or more."""
     return _at_least(1, text)
 
 
 def not_negative(text: str) -> int:
-    """A whole number of 0 or more, as the type of an argument."""
+    """Argument type: a whole number, 0 or more."""
     return _at_least(0, text)
 
 

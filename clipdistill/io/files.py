@@ -1,4 +1,4 @@
-"""Writing so that a reader finds either the whole of something or nothing of it."""
+"""Atomic writing: a reader finds either a complete file or folder, or none."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from clipdistill.errors import RunError
 
 @contextmanager
 def writing(what: str, folder: Path) -> Iterator[None]:
-    """A block that writes: an error of the disk becomes one line with what was written, why it failed, and the space.
+    """Convert an OSError in a block that writes to one line with the file, the cause and the free space.
 
     Raises:
         RunError: the disk is full, a file too large, a permission missing...
@@ -27,19 +27,19 @@ def writing(what: str, folder: Path) -> Iterator[None]:
 
 
 def why(error: BaseException) -> str:
-    """The reason of an error of reading or writing, in the operating system's words."""
+    """The operating system's message of a read or write error."""
     return (isinstance(error, OSError) and error.strerror) or str(error).splitlines()[0]
 
 
 def space_left(folder: Path) -> str:
-    """How much a folder's disk can still take, in words."""
+    """Free space on a folder's disk, as text."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     return f"{shutil.disk_usage(existing).free / 2**20:.1f} MiB free on the disk of {folder}"
 
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """A temporary file that takes the place of ``path`` when the block ends well, and vanishes when it does not."""
+    """A temporary file that replaces ``path`` if the block succeeds, and is deleted if it fails."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -50,19 +50,19 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace a file's content in one step."""
+    """Replace a file's content atomically."""
     with new_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace a JSON file in one step; a NaN becomes an error rather than invalid JSON."""
+    """Replace a JSON file atomically; a NaN raises an error instead of producing invalid JSON."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder that becomes ``path`` when the block ends well, and vanishes when it does not."""
+    """A temporary folder that becomes ``path`` if the block succeeds, and is deleted if it fails."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     path.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(temporary, ignore_errors=True)

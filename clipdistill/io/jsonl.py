@@ -1,4 +1,4 @@
-"""Append-only files of one JSON record a line, each with the step that it is about."""
+"""Append-only files with one JSON record per line, each with its step."""
 
 import json
 import os
@@ -12,7 +12,7 @@ Record = dict[str, Any]
 
 
 def read_jsonl(path: Path) -> list[Record]:
-    """The records of a file, none if there is no file; a last line cut short by a kill is left out."""
+    """The records of a file, empty if it is missing; a last line truncated by a kill is dropped."""
     records = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
@@ -23,14 +23,14 @@ def read_jsonl(path: Path) -> list[Record]:
 
 
 def filter_jsonl(path: Path, keep: Callable[[Record], bool]) -> None:
-    """Drop the records that a resumed run will write again, and a line cut short."""
+    """Drop the records that a resumed run will write again, and a truncated line."""
     kept = [record for record in read_jsonl(path) if keep(record)]
     with writing(path.name, path.parent):
         write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
 
 class JsonlWriter:
-    """Appends records, each on its way to the disk when ``write`` returns.
+    """Appends records; each is handed to the operating system when ``write`` returns.
 
     Raises:
         RunError: a record cannot be written.

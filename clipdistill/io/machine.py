@@ -1,4 +1,4 @@
-"""The machine that a figure was measured on: its name, its clock, its memory and its speed."""
+"""Describe and time the machine of a measurement: name, clock, peak memory and matmul rate."""
 
 import os
 import platform
@@ -11,7 +11,7 @@ import torch
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations a second of a large matrix product."""
+    """Floating-point operations per second of a large matrix product."""
     n = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     best = float("inf")
@@ -23,7 +23,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def describe_machine() -> str:
-    """The processor, its cores, and the threads that torch takes, for the record of a measurement."""
+    """Processor, number of cores and torch threads, as recorded with a measurement."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -32,14 +32,14 @@ def describe_machine() -> str:
 
 
 def device_time(device: torch.device) -> float:
-    """The time, after the device has finished all queued work."""
+    """The time in seconds, after the device has finished all queued work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
     return time.perf_counter()
 
 
 def peak_bytes(device: torch.device) -> int:
-    """Largest memory of this process so far: on the device, or of a CPU process without its workers."""
+    """Peak memory of this process so far, in bytes: on a GPU, or resident on a CPU without its workers."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
     unit = 1 if sys.platform == "darwin" else 1024

@@ -1,4 +1,4 @@
-"""A folder with a manifest: the size and sha256 of every file in it, and of itself."""
+"""Manifest of a folder: the size and sha256 of every file, and the sha256 of the manifest itself."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ def write_manifest(folder: Path, content: Mapping[str, Any]) -> None:
 
     Args:
         folder: its files must be complete.
-        content: fields of the manifest; ``files``, where it is missing, is made from the folder.
+        content: fields of the manifest; if ``files`` is missing, it is computed from the folder.
     """
     files = content.get("files") or {file.name: _fingerprint(file) for file in sorted(folder.iterdir())}
     write_text(folder / _MANIFEST, _render({"format": FORMAT, **content, "files": files}))
@@ -28,7 +28,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """Read a folder's manifest.
 
     Raises:
-        InputError: there is none, or it is not byte for byte what was written.
+        InputError: it is missing, or differs from the bytes written.
     """
     try:
         text = (path / _MANIFEST).read_bytes()
@@ -45,7 +45,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def find_damage(path: Path, *, contents: bool = True) -> str | None:
-    """What is wrong with a folder's files, in words; None if nothing is."""
+    """Description of the first damage among a folder's files; None if there is none."""
     try:
         files = read_manifest(path)["files"]
     except InputError as error:

@@ -1,4 +1,4 @@
-"""Where the files that travel with clipdistill are: prompts, configs and the icons teacher's weights."""
+"""Paths of the files shipped with clipdistill: prompts, configs and the icons teacher's weights."""
 
 from pathlib import Path
 
@@ -8,8 +8,8 @@ _PACKAGE = Path(__file__).parents[1]
 def resource(*parts: str) -> Path:
     """Path of a shipped file or folder, such as ``resource("prompts", "imagenet")``.
 
-    In a wheel the top-level ``prompts/``, ``configs/`` and ``weights/`` folders lie under ``clipdistill/resources``;
-    in a checkout (editable install) they lie beside the package.
+    In a wheel the top-level ``prompts/``, ``configs/`` and ``weights/`` folders are in ``clipdistill/resources``;
+    in a checkout (editable install) they are next to the package.
     """
     packaged = _PACKAGE / "resources"
     root = packaged if packaged.is_dir() else _PACKAGE.parent

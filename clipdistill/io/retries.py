@@ -12,40 +12,39 @@ T = TypeVar("T")
 _PASSING_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 _PASSING = (OSError, aiohttp.ClientError)
 _PASSING_NAMES = frozenset({"HTTPClientError", "TransportError"})
-"""Bases of what botocore and httpx raise where no answer came: by name, as either may not be installed."""
+"""Base classes of botocore's and httpx's errors without a response; by name, as either may not be installed."""
 _LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ValueError)
 _LASTING_NAMES = frozenset({"OfflineModeIsEnabled"})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Retries:
-    """Bounds of one request to a remote store and of its repetitions. A request that succeeds begins the count
-    anew.
+    """Limits of one request to a remote store and its retries. A request that succeeds resets the count.
 
-    Before attempt n + 1 comes a random wait of at most `first_wait` x 2^(n - 1) seconds, or as long as the
-    server asks for (Retry-After), and never longer than `longest_wait`. Only what may pass is tried again: no
-    connection or a broken one, no answer in time, or HTTP status 408, 425, 429, 500, 502, 503 or 504.
+    The wait before attempt n + 1 is random, at most `first_wait` x 2^(n - 1) seconds, or the server's Retry-After
+    if longer, and never longer than `longest_wait`. Only transient errors are retried: no connection or a broken
+    one, no response in time, or HTTP status 408, 425, 429, 500, 502, 503 or 504.
     """
 
     attempts: int = 12
-    """All in all; 1: none is repeated."""
+    """Total number of attempts; 1: no retries."""
     seconds: float = 180.0
-    """No attempt begins later than this after the first began."""
+    """No attempt starts later than this after the start of the first."""
     first_wait: float = 0.2
     """Seconds."""
     longest_wait: float = 30.0
     """Seconds."""
     connect_timeout: float = 10.0
-    """Seconds until a connection must stand."""
+    """Seconds in which a connection must be established."""
     read_timeout: float = 30.0
-    """Seconds without a byte after which an answer counts as lost."""
+    """Seconds without a byte after which a response counts as lost."""
 
     def run(self, request: Callable[[], T], report: Callable[[Exception, str], None]) -> T:
-        """What `request` gives, after as many attempts as it takes.
+        """The result of `request`, retried after transient errors.
 
         Args:
             request: One attempt.
-            report: Called before each repetition with what was at the root of it, and what comes next in words.
+            report: Called before each retry with the root cause, and a text about the next attempt.
 
         Raises:
             Exception: The last attempt's error.
@@ -81,7 +80,7 @@ def may_pass(error: BaseException) -> bool:
     errors = list(_causes(error))
     if (status := status_of(error)) is not None:
         return status in _PASSING_STATUS
-    if isinstance(error, FileNotFoundError) and len(errors) > 1:  # what fsspec makes of any fault over HTTP
+    if isinstance(error, FileNotFoundError) and len(errors) > 1:  # fsspec raises it for any error over HTTP
         errors = errors[1:]
     names = {base.__name__ for each in errors for base in type(each).__mro__}
     if any(isinstance(each, _LASTING) for each in errors) or names & _LASTING_NAMES:
@@ -90,7 +89,7 @@ def may_pass(error: BaseException) -> bool:
 
 
 def status_of(error: BaseException) -> int | None:
-    """The HTTP status that an error of aiohttp, botocore or httpx stands for; None where no answer came."""
+    """The HTTP status of an error of aiohttp, botocore or httpx; None if no response arrived."""
     for each in _causes(error):
         response = getattr(each, "response", None)
         if isinstance(response, dict):
@@ -103,7 +102,7 @@ def status_of(error: BaseException) -> int | None:
 
 
 def _causes(error: BaseException | None) -> Iterator[Exception]:
-    """An error, and what it comes of."""
+    """An error, and the chain of its causes."""
     while isinstance(error, Exception):
         yield error
         error = error.__cause__

@@ -11,10 +11,10 @@ SAMPLES_FOLDER = "samples"
 
 
 def checkpoint_folder(checkpoints: Path, step: int) -> Path:
-    """The checkpoint of a step."""
+    """Folder of a step's checkpoint."""
     return checkpoints / f"step_{step:08d}"
 
 
 def checkpoint_folders(checkpoints: Path) -> list[Path]:
-    """All checkpoints, newest first."""
+    """Folders of all checkpoints, newest first."""
     return sorted(checkpoints.glob("step_????????"), reverse=True)

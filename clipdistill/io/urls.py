@@ -1,7 +1,7 @@
-"""Finding shards and reading them: local files and what fsspec opens (http, S3, the Hugging Face Hub).
+"""Find and read shards: local files, and URLs that fsspec opens (http, S3, the Hugging Face Hub).
 
-A remote shard is read forward in blocks, one request each. A request that fails is made again (`Retries`), from
-the same byte and for half the length, so that even connections that never last bring the shard home.
+A remote shard is read forward in blocks, one request each. A failed request is retried (`Retries`) from the
+same byte with half the length, so that a shard can be read even over short-lived connections.
 """
 
 import glob
@@ -31,28 +31,28 @@ _ETAGS = ("ETag", "etag", "blob_id")
 _TIMES = ("mtime", "Last-Modified", "LastModified", "last_modified")
 
 _kept: dict[int, Any] = {}
-"""Every filesystem that may hold connections, for good. fsspec drops its own references in a forked worker; were a
-filesystem collected there, closing its connections would take them off the parent's event loop (the two
-processes share one epoll), and the parent would wait for their answers for ever."""
+"""References to all filesystems that may hold connections, never released. fsspec drops its own references in a forked
+worker; if a filesystem were collected there, closing its connections would remove them from the parent's event loop
+(the two processes share one epoll), and the parent would wait for their responses forever."""
 
 
 class ShardChangedError(Exception):
-    """The shard was overwritten since it was looked up."""
+    """The shard was overwritten since `stat` was called."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stat:
-    """What identifies a version of a shard."""
+    """Identity of a version of a shard."""
 
     size: int
     """Bytes."""
     etag: str | None = None
-    """The store's own name of the content, where it has one."""
+    """The store's identifier of the content, if it has one."""
     modified: str | None = None
-    """When it was written, where that is known."""
+    """Modification time, if known."""
 
     def agrees(self, other: "Stat") -> bool:
-        """Whether both may be of one version: the times count where the store has no name for the content."""
+        """Whether both may be the same version; times are compared only if there are no ETags."""
         if self.size != other.size:
             return False
         if self.etag and other.etag:
@@ -61,15 +61,15 @@ class Stat:
 
 
 def expand_urls(patterns: Sequence[str], *, retries: Retries = DEFAULT_RETRIES) -> list[str]:
-    """The shards that patterns name, in order: the patterns' own, and numeric order within a pattern.
+    """The shards that match the patterns: in the order of the patterns, and in numeric order within a pattern.
 
     Args:
-        patterns: Each a path or URL (`http(s)://`, `s3://`, `hf://`, what fsspec knows), with braces
+        patterns: Each a path or URL (`http(s)://`, `s3://`, `hf://`, any protocol of fsspec), with braces
             (`{000..012}.tar`) or wildcards (`*.tar`), or a folder: all its `*.tar`.
-        retries: Of listing a remote folder.
+        retries: Limits for listing a remote folder.
 
     Raises:
-        InputError: A pattern names nothing, a local file is missing, a shard is named twice, or a pattern
+        InputError: A pattern matches nothing, a local file is missing, a shard is named twice, or a pattern
             would run a shell (`pipe:`), which is refused.
     """
     urls: dict[str, None] = {}
@@ -84,21 +84,21 @@ def expand_urls(patterns: Sequence[str], *, retries: Retries = DEFAULT_RETRIES) 
 
 
 def shown(url: str) -> str:
-    """A URL as it may be logged: without the password, key or signature that it may carry."""
+    """A URL for logs: without password, key or signature."""
     if "://" not in url:
         return url
     return re.sub(r"(://)[^/]*@", r"\1", url).split("?", 1)[0]
 
 
 def file_name(url: str) -> str:
-    """The last part of a path or URL, without what it may carry."""
+    """The last part of a path or URL, without password, key or signature."""
     return shown(url).replace("\\", "/").rsplit("/", 1)[-1]
 
 
 def one_line(error: BaseException, url: str = "") -> str:
-    """An exception's type and message on one line; the URLs in it as they may be logged."""
+    """An exception's type and message on one line, with URLs as in `shown`."""
     if error.__cause__ and (isinstance(error, FileNotFoundError) or not str(error)):
-        error = error.__cause__  # fsspec's lookups over HTTP call any fault so; its time-outs have no message
+        error = error.__cause__  # fsspec's lookups over HTTP raise it for any error; its time-outs have no message
     message = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
     if url:
         message = message.replace(url, shown(url))
@@ -106,17 +106,17 @@ def one_line(error: BaseException, url: str = "") -> str:
 
 
 def locate(url: str, *, retries: Retries = DEFAULT_RETRIES) -> tuple[Any, str]:
-    """The fsspec filesystem of a URL, and the path there.
+    """The fsspec filesystem of a URL, and the path in it.
 
     Credentials and proxies come from the environment and the usual files: `~/.netrc`, `~/.aws`, the token of
     `hf auth login`, fsspec's configuration.
 
     Args:
         url: A path or URL.
-        retries: Its time-outs hold for every request over HTTP and to S3.
+        retries: Its time-outs apply to every request over HTTP and to S3.
 
     Raises:
-        InputError: No such protocol, or its package is not installed.
+        InputError: Unknown protocol, or its package is not installed.
     """
     try:
         fs, path = fsspec.core.url_to_fs(url, **_options(url, retries))
@@ -130,34 +130,36 @@ def locate(url: str, *, retries: Retries = DEFAULT_RETRIES) -> tuple[Any, str]:
 
 
 def stat(url: str, *, retries: Retries = DEFAULT_RETRIES) -> Stat:
-    """Look a shard up.
+    """Size and version of a shard.
 
     Raises:
-        InputError: It is no file of known size, or no filesystem knows its URL.
-        Exception: What the filesystem raises where the shard is missing or out of reach.
+        InputError: It is not a file of known size, or no filesystem supports its URL.
+        Exception: The filesystem's error if the shard is missing or unreachable.
     """
     fs, path = locate(url, retries=retries)
     return _retried(fs, url, retries, lambda: _look(fs, path, url))
 
 
 class ShardFile:
-    """An open shard. Reading at rising offsets is cheap everywhere: a server without ranges is read through.
+    """An open shard. Reading at ascending offsets is cheap everywhere: without range support, the server's response is
+    read sequentially.
 
-    Local shards are read without reading ahead. Not thread-safe.
+    Local shards are read without readahead. Not thread-safe.
 
-    What is read of a remote shard is of one version: over HTTP each answer must have the size and the ETag (or
-    time) of the first; of S3 no other ETag is accepted; elsewhere the shard is looked up again with each new
-    connection, so that a `hf://` shard should name its revision (`hf://datasets/owner/name@revision/...`).
+    All bytes read from a remote shard belong to one version: over HTTP each response must have the size and the ETag
+    (or time) of the first; on S3 no other ETag is accepted; elsewhere the version is checked again for each new
+    connection, so a `hf://` shard should name its revision (`hf://datasets/owner/name@revision/...`).
 
     Args:
         url: A path or URL.
-        stat: The version to read, as `stat` gives it; on one's own disk its size only. None: the present one.
-        retries: Of remote reads.
+        stat: The version to read, as returned by `stat`; for local files only its size counts. None: the current
+            version.
+        retries: Limits for remote reads.
 
     Raises:
-        ShardChangedError: Here or while reading: the shard is another version, or has become one.
+        ShardChangedError: Here or while reading: the shard's version differs or has changed.
         InputError: As for `stat`.
-        Exception: What the filesystem raises, after the last attempt.
+        Exception: The filesystem's error, after the last attempt.
     """
 
     def __init__(self, url: str, *, stat: Stat | None = None, retries: Retries = DEFAULT_RETRIES) -> None:
@@ -173,7 +175,7 @@ class ShardFile:
         _retried(self._fs, url, retries, lambda: self._open(check=stat is not None))
 
     def read_at(self, offset: int, size: int) -> bytes:
-        """`size` bytes from `offset`; fewer where the shard ends."""
+        """`size` bytes from `offset`; fewer at the end of the shard."""
         if self._local:
             self._file.seek(offset)
             return self._file.read(size)
@@ -206,7 +208,7 @@ class ShardFile:
             read = self._read_range if self._ranges else self._read_through
             data = read(offset, min(self._block, self._stat.size - offset))
             if not data:
-                raise OSError(f"nothing came, with {self._stat.size - offset:,} bytes to come")
+                raise OSError(f"empty response, {self._stat.size - offset:,} bytes missing")
         except _NoRangesError:
             self.close()
             self._ranges = False
@@ -216,7 +218,7 @@ class ShardFile:
             self._block = max(_LEAST_BLOCK, self._block // 2)
             if status_of(error) in (412, 416):
                 raise self._changed() from error
-            if isinstance(error, IndexError):  # s3fs trips over a time-out
+            if isinstance(error, IndexError):  # s3fs raises it for a time-out
                 raise TimeoutError("no answer in time") from None
             raise
         self._block = min(_BLOCK, 2 * self._block)
@@ -258,8 +260,8 @@ class ShardFile:
             raise self._changed()
 
     async def _check(self, response: aiohttp.ClientResponse) -> None:
-        """Called by aiohttp with every response, before its body: raise unless it is the requested range,
-        of the right version."""
+        """Called by aiohttp with every response, before its body: raise unless it is the requested range of the
+        right version."""
         response.raise_for_status()
         asked = re.match(r"bytes=(\d+)-", response.request_info.headers.get("Range", "bytes=0-"))
         sent = re.match(r"bytes (\d+)-\d+/(\d+)", response.headers.get("Content-Range", ""))
@@ -283,15 +285,15 @@ class ShardFile:
 
     def _changed(self) -> ShardChangedError:
         was = f"{self._stat.size:,} bytes, ETag {self._stat.etag}, written {self._stat.modified}"
-        return ShardChangedError(f"{shown(self._url)} was overwritten: it is not what it was ({was})")
+        return ShardChangedError(f"{shown(self._url)} was overwritten (previous version: {was})")
 
 
 class _NoRangesError(Exception):
-    """The server answers a range with the whole file."""
+    """The server answers a range request with the entire file."""
 
 
 def _options(url: str, retries: Retries) -> dict[str, Any]:
-    """Settings for the filesystems of a URL, by protocol; the user's own (fsspec's configuration) come first."""
+    """Settings for the filesystems of a URL, by protocol; the user's own (fsspec's configuration) take precedence."""
     timeout = aiohttp.ClientTimeout(connect=retries.connect_timeout, sock_read=retries.read_timeout)
     http = "client_kwargs", {"trust_env": True, "timeout": timeout}
     s3_timeouts = {"connect_timeout": retries.connect_timeout, "read_timeout": retries.read_timeout}
@@ -304,7 +306,7 @@ def _options(url: str, retries: Retries) -> dict[str, Any]:
 
 
 def _retried(fs: Any, url: str, retries: Retries, request: Callable[[], T], offset: int | None = None) -> T:
-    """What a request gives, made again where it fails and the filesystem is a remote one."""
+    """The result of a request, retried if the filesystem is remote."""
     if isinstance(fs, LocalFileSystem):
         return request()
 
@@ -329,7 +331,9 @@ def _expand(pattern: str, retries: Retries) -> list[str]:
     try:
         pieces = list(braceexpand(pattern))
     except ValueError as error:
-        raise InputError(f"shards: {shown(pattern)!r}: unbalanced braces; allowed: as {{000..012}}") from error
+        raise InputError(
+            f"shards: {shown(pattern)!r}: unbalanced braces; allowed: a pattern such as {{000..012}}"
+        ) from error
     found = []
     for piece in pieces:
         found += _remote(piece, pattern, retries) if "://" in piece else _local(piece, pattern)
@@ -339,7 +343,7 @@ def _expand(pattern: str, retries: Retries) -> list[str]:
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
-    except OSError:  # a name too long, a folder that may not be searched
+    except OSError:  # a name that is too long, a folder without search permission
         return False
 
 
@@ -350,7 +354,7 @@ def _local(piece: str, pattern: str) -> list[str]:
             return [str(path)]
         return _sorted([str(tar) for tar in path.glob("*.tar")], pattern, "a folder with *.tar files")
     if glob.has_magic(piece):
-        found = glob.glob(str(path), recursive=True)  # noqa: PTH207 (Path.glob takes no absolute pattern)
+        found = glob.glob(str(path), recursive=True)  # noqa: PTH207 (Path.glob accepts no absolute pattern)
         return _sorted(found, pattern, "a pattern that matches files")
     raise InputError(f"shards: {piece!r} (from {pattern!r}) does not exist")
 
@@ -368,14 +372,14 @@ def _remote(piece: str, pattern: str, retries: Retries) -> list[str]:
         return piece.endswith("/") or (not http and fs.isdir(path))
 
     def find() -> list[str]:
-        errors = {"on_error": "raise"} if http else {}  # else a folder that cannot be reached is an empty one
+        errors = {"on_error": "raise"} if http else {}  # by default, an unreachable folder looks empty
         return fs.glob(path if wild else path.rstrip("/") + "/*.tar", **errors)
 
     try:
         if not wild and not _retried(fs, piece, retries, is_folder):
             return [piece]
         found = _retried(fs, piece, retries, find)
-    except Exception as error:  # each filesystem has errors of its own
+    except Exception as error:  # every filesystem raises its own errors
         raise InputError(f"shards: {shown(piece)!r} cannot be listed: {one_line(error, piece)}") from error
     return _sorted([fs.unstrip_protocol(name) for name in found], pattern, "a pattern that matches files")
 
@@ -387,5 +391,5 @@ def _sorted(found: list[str], pattern: str, allowed: str) -> list[str]:
 
 
 def _numeric(text: str) -> list[tuple[int, str]]:
-    """Key that sorts 2.tar before 10.tar."""
+    """Sort key that places 2.tar before 10.tar."""
     return [(int(part), "") if number % 2 else (-1, part) for number, part in enumerate(re.split("([0-9]+)", text))]

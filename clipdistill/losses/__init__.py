@@ -1,9 +1,9 @@
 """Distillation losses: tensors in, a 0-d loss out, or sums with their denominator for a trainer.
 
-Each loss is a file. ``<name>_loss`` is the whole loss of a batch; ``<name>_sums`` the same as a ``LossSum``, to be
-added up over micro-batches and ranks and divided once (``dist_loss`` couples its rows and has none). A subclass of
+Each loss has its own file. ``<name>_loss`` is the loss of a batch; ``<name>_sums`` the same as a ``LossSum``, to be
+summed over micro-batches and ranks and divided once (``dist_loss`` couples its rows and has none). A subclass of
 ``base.Loss`` is its term in the objective: settings, needs, papers. ``<name>_loss_from_features`` computes it from the
-embeddings, without a matrix of logits.
+embeddings, without a logit matrix.
 """
 
 from typing import TYPE_CHECKING
@@ -29,7 +29,7 @@ from clipdistill.losses.prior import ClassPrior, TopKPrior
 from clipdistill.settings import union_of
 
 LOSSES: tuple[type[Loss], ...] = (GKL, KL, DKD, DIST, CLIP, Feature)
-"""Every loss that a config may name."""
+"""All losses that a config may name."""
 
 if TYPE_CHECKING:
     Term = Loss

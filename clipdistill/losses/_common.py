@@ -1,4 +1,4 @@
-"""What every loss shares: sums with their denominator, input checks, and the arithmetic's precision.
+"""Helpers of all losses: sums with their denominator, input checks, and the precision of the arithmetic.
 
 Shape suffixes: B rows of a batch, C classes (or other columns).
 """
@@ -14,10 +14,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LossSum:
-    """A loss kept as a fraction, so that parts of a batch can be added before the division.
+    """A loss as a fraction, so that parts of a batch can be added before the division.
 
     ``numerator`` (0-d) carries the gradient; ``denominator`` (0-d) never depends on the student. Add the sums
-    of all micro-batches and ranks and divide once: the result, and its gradient, are those of the undivided
+    of all micro-batches and ranks and divide once: the result, and its gradient, equal those of the entire
     batch.
     """
 
@@ -39,18 +39,18 @@ def mean_over_rows(numerator: Tensor, rows: int) -> LossSum:
 
 
 def outside_autocast(tensor: Tensor) -> torch.autocast:
-    """Context in which operations keep the precision of their inputs, whatever autocast surrounds them."""
+    """Context in which operations keep the precision of their inputs, regardless of an enclosing autocast."""
     return torch.autocast(tensor.device.type, enabled=False)
 
 
 def at_least_float32(**tensors: Tensor) -> list[Tensor]:
-    """The tensors in one common floating type: float64 where any of them is float64, else float32."""
+    """The tensors in one common floating type: float64 if any of them is float64, else float32."""
     dtype = common_float(**tensors)
     return [tensor.to(dtype) for tensor in tensors.values()]
 
 
 def common_float(**tensors: Tensor) -> torch.dtype:
-    """The type that arithmetic on the tensors has: float64 where any of them is float64, else float32."""
+    """The type of arithmetic on the tensors: float64 if any of them is float64, else float32."""
     dtype = torch.float32
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
@@ -60,13 +60,13 @@ def common_float(**tensors: Tensor) -> torch.dtype:
 
 
 def matching_matrices(**tensors: Tensor) -> list[Tensor]:
-    """The tensors in a common type (float32 or float64), checked to be 2-D and of one shape, C > 0."""
+    """The tensors in a common type (float32 or float64), checked to be 2-D and of the same shape, C > 0."""
     check_matrices(**tensors)
     return at_least_float32(**tensors)
 
 
 def check_matrices(**tensors: Tensor) -> None:
-    """Raise ValueError unless all tensors are 2-D and of one shape, C > 0."""
+    """Raise ValueError unless all tensors are 2-D and of the same shape, C > 0."""
     first, *others = tensors
     shape = tuple(tensors[first].shape)
     if len(shape) != 2 or shape[1] == 0:
@@ -84,9 +84,8 @@ def logit_pair(student_logits: Tensor, teacher_logits: Tensor) -> list[Tensor]:
 def check_labels(labels: Tensor, logits_BC: Tensor, *, wait_for_device: bool) -> Tensor:
     """``labels`` as int64 on the logits' device, checked to be (B,) integers in [0, C).
 
-    The range of labels that lie on a GPU is known only after a synchronisation. Without ``wait_for_device``
-    it is left to the indexing kernels, which stop the program on a bad index; labels on the CPU are always
-    checked.
+    Checking the range of labels on a GPU requires a synchronisation. Without ``wait_for_device``, the range is
+    left to the indexing kernels, which abort the program on a bad index; labels on the CPU are always checked.
     """
     rows, classes = logits_BC.shape
     if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
@@ -107,24 +106,24 @@ def check_temperature(name: str, temperature: float) -> None:
 
 
 def tempered(logits_BC: Tensor, temperature: float) -> Tensor:
-    """``logits / temperature``, at no cost where the temperature is 1."""
+    """``logits / temperature``, at no cost if the temperature is 1."""
     return logits_BC if temperature == 1 else logits_BC / temperature
 
 
 def nan_where_softmax_hides_infinity(logits_BC: Tensor) -> Tensor:
-    """(B,): 0 for a row that softmax treats openly, nan for a row that holds -inf (or nan). No gradient.
+    """(B,): 0 for a row without -inf and nan, nan for a row that contains one. No gradient.
 
-    A softmax turns +inf and nan into nan by itself, but -inf into an innocent probability 0: a loss that sees
-    the logits through their softmax alone adds this to its rows.
+    A softmax turns +inf and nan into nan, but -inf into probability 0, which hides it: a loss that depends on
+    the logits only through their softmax adds this to its rows.
     """
     return logits_BC.detach().amin(1) * 0
 
 
 def row_blocks(matrix_BC: Tensor) -> list[slice]:
-    """The rows in turn, as slices small enough that a few blocks of temporaries stay in a CPU's cache.
+    """Consecutive slices of the rows, small enough that a few temporary blocks fit in a CPU's cache.
 
-    A block feeds every thread; it is the whole matrix on other devices, and under torch.compile, which fuses the
-    passes over memory by itself.
+    A block is large enough for all threads; it is the entire matrix on other devices, and under torch.compile, which
+    fuses the passes over memory itself.
     """
     rows, columns = matrix_BC.shape
     if matrix_BC.device.type != "cpu" or torch.compiler.is_compiling():

@@ -19,8 +19,8 @@ from clipdistill.losses.prior import TopKPrior
 from clipdistill.settings import NonNegative, Settings
 
 Implementation = Literal["auto", "plain", "tiled", "triton"]
-"""How gkl and kl are computed. plain: through the matrices of logits; tiled, triton: from the features, without these
-matrices; auto: whichever is faster for the size."""
+"""Implementation of gkl and kl. plain: from the logit matrices; tiled, triton: from the features, without these
+matrices; auto: the faster one for the size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +35,7 @@ class Paper:
 
 
 class Similarity(Protocol):
-    """Similarities of one model: this rank's rows against all columns."""
+    """Similarities of one model: this rank's rows versus all columns."""
 
     @property
     def rows_BD(self) -> Tensor:
@@ -43,7 +43,7 @@ class Similarity(Protocol):
 
     @property
     def columns_CD(self) -> Tensor:
-        """Unit-norm features of the columns, gathered over ranks where each rank has some."""
+        """Unit-norm features of the columns, gathered over ranks if they are distributed."""
 
     @property
     def scale(self) -> Tensor | float:
@@ -60,16 +60,16 @@ class Similarity(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """One matrix of the student's beside the same of a teacher.
+    """One matrix of the student and the same matrix of a teacher.
 
     Attributes:
-        student: None where only denominators are computed.
+        student: None if only denominators are computed.
         teacher: None for a loss without a teacher.
-        target_B: the column of each row's own class or pair; None over prompts without labels.
-        row_ids_B: for a loss that ``needs_caption_ids``, a number for each row's caption, equal for equal captions.
+        target_B: the column of each row's class or matching pair; None over prompts without labels.
+        row_ids_B: for a loss that ``needs_caption_ids``, the id of each row's caption, equal for equal captions.
         column_ids_C: the same for the columns.
         class_prior: a teacher's mean prediction for each class, for a loss with a ``prior_temperature``.
-        implementation: of losses that have several.
+        implementation: for losses with several implementations.
     """
 
     student: Similarity | None = None
@@ -82,7 +82,7 @@ class Comparison:
 
     @property
     def pair(self) -> tuple[Similarity, Similarity]:
-        """Student and teacher, both of which are there."""
+        """Student and teacher; neither may be None."""
         assert self.student is not None
         assert self.teacher is not None
         return self.student, self.teacher
@@ -104,7 +104,7 @@ class Comparison:
 
     @property
     def fused_implementation(self) -> FusedImplementation | None:
-        """How to compute the loss from the features; None: through the matrices of logits, which is faster."""
+        """Implementation from the features; None: from the logit matrices, which is faster or configured."""
         if self.implementation == "plain":
             return None
         if self.implementation != "auto":
@@ -119,8 +119,8 @@ class LossParts:
     """This rank's share of a loss.
 
     Attributes:
-        parts: 0-d, by name.
-        value: their sum, 0-d; differentiating it costs less than differentiating the parts.
+        parts: the parts by name, 0-d.
+        value: their sum, 0-d; its backward pass is cheaper than those of the parts.
     """
 
     parts: Mapping[str, Tensor]
@@ -128,7 +128,7 @@ class LossParts:
 
     @classmethod
     def single(cls, name: str, value: Tensor) -> LossParts:
-        """Of a loss with one part."""
+        """Make the share of a loss with one part."""
         return cls({name: value}, value)
 
 
@@ -136,33 +136,33 @@ class Loss(Settings):
     """One weighted term of the objective: the settings that every loss has, and its declarations."""
 
     loss: str
-    """Which loss."""
+    """Name of the loss."""
     over: str
     """prompts: class prompts; captions: the in-batch image-text matrix, both directions; images: image features."""
     name: str = Field("", pattern=r"^[\w.-]*$")
-    """Of the term in the metrics; empty: ``LOSS_OVER``. Needed where a loss is used twice over the same thing."""
+    """Name of the term in the metrics; empty: ``LOSS_OVER``. Required if two terms have the same loss and ``over``."""
     weight: NonNegative = 1.0
-    """Factor of the term; 0 switches it off at no cost."""
+    """Factor of the term; 0 disables it at no cost."""
     warmup_epochs: NonNegative = 0.0
     """Epochs over which the weight rises linearly from 0."""
 
     papers: ClassVar[tuple[Paper, ...]] = ()
     needs_teacher: ClassVar[bool] = True
     needs_logits: ClassVar[bool] = True
-    """Whether it reads similarities, and so trains the logit scale; else it compares the rows' features alone."""
+    """Whether it uses similarities, and so trains the logit scale; otherwise it compares only the rows' features."""
     needs_equal_widths: ClassVar[bool] = False
-    """Whether student and teacher must have features of one width."""
+    """Whether student and teacher must have features of the same width."""
     couples_rows: ClassVar[bool] = False
-    """Whether it needs the whole batch of logits at once; they are then gathered over ranks."""
+    """Whether it needs the logits of the entire batch at once; they are then gathered over ranks."""
 
     @property
     def term_name(self) -> str:
-        """The name in the metrics."""
+        """The term's name in the metrics."""
         return self.name or f"{self.loss}_{self.over}"
 
     @property
     def notable_settings(self) -> dict[str, Any]:
-        """The settings to report: those that differ from the default, and named choices."""
+        """The settings to report: those that differ from their default, and those that are strings."""
         fields = type(self).model_fields
         values = {name: getattr(self, name) for name in fields if name not in ("loss", "over", "name", "weight")}
         return {
@@ -176,30 +176,30 @@ class Loss(Settings):
 
     @property
     def needs_caption_ids(self) -> bool:
-        """Whether it needs to know which captions of the global batch are equal."""
+        """Whether it needs ids of the captions, to find equal ones in the global batch."""
         return False
 
     @property
     def separable(self) -> bool:
-        """Whether the rows of a batch may be computed apart and added up."""
+        """Whether the rows of a batch can be computed separately and summed."""
         return not self.couples_rows and (self.over == "prompts" or not self.needs_logits)
 
     @property
     def prior_temperature(self) -> float | None:
-        """Divides the teacher's logits in the class prior that the loss uses; None: it uses none."""
+        """Temperature of the teacher's logits in the class prior that the loss uses; None: it uses none."""
         return None
 
     def denominators(self, comparison: Comparison) -> dict[str, Tensor]:  # noqa: ARG002
-        """This rank's share (0-d, by name) of what ``compute`` divides by beside the number of rows.
+        """This rank's share (0-d, by name) of the denominators of ``compute``, except the number of rows.
 
-        They do not depend on the student, and are summed over all matrices' micro-batches and ranks before the student
-        runs.
+        They do not depend on the student, and are summed over micro-batches and ranks, for each matrix, before the
+        student runs.
         """
         return {}
 
     def compute(self, comparison: Comparison, rows: Tensor, denominators: Mapping[str, Tensor]) -> LossParts:
         """This rank's share of the loss on one matrix, without the weight: the shares of all micro-batches and ranks
-        add up to the loss of the global batch. (Of a loss that couples rows, the whole loss.)
+        add up to the loss of the global batch. (For a loss that couples rows, the complete loss.)
 
         Args:
             comparison: the matrix.

@@ -1,4 +1,4 @@
-"""The contrastive image-text loss of CLIP, with more than one positive where captions repeat.
+"""The contrastive image-text loss of CLIP, with several positives for repeated captions.
 
 Source: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (arXiv
 2103.00020), figure 3.
@@ -40,12 +40,12 @@ class CLIP(Loss):
 
     @property
     def needs_labels(self) -> bool:
-        """Over prompts the positive is the sample's class."""
+        """Over prompts, the positive is the sample's class."""
         return self.over == "prompts"
 
     @property
     def needs_caption_ids(self) -> bool:
-        """Over captions the positives are all captions equal to the row's own."""
+        """Over captions, the positives are all captions equal to the row's caption."""
         return self.over == "captions"
 
     def compute(self, comparison: Comparison, rows: Tensor, denominators: Mapping[str, Tensor]) -> LossParts:  # noqa: ARG002
@@ -72,14 +72,14 @@ def clip_loss(
 
     With ``logits = logit_scale * image @ text.T + logit_bias`` (arXiv 2103.00020, figure 3) and y the target
     distribution, ``loss = 1/(2B) sum_b (CE(y_b, softmax(logits_b)) + CE(y_b, softmax(logits.T_b)))``. y is
-    one-hot on the own pair; with ``caption_ids`` it is uniform over the pairs whose caption id is the row's,
-    so that equal captions are not pushed apart. No teacher takes part: KL compares with a teacher's
-    distribution, this with y.
+    one-hot at the matching pair; with ``caption_ids`` it is uniform over the pairs whose caption id is the row's,
+    so that equal captions do not repel each other. It uses no teacher: KL compares with a teacher's
+    distribution, this loss with y.
 
     Args:
         image_features: (B, D), L2-normalised by the caller, any floating type; half precision is computed in
             float32.
-        text_features: (B, D), also L2-normalised; row b belongs to image b.
+        text_features: (B, D), also L2-normalised; row b matches image b.
         logit_scale: multiplies the cosine: a model's ``logit_scale.exp()``, 0-d or a number.
         logit_bias: added to the logits, 0-d or a number. A softmax ignores it.
         caption_ids: (B,) integers, equal where captions are equal.
@@ -108,9 +108,9 @@ def clip_loss(
 
 
 def positive_targets(row_ids_B: Tensor, column_ids_N: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Target distributions (B, N): row b uniform over the columns that carry its caption id.
+    """Target distributions (B, N): row b uniform over the columns with its caption id.
 
-    A row whose id no column carries has no distribution: it is nan.
+    A row whose id no column has is nan.
 
     Raises:
         ValueError: ids that are not 1-D integers.
@@ -125,12 +125,12 @@ def positive_targets(row_ids_B: Tensor, column_ids_N: Tensor, *, dtype: torch.dt
 def contrastive_sums(logits_BC: Tensor, target_BC: Tensor) -> LossSum:
     """Cross-entropy to given distributions, ``-sum_b sum_j y_bj log_softmax(logits)_bj`` over B.
 
-    One direction of ``clip_loss``. Rows are independent: pass the local rows against columns gathered over
-    all ranks.
+    One direction of ``clip_loss``. Rows are independent: pass the logits of the local rows and the columns gathered
+    over all ranks.
 
     Args:
         logits_BC: (B, C) scaled similarities.
-        target_BC: (B, C), rows sum to 1, taken as constants; see ``positive_targets``.
+        target_BC: (B, C), rows sum to 1, treated as constants; see ``positive_targets``.
 
     Returns:
         LossSum in nats; the gradient goes to the logits.

@@ -18,7 +18,7 @@ from clipdistill.losses.base import Comparison, Loss, LossParts, Paper
 
 
 class DIST(Loss):
-    """``dist_loss`` as a term, on the logits of the whole batch."""
+    """``dist_loss`` as a term, on the logits of the entire batch."""
 
     loss: Literal["dist"] = "dist"
     over: Literal["prompts", "captions"] = "prompts"
@@ -53,13 +53,13 @@ def dist_loss(student_logits: Tensor, teacher_logits: Tensor, *, beta: float, ga
     """``beta * (1 - mean_b pearson(q_b, p_b)) + gamma * (1 - mean_c pearson(q_:c, p_:c))``.
 
     With p = softmax(t) and q = softmax(s): the first term compares the classes of one sample (inter-class
-    relation), the second the samples of one class (intra-class relation); arXiv 2205.10536. Unlike KL it asks
-    only for a linear relation between q and p, not for equality. The second term couples the rows, so the
-    loss is no sum over rows: it takes the whole batch at once.
+    relation), the second the samples of one class (intra-class relation); arXiv 2205.10536. Unlike KL it requires
+    only a linear relation between q and p, not equality. The second term couples the rows, so the loss is not a
+    sum over rows: it needs the entire batch at once.
 
     Args:
         student_logits: (B, C), any floating type; half precision is computed in float32.
-        teacher_logits: (B, C), taken as a constant.
+        teacher_logits: (B, C), treated as a constant.
         beta: weight of the inter-class term.
         gamma: weight of the intra-class term.
 

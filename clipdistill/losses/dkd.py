@@ -1,4 +1,4 @@
-"""Decoupled knowledge distillation (DKD): KL split into target class against the rest, and within the rest.
+"""Decoupled knowledge distillation (DKD): KL split into target class versus the rest, and within the rest.
 
 Source: Zhao et al., "Decoupled Knowledge Distillation" (CVPR 2022, arXiv 2203.08679).
 
@@ -38,7 +38,7 @@ class DKD(Loss):
     beta: float = 1.0
     """Factor of the part within the other classes (NCKD)."""
     temperature: Positive = 1.0
-    """Divides the logits; the loss is multiplied by its square."""
+    """Temperature of the logits; the loss is multiplied by its square."""
 
     papers: ClassVar = (
         Paper(
@@ -52,7 +52,7 @@ class DKD(Loss):
 
     @property
     def needs_labels(self) -> bool:
-        """Over captions the target is the row's own pair."""
+        """Only over prompts: over captions, the target is the row's matching pair."""
         return self.over == "prompts"
 
     def compute(self, comparison: Comparison, rows: Tensor, denominators: Mapping[str, Tensor]) -> LossParts:  # noqa: ARG002
@@ -83,15 +83,15 @@ def dkd_loss(
 
     With p = softmax(t/T), q = softmax(s/T) and y the label, the terms of arXiv 2203.08679 are
 
-        TCKD = KL([p_y, 1 - p_y] || [q_y, 1 - q_y])        target class against the rest
+        TCKD = KL([p_y, 1 - p_y] || [q_y, 1 - q_y])        target class versus the rest
         NCKD = KL(p restricted to j != y || q restricted to j != y), both renormalised to sum to 1
 
-    Relation to plain KL: ``KL(p || q) = TCKD + (1 - p_y) NCKD``; DKD frees NCKD from the factor ``1 - p_y``,
-    which is small wherever the teacher is confident.
+    Relation to plain KL: ``KL(p || q) = TCKD + (1 - p_y) NCKD``; DKD removes the factor ``1 - p_y`` of NCKD,
+    which is small when the teacher is confident.
 
     Args:
         student_logits: (B, C) with C >= 2, any floating type; half precision is computed in float32.
-        teacher_logits: (B, C), taken as a constant.
+        teacher_logits: (B, C), treated as a constant.
         labels: (B,) integers in [0, C). On a GPU the check of their range waits for the device; labels on the
             CPU do not.
         alpha: weight of TCKD.
@@ -121,7 +121,7 @@ def dkd_sums(
 ) -> LossSum:
     """``dkd_loss`` as a sum over rows and its denominator B.
 
-    No GPU synchronisation: the range of labels on a GPU is left to the indexing kernels, which stop the
+    No GPU synchronisation: the range of labels on a GPU is left to the indexing kernels, which abort the
     program on a bad label.
     """
     student_BC, teacher_BC = logit_pair(student_logits, teacher_logits)
@@ -144,7 +144,7 @@ def _kl(log_q: Tensor, log_p: Tensor) -> Tensor:
 
 
 def _split(logits_BC: Tensor, target_B1: Tensor, is_target_BC: Tensor) -> tuple[Tensor, Tensor]:
-    """Log odds of target against rest (B,), and log-probabilities within the rest (B, C), 0 at the target."""
+    """Log odds of target versus rest (B,), and log-probabilities within the rest (B, C), 0 at the target."""
     rest_BC = logits_BC.masked_fill(is_target_BC, -torch.inf)
     margin_B = logits_BC.gather(1, target_B1).squeeze(1) - rest_BC.logsumexp(1)
     return margin_B, torch.log_softmax(rest_BC, 1).masked_fill(is_target_BC, 0)

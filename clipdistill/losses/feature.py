@@ -1,4 +1,4 @@
-"""Feature distillation: pull the student's features to the teacher's, by cosine or by squared distance.
+"""Feature distillation: match the student's features to the teacher's, by cosine or squared distance.
 
 Source: ``mse`` is the feature distillation (FD) of CLIP-KD, Yang et al. (CVPR 2024, arXiv 2307.12732).
 
@@ -20,7 +20,7 @@ FeatureKind = Literal["cosine", "mse"]
 
 
 class Feature(Loss):
-    """``feature_loss`` as a term: of the images' features, or of the images' and the captions'."""
+    """``feature_loss`` as a term: on the images' features, or on the images' and the captions'."""
 
     loss: Literal["feature"] = "feature"
     over: Literal["images", "captions"] = "images"
@@ -41,7 +41,7 @@ class Feature(Loss):
     needs_equal_widths: ClassVar = True
 
     def compute(self, comparison: Comparison, rows: Tensor, denominators: Mapping[str, Tensor]) -> LossParts:  # noqa: ARG002
-        """One part, by the name of its kind."""
+        """One part, named after its kind."""
         student, teacher = comparison.pair
         return LossParts.single(
             self.kind, feature_sums(student.rows_BD, teacher.rows_BD, kind=self.kind).numerator / rows
@@ -54,11 +54,11 @@ def feature_loss(student: Tensor, teacher: Tensor, *, kind: FeatureKind = "cosin
         cosine:  1/B sum_b (1 - cos(student_b, teacher_b))
         mse:     1/B sum_b 1/D sum_d (student_bd - teacher_bd)^2, of the features as given
 
-    On L2-normalised features ``mse = 2/D * cosine``. Unlike KL over class logits, no text takes part.
+    On L2-normalised features ``mse = 2/D * cosine``. Unlike KL over class logits, it uses no text features.
 
     Args:
         student: (B, D), any floating type; half precision is computed in float32.
-        teacher: (B, D), taken as a constant.
+        teacher: (B, D), treated as a constant.
         kind: "cosine" or "mse".
 
     Returns:

@@ -1,12 +1,12 @@
-"""GKL and KL straight from the embeddings, without the (B, C) matrices of logits.
+"""GKL and KL directly from the embeddings, without the (B, C) logit matrices.
 
-Each function is its namesake of ``gkl`` or ``kd`` at ``logits = scale * image @ text.T + bias``, in value and in
-gradient, with memory that grows as the embeddings do. Two implementations:
+Each function equals its namesake in ``gkl`` or ``kd`` at ``logits = scale * image @ text.T + bias``, in value and in
+gradient, with memory proportional to the embeddings. Two implementations:
 
-- ``tiled`` (``fused_tiled``): PyTorch, block by block of rows, on any device and of any floating type;
+- ``tiled`` (``fused_tiled``): PyTorch, over blocks of rows, on any device and for any floating type;
 - ``triton`` (``fused_triton``): CUDA kernels for float32, bfloat16 and float16.
 
-A bias added to all logits of a row changes neither a softmax nor a difference of logits: it takes no part in the
+A bias added to all logits of a row changes neither a softmax nor a difference of logits: it is omitted from the
 arithmetic, its gradient is exactly 0, and one that is not finite still makes the loss nan.
 
 Shape suffixes: B rows of a batch, C classes (or captions), D and E feature widths of student and teacher.
@@ -64,12 +64,12 @@ def gkl_loss_from_features(
     with ``delta = t - s``, ``w = softmax(t/T2)^gamma`` or ``class_prior[labels]^gamma``, ``W_b = sum_j w_bj`` and
     ``mu_b = sum_j w_bj delta_bj / W_b``.
 
-    Only ``.loss`` has its gradient ready after the forward pass of the tiled implementation. ``.soft_ce`` and
-    ``.wmse`` are differentiable too; that computes the logits once more.
+    Only the gradient of ``.loss`` is computed in the forward pass of the tiled implementation. ``.soft_ce`` and
+    ``.wmse`` are also differentiable; that computes the logits again.
 
-    Precision: as ``gkl_loss`` on the same float32 or float64 features. Half-precision features multiply exactly and
-    add up in float32, so the loss is that of the same features in float32; gradients are rounded to the features'
-    type at the end (``triton`` also rounds the gradient of the logits, to 2^-9 of each).
+    Precision: as ``gkl_loss`` on the same float32 or float64 features. Products of half-precision features are exact
+    and summed in float32, so the loss equals that of the same features in float32; gradients are rounded to the
+    features' type at the end (``triton`` also rounds the gradient of the logits, to 2^-9 of each).
 
     Args:
         student_image: (B, D), L2-normalised by the caller, any floating type.
@@ -77,24 +77,24 @@ def gkl_loss_from_features(
         teacher_image: (B, E); E need not be D.
         teacher_text: (C, E).
         student_scale: multiplies the cosines: a model's ``logit_scale.exp()``, a tensor of one element or a number.
-        teacher_scale: the same of the teacher.
+        teacher_scale: the same for the teacher.
         alpha: weight of the soft cross-entropy.
         beta: weight of the weighted MSE.
         gamma: in [0, 1]; 1 weights by the teacher's probabilities, 0 uniformly.
         temperature: T of the soft cross-entropy, above 0.
         weight_temperature: T2 of the weights, above 0. Has no effect with a class prior.
         student_bias: added to the student's logits, a tensor of one element or a number.
-        teacher_bias: the same of the teacher.
+        teacher_bias: the same for the teacher.
         class_prior: (C, C), any floating type, row c the mean teacher prediction over the samples of class c; or
             its largest entries (not for ``triton``). Only the rows of ``labels`` are read, block by block.
         labels: (B,) integers in [0, C): the class of each row. Given together with class_prior or not at all.
-        denominators: those of a larger batch, of which this is a part: ``loss``, ``soft_ce`` and ``wmse`` are then
+        denominators: those of a larger batch that contains this one: ``loss``, ``soft_ce`` and ``wmse`` are then
             this part's shares, which add up over the parts. Sums of ``gkl_denominators_from_features`` over
-            micro-batches and ranks. With them, labels on a GPU are checked without waiting for it, as in
-            ``gkl_sums``. Without them, and with ``0 < gamma < 1`` and no prior, the tiled implementation multiplies
-            the teacher's features twice.
-        implementation: ``auto`` takes ``triton`` on CUDA where it is installed, else ``tiled``. (The losses of logits
-            are faster below ``FUSED_FROM``.)
+            micro-batches and ranks. With them, labels on a GPU are checked without synchronisation, as in
+            ``gkl_sums``. Without them, and with ``0 < gamma < 1`` and no prior, the tiled implementation computes
+            the teacher's logits twice.
+        implementation: ``auto`` selects ``triton`` on CUDA if installed, else ``tiled``. (The losses from logits are
+            faster below ``FUSED_FROM``.)
 
     Returns:
         GKLOutput, 0-d, in nats. The gradient goes to the student's image, text, scale and bias; there is no second
@@ -184,8 +184,8 @@ def kd_loss_from_features(
 ) -> Tensor:
     """``kd_loss`` (arXiv 1503.02531) of ``scale * image @ text.T``: ``T^2 sum_b KL_b / rows``, 0-d, in nats.
 
-    ``rows`` are those of a larger batch (0-d), of which this is a part; by default the rows given. Other arguments,
-    gradients and errors as for ``gkl_loss_from_features``.
+    ``rows`` is the number of rows (0-d) of a larger batch that contains this one; by default, of this batch. Other
+    arguments, gradients and errors as for ``gkl_loss_from_features``.
     """
     inputs = read_inputs(
         "kl",
@@ -201,7 +201,7 @@ def kd_loss_from_features(
 
 
 def _uncompiled(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call outside torch.compile, which would unroll the loops over blocks: a graph break."""
+    """Call with a graph break under torch.compile, which would unroll the loops over blocks."""
     if torch.compiler.is_compiling():
         function = torch.compiler.disable(function)
     return function(*arguments)
@@ -214,7 +214,7 @@ def _denominators(inputs: Inputs) -> GKLDenominators:
 
 
 def _sums(inputs: Inputs, weights: Weights | None) -> tuple[Tensor | None, GKLSums]:
-    """The sums and, where their gradient comes first, their sum with the given weights, cheaper to differentiate."""
+    """The sums and, if ``gradient_comes_first``, their weighted sum, which is cheaper to differentiate."""
     total, sums = _uncompiled(_fused_sums, inputs, weights if inputs.gradient_comes_first else None)
     if inputs.no_bias is None:
         return total, sums
@@ -229,7 +229,7 @@ def _fused_sums(inputs: Inputs, weights: Weights | None) -> tuple[Tensor | None,
 
 
 def _engine(inputs: Inputs) -> ModuleType:
-    """The module that computes; each has ``forward``, ``backward`` and ``weight_masses``."""
+    """The module of the implementation; each has ``forward``, ``backward`` and ``weight_masses``."""
     if inputs.implementation == "triton":
         from clipdistill.losses import fused_triton
 
@@ -238,10 +238,10 @@ def _engine(inputs: Inputs) -> ModuleType:
 
 
 class _FromFeatures(torch.autograd.Function):
-    """Weighted sum (None without weights), numerators of soft_ce and wMSE, denominator of wMSE; an engine computes.
+    """Weighted sum (None without weights), numerators of soft_ce and wMSE, denominator of wMSE, from an engine.
 
-    With weights, the engine computes the gradient of the weighted sum along with it. The first backward pass that asks
-    for this gradient alone hands it out; any other computes its own.
+    With weights, the engine also computes the gradient of the weighted sum in the forward pass. The first backward pass
+    that needs only this gradient returns it; any other computes the gradient again.
     """
 
     @staticmethod
@@ -276,6 +276,6 @@ class _FromFeatures(torch.autograd.Function):
 
 
 def _added(weights: Weights | None, factor: Tensor | None, *more: Tensor | None) -> Weights:
-    """``factor * weights + more``, where None is 0."""
+    """``factor * weights + more``; None counts as 0."""
     scaled = [0.0 if weights is None or factor is None else weight * factor for weight in weights or (0, 0)]
     return tuple(a if b is None else a + b for a, b in zip(scaled, more, strict=True))

@@ -1,4 +1,4 @@
-"""What the losses from features share: their results, their checked inputs, and the choice of an implementation.
+"""Common parts of the losses from features: results, checked inputs, and the choice of an implementation.
 
 Shape suffixes: B rows of a batch, C classes, D and E feature widths of student and teacher.
 """
@@ -18,17 +18,17 @@ from clipdistill.losses._common import LossSum, check_labels, check_temperature,
 from clipdistill.losses.prior import TopKPrior
 
 FusedImplementation = Literal["auto", "tiled", "triton"]
-"""How a loss is computed from features; auto: triton on CUDA where it is installed, else tiled."""
+"""Implementation of a loss from features; auto: triton on CUDA if installed, else tiled."""
 
 FUSED_FROM = {"cpu": 2**23, "cuda": 2**24}
-"""Elements B * C of a matrix of logits from which the fused losses are faster, by type of device; others as cuda.
+"""Number of elements B * C of a logit matrix from which the fused losses are faster, by type of device; others as cuda.
 
-CPU: measured. CUDA: a guess, at which a matrix in float32 is 64 MB; nothing was measured yet.
+CPU: measured. CUDA: an estimate, at which a matrix in float32 is 64 MB; not measured yet.
 """
 
 
 def fused_wins(rows: int, columns: int, device: torch.device) -> bool:
-    """Whether a loss of (rows, columns) logits is computed sooner from the features."""
+    """Whether a loss of (rows, columns) logits is faster from the features."""
     return rows * columns >= FUSED_FROM.get(device.type, FUSED_FROM["cuda"])
 
 
@@ -49,7 +49,7 @@ class GKLSums(NamedTuple):
 
 
 class GKLDenominators(NamedTuple):
-    """What the sums of GKL are divided by, 0-d: the number of rows and ``sum_b W_b^2``."""
+    """Denominators of GKL's sums, 0-d: the number of rows and ``sum_b W_b^2``."""
 
     soft_ce: Tensor
     wmse: Tensor
@@ -68,15 +68,15 @@ class FeaturePair(NamedTuple):
 
 @dataclass(frozen=True)
 class Problem:
-    """What is computed of the features.
+    """The loss to compute from the features.
 
     Attributes:
         kind: ``gkl``: soft cross-entropy and wMSE; ``kl``: KL times T^2, with a wMSE of 0.
-        dtype: of the arithmetic, float32 or float64.
+        dtype: type of the arithmetic, float32 or float64.
         temperature: T.
         weight_temperature: T2.
-        gamma: exponent of the weights of wMSE.
-        prior: the class prior, or None: weights from the teacher's own logits.
+        gamma: exponent of the wMSE's weights.
+        prior: the class prior; None: weights from the teacher's logits.
         labels_B: rows of the prior.
     """
 
@@ -90,25 +90,25 @@ class Problem:
 
     @property
     def soft_factor(self) -> float:
-        """What the rows of the soft part are multiplied by."""
+        """Factor of the rows of the soft part."""
         return self.temperature**2 if self.kind == "kl" else 1.0
 
     def known_mass(self, classes: int) -> float | None:
-        """``W_b`` where it is the same for every row and every teacher."""
+        """``W_b`` if it is the same for every row and every teacher, else None."""
         if self.gamma == 0:
             return classes
         return 1 if self.gamma == 1 and self.prior is None else None
 
 
 Weights = tuple[Tensor | float, ...]
-"""Weights of the soft part and of wMSE in the sum to differentiate; tensors are 0-d."""
+"""Weights of the soft part and of the wMSE in the sum to differentiate; tensors are 0-d."""
 
 Needs = tuple[bool, ...]
 """Whether image, text and scale of the student need a gradient."""
 
 
 class Gradients(NamedTuple):
-    """Towards the student's embeddings and scale, in the arithmetic's type; None where it is not needed."""
+    """Gradients of the student's embeddings and scale, in the arithmetic's type; None if not needed."""
 
     image_BD: Tensor | None
     text_CD: Tensor | None
@@ -116,14 +116,14 @@ class Gradients(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """What a forward pass computes.
+    """Results of a forward pass.
 
     Attributes:
         soft: sum of the soft part over the rows, 0-d.
         wmse: numerator of wMSE, 0-d.
         denominator: denominator of wMSE, 0-d.
-        gradients: of the weighted sum of soft and wmse, where weights were given.
-        state: what the backward pass wants to find again.
+        gradients: of the weighted sum of soft and wmse, if weights were given.
+        state: saved for the backward pass.
     """
 
     soft: Tensor
@@ -139,9 +139,9 @@ class Inputs:
 
     Attributes:
         features: of both models.
-        problem: what to compute of them.
-        no_bias: 0 with the biases' gradients, which are 0, or nan where a bias is not finite; None without biases.
-        implementation: the one chosen.
+        problem: the loss to compute from them.
+        no_bias: 0 with the biases' gradients, which are 0, or nan if a bias is not finite; None without biases.
+        implementation: the selected implementation.
     """
 
     features: FeaturePair
@@ -151,7 +151,7 @@ class Inputs:
 
     @property
     def gradient_comes_first(self) -> bool:
-        """Whether the gradient is computed in the forward pass, with the logits at hand."""
+        """Whether the gradient is computed in the forward pass, while the logits are available."""
         wanted = torch.is_grad_enabled() and any(feature.requires_grad for feature in self.features[:3])
         return wanted and self.implementation == "tiled"
 
@@ -173,7 +173,7 @@ def read_inputs(
     implementation: FusedImplementation = "auto",
     wait_for_device: bool = False,
 ) -> Inputs:
-    """Check the arguments of a fused loss; ValueError for a wrong one."""
+    """Check the arguments of a fused loss; raises ValueError for an invalid one."""
     check_temperature("temperature", temperature)
     check_temperature("weight_temperature", weight_temperature)
     if not 0 <= gamma <= 1:
@@ -246,7 +246,7 @@ def _check_prior(prior: Tensor | TopKPrior, classes: int, device: torch.device) 
 
 
 def _scalar(name: str, value: Tensor | float, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """0-d on the device; a tensor keeps its type and its gradient."""
+    """The value as a 0-d tensor on the device; a tensor keeps its type and its gradient."""
     if not isinstance(value, Tensor):
         return torch.full((), value, dtype=dtype, device=device)
     common_float(**{name: value})
@@ -270,7 +270,7 @@ def _choose(implementation: FusedImplementation, device: torch.device, problem: 
 
 
 def _triton_obstacle(device: torch.device, problem: Problem) -> str | None:
-    """What the kernels lack, if anything. Triton's interpreter (TRITON_INTERPRET=1) runs them on a CPU."""
+    """Unmet requirement of the kernels, if any. Triton's interpreter (TRITON_INTERPRET=1) runs them on a CPU."""
     if not _triton_is_installed():
         return "the package triton"
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":

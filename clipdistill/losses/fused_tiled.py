@@ -1,9 +1,9 @@
-"""The fused losses in plain PyTorch: blocks of rows, whose logits live only while the block is worked on.
+"""The fused losses in plain PyTorch: blocks of rows, whose logits exist only while the block is processed.
 
-A block's logits over all classes are enough for the block's share of the loss and of every gradient, so that one pass
-over the rows does what a loss of whole matrices does, with as many multiplications, in four buffers of b rows.
+A block's logits over all classes suffice for the block's share of the loss and of every gradient. One pass over the
+rows therefore needs as many multiplications as a loss from full matrices, but only four buffers of b rows.
 
-Shape suffixes: B rows of a batch, b rows of a block of it, C classes, D and E feature widths of student and teacher.
+Shape suffixes: B rows of a batch, b rows of a block, C classes, D and E feature widths of student and teacher.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ def forward(features: FeaturePair, problem: Problem, weights: Weights | None, ne
 
 
 def backward(features: FeaturePair, problem: Problem, weights: Weights, needs: Needs, _state: None) -> Gradients:
-    """The gradient of the sum of soft and wmse with the given weights, from the embeddings again."""
+    """The gradient of the weighted sum of soft and wmse, recomputed from the embeddings."""
     gradients = _sweep(features, problem, weights, needs).gradients
     assert gradients is not None
     return gradients
 
 
 def _sweep(features: FeaturePair, problem: Problem, weights: Weights | None, needs: Needs) -> Sums:
-    """Pass once over the rows."""
+    """One pass over the rows."""
     dtype, temperature = problem.dtype, problem.temperature
     image_BD, text_CD, scale, teacher_image_BE, teacher_text_CE, teacher_scale = (x.to(dtype) for x in features)
     statistics_3B = image_BD.new_empty(3, len(image_BD))
@@ -61,7 +61,7 @@ def _sweep(features: FeaturePair, problem: Problem, weights: Weights | None, nee
 
 
 def weight_masses(features: FeaturePair, problem: Problem) -> Tensor:
-    """``W_B = sum_j w_bj``, of the teacher alone."""
+    """``W_B = sum_j w_bj``, from the teacher alone."""
     dtype = problem.dtype
     image_BE, text_CE, scale = (x.to(dtype) for x in features[3:])
     mass = problem.known_mass(len(text_CE))
@@ -83,10 +83,10 @@ def weight_masses(features: FeaturePair, problem: Problem) -> Tensor:
 
 
 def _row_blocks(rows: int, text_CD: Tensor) -> list[slice]:
-    """The rows in turn: at least 64 at once, to keep the multiplications efficient, and more of few classes.
+    """Consecutive slices of the rows: at least 64 rows, for efficient multiplications, and more with few classes.
 
-    Four buffers of 64 rows are half as large as the text embeddings at D = 512. Other devices than a CPU need
-    larger pieces of work.
+    Four buffers of 64 rows are half as large as the text embeddings at D = 512. Devices other than a CPU need
+    larger blocks.
     """
     least, elements = (64, 2**20) if text_CD.device.type == "cpu" else (256, 2**24)
     step = max(least, elements // len(text_CD))
@@ -94,7 +94,7 @@ def _row_blocks(rows: int, text_CD: Tensor) -> list[slice]:
 
 
 def _multiply(image_bD: Tensor, text_CD: Tensor, *, out: Tensor) -> None:
-    """``image @ text.T``; on a CPU in tiles of classes, as MKL is half as fast at few rows and very many columns."""
+    """``image @ text.T``; on a CPU in tiles of classes, as MKL is half as fast with few rows and very many columns."""
     tile = 512 * torch.get_num_threads() if image_bD.device.type == "cpu" else len(text_CD)
     for start in range(0, len(text_CD), tile):
         columns = slice(start, start + tile)
@@ -110,9 +110,9 @@ def _gkl_block(
     rows: slice,
     weights: Weights | None,
 ) -> tuple[Tensor, Tensor]:
-    """(3, b) soft cross-entropy, wMSE's numerator and denominator; and, with weights, the gradient towards ``s/T``.
+    """(3, b) soft cross-entropy, wMSE's numerator and denominator; and, with weights, the gradient of ``s/T``.
 
-    Takes the logits over T. All four matrices are overwritten; the gradient lies in one of them.
+    The inputs are logits over T. All four matrices are overwritten; one of them receives the gradient.
     """
     gamma, temperature = problem.gamma, problem.temperature
     if problem.prior is not None:
@@ -134,7 +134,7 @@ def _gkl_block(
     wmse_b1 = _row_products(weighted_bC, centred_bC) * mass_b1 * (temperature**2 / 2)
 
     log_q_bC = torch.log_softmax(student_bC, 1, out=centred_bC)
-    # the sum of weighted deltas is not finite where a logit is not, even one that a softmax turns into 0
+    # the sum of weighted deltas is not finite if a logit is not, even one that a softmax turns into 0
     soft_b1 = weighted_sum_b1 * 0 - _row_products(p_bC, log_q_bC)
     grad_bC = log_q_bC
     if weights is not None:

@@ -1,17 +1,16 @@
-"""The fused losses as Triton kernels, for CUDA; in Triton's interpreter (TRITON_INTERPRET=1) on a CPU.
+"""The fused losses as Triton kernels, for CUDA or, in Triton's interpreter (TRITON_INTERPRET=1), a CPU.
 
 Forward: ``_row_sums_kernel`` multiplies tiles of rows by tiles of classes and keeps, for every row, running sums
 relative to running maxima: an online log-sum-exp of both models' logits, and an online mean and variance of
-``delta = t - s`` under the weights of wMSE. The classes are shared out over several programs, whose sums
-``_statistics`` puts together. Backward: for a chunk of classes at a time, ``_gradient_kernel`` multiplies the tiles
-again and writes the gradient towards the chunk's logits, which ``_product_kernel`` multiplies by the embeddings. A
-chunk takes no more memory than the embeddings, and no sum depends on the order in which programs run.
+``delta = t - s`` under the wMSE's weights. The classes are distributed over several programs, whose sums
+``_statistics`` combines. Backward: for one chunk of classes at a time, ``_gradient_kernel`` multiplies the tiles
+again and writes the gradient of the chunk's logits, which ``_product_kernel`` multiplies by the embeddings. A chunk
+needs no more memory than the embeddings, and no sum depends on the order in which programs run.
 
-Products of half-precision embeddings run on tensor cores and add up in float32; the gradient of the logits is rounded
-to the embeddings' type before its products. A product of float32 is
-made of three TF32 products, to about 2^-21 of it, or of one where ``torch.set_float32_matmul_precision`` is
-``medium``. The fastest tile sizes are found
-by timing at the first call for each number of classes and each feature width; other sizes round differently.
+Products of half-precision embeddings run on tensor cores and are summed in float32; the gradient of the logits is
+rounded to the embeddings' type before its products. A float32 product consists of three TF32 products, accurate to
+about 2^-21, or of one if ``torch.set_float32_matmul_precision`` is ``medium``. The fastest tile sizes are found by
+timing at the first call for each number of classes and each feature width; other sizes round differently.
 
 Logits are over T in this module: s stands for s/T. Shape suffixes: B rows, C classes, D and E feature widths of
 student and teacher, S shares of the classes; inside kernels, the sizes of tiles.
@@ -50,7 +49,7 @@ class _RowSums(NamedTuple):
 
 
 class _RowStatistics(NamedTuple):
-    """What the backward pass needs of every row, (B,); names as in _RowSums, W is ``mass``."""
+    """Statistics of every row for the backward pass, (B,); names as in _RowSums, W is ``mass``."""
 
     student_max: Tensor
     student_sum: Tensor
@@ -62,7 +61,7 @@ class _RowStatistics(NamedTuple):
 
 
 def forward(features: FeaturePair, problem: Problem, weights: None, needs: Needs) -> Sums:  # noqa: ARG001
-    """The sums; their gradient waits for the backward pass."""
+    """The sums; their gradient is computed in the backward pass."""
     statistics, soft_B, variance_B = _statistics(features, problem)
     squared_mass_B = statistics.mass.square()
     soft = problem.soft_factor * soft_B.sum()
@@ -71,7 +70,7 @@ def forward(features: FeaturePair, problem: Problem, weights: None, needs: Needs
 
 
 def weight_masses(features: FeaturePair, problem: Problem) -> Tensor:
-    """``W_B = sum_j w_bj``, of the teacher alone."""
+    """``W_B = sum_j w_bj``, from the teacher alone."""
     mass = problem.known_mass(len(features.teacher_text_CE))
     if mass is not None:
         return torch.full(
@@ -83,7 +82,7 @@ def weight_masses(features: FeaturePair, problem: Problem) -> Tensor:
 def backward(
     features: FeaturePair, problem: Problem, weights: Weights, needs: Needs, statistics: _RowStatistics
 ) -> Gradients:
-    """The gradient of the sum of soft and wmse with the given weights, chunk by chunk of the classes."""
+    """The gradient of the weighted sum of soft and wmse, over chunks of the classes."""
     image_BD, text_CD = _of_one_type(features.student_image_BD, features.student_text_CD)
     (rows, width), classes = image_BD.shape, len(text_CD)
     wmse_B = statistics.mass.square() * (problem.temperature**2 * weights[1])
@@ -133,15 +132,15 @@ def _statistics(features: FeaturePair, problem: Problem) -> tuple[_RowStatistics
     mean = (weight_factor * sums.weight_sum * sums.mean).sum(0) / weight_sum
     squares = weight_factor * (sums.squares + sums.weight_sum * (sums.mean - mean).square())
     if problem.kind == "gkl":
-        # a mean is not finite where a logit is not, even one that a softmax turns into 0
+        # a mean is not finite if a logit is not, even one that a softmax turns into 0
         soft = soft + 0 * sums.mean.sum(0)
     statistics = _RowStatistics(student_max, student_sum, teacher_max, teacher_sum, weight_sum, mean, mass)
     return statistics, soft, squares.sum(0) / weight_sum
 
 
 def _masses(sums: _RowSums, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """Factors (S, B) of the shares' sums of weights, their total (B,) relative to the maximum, and W (B,); ones where
-    there is no wMSE."""
+    """Factors (S, B) of the shares' sums of weights, their total (B,) relative to the maximum, and W (B,); ones without
+    a wMSE."""
     if problem.kind != "gkl":
         ones_SB = torch.ones_like(sums.weight_sum)
         return ones_SB, ones_SB[0], ones_SB[0]
@@ -156,10 +155,10 @@ def _masses(sums: _RowSums, problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _row_sums(features: FeaturePair, problem: Problem, *, student: bool) -> _RowSums:
-    """Run the kernel of the forward pass; without ``student``, only what W needs."""
+    """Run the kernel of the forward pass; without ``student``, only for W."""
     rows, classes = len(features.teacher_image_BE), len(features.teacher_text_CE)
     device = features.teacher_image_BE.device
-    # four programs for each processor of the GPU: enough to keep all of them busy
+    # four programs per multiprocessor of the GPU: enough to keep all of them busy
     processors = 1 if _INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
     shares = max(1, 4 * processors // triton.cdiv(rows, 64))
     share = triton.cdiv(triton.cdiv(classes, shares), _SHARE_STEP) * _SHARE_STEP
@@ -181,7 +180,7 @@ def _row_sums(features: FeaturePair, problem: Problem, *, student: bool) -> _Row
 
 
 def _operands(features: FeaturePair, problem: Problem) -> tuple[Tensor | int | float, ...]:
-    """The arguments with which both kernels of logits begin."""
+    """The first arguments of both kernels of logits."""
     student = _of_one_type(features.student_image_BD, features.student_text_CD)
     teacher = _of_one_type(features.teacher_image_BE, features.teacher_text_CE)
     scales = torch.stack((features.student_scale, features.teacher_scale)).float() / problem.temperature
@@ -219,12 +218,12 @@ def _prior(problem: Problem) -> Tensor | None:
 
 
 def _ratio(problem: Problem) -> float:
-    """What logits over T are multiplied by to be over T2."""
+    """Factor from logits over T to logits over T2."""
     return problem.temperature / problem.weight_temperature
 
 
 def _entropy(problem: Problem) -> float:
-    """Whether the teacher's entropy is subtracted, as a factor."""
+    """Whether the teacher's entropy is subtracted, as a factor 0 or 1."""
     return float(problem.kind == "kl")
 
 
@@ -234,7 +233,7 @@ def _of_one_type(image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _precision() -> str:
-    """How products are formed; the interpreter has no products of bfloat16."""
+    """Precision of products; the interpreter has no products of bfloat16."""
     if _INTERPRETED:
         return "float32"
     if torch.version.hip:
@@ -260,7 +259,7 @@ def _multiply(a_MK: Tensor, b_KN: Tensor, factor: Tensor | None, out_MN: Tensor,
 
 
 def _tiles(rows: int, columns: int) -> Any:
-    """Grid of one program for each tile of a matrix; programs side by side share columns."""
+    """Grid of one program per tile of a matrix; adjacent programs share columns."""
     return lambda meta: (triton.cdiv(rows, meta["BLOCK_B"]), triton.cdiv(columns, meta["BLOCK_C"]))
 
 
@@ -353,7 +352,7 @@ def _row_sums_kernel(
     last = tl.minimum(first + share, classes)
     student_scale, teacher_scale = tl.load(scales), tl.load(scales + 1)
     label_B = tl.load(labels + row_B, mask=row_B < rows, other=0) if PRIOR else row_B
-    least = -1e30  # finite: differences of maxima are to be so
+    least = -1e30  # finite, so that differences of maxima are finite
     student_max_B = tl.full((BLOCK_B,), least, tl.float32)
     teacher_max_B = tl.full((BLOCK_B,), least, tl.float32)
     student_sum_B = tl.zeros((BLOCK_B,), tl.float32)
@@ -439,7 +438,7 @@ def _gradient_kernel(
     PRIOR: tl.constexpr, SMOOTH: tl.constexpr, POWER: tl.constexpr, WMSE: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The gradient towards a tile of the student's logits, columns ``first`` to ``last``."""
+    """The gradient of a tile of the student's logits, columns ``first`` to ``last``."""
     row_B = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
     column_C = (first + tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
     valid_BC = (column_C < last)[None, :] & (row_B < rows)[:, None]

@@ -8,10 +8,10 @@ weighted mean ``mu_b = sum_j w_bj delta_bj / W_b`` the sum over pairs is a varia
 
     1/4 sum_jk w_bj w_bk (delta_bj - delta_bk)^2  =  1/2 W_b sum_j w_bj (delta_bj - mu_b)^2
 
-so time and memory are O(B C), not O(B C^2). ``gkl_sums`` goes further: block by block of rows, it keeps nothing of
-that size for the backward pass but the logits themselves.
+so time and memory are O(B C), not O(B C^2). ``gkl_sums`` needs even less: it works on blocks of rows, and keeps nothing
+of that size for the backward pass except the logits themselves.
 
-Shape suffixes: B rows of a batch, b rows of a block of it, C classes.
+Shape suffixes: B rows of a batch, b rows of a block, C classes.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ class GKL(Loss):
     alpha: float = 1.0
     """Factor of the soft cross-entropy."""
     beta: float = 1.0
-    """Factor of wMSE."""
+    """Factor of the wMSE."""
     gamma: Fraction = 1.0
-    """Exponent of the weights of wMSE; 0: uniform weights."""
+    """Exponent of the wMSE's weights; 0: uniform weights."""
     temperature: Positive = 1.0
-    """Divides the logits in the soft cross-entropy."""
+    """Temperature of the logits in the soft cross-entropy."""
     weight_temperature: Positive = 1.0
-    """Divides the teacher's logits in the weights of wMSE (the authors' T2)."""
+    """Temperature of the teacher's logits in the wMSE's weights (the authors' T2)."""
     class_prior: bool = False
     """Over prompts: weights from the teacher's mean prediction of the sample's class (needs ``labels``)."""
 
@@ -81,7 +81,7 @@ class GKL(Loss):
     @classmethod
     def _prior_is_of_prompts(cls, value: bool, info: ValidationInfo) -> bool:
         if value and info.data.get("over") != "prompts":
-            raise ValueError("over: prompts only")
+            raise ValueError("true only with over: prompts")
         return value
 
     @property
@@ -91,11 +91,11 @@ class GKL(Loss):
 
     @property
     def prior_temperature(self) -> float | None:
-        """The weights' own."""
+        """T2, the temperature of the weights."""
         return self.weight_temperature if self.class_prior else None
 
     def denominators(self, comparison: Comparison) -> dict[str, Tensor]:
-        """wMSE's: ``sum_b W_b^2``."""
+        """The wMSE's denominator: ``sum_b W_b^2``."""
         teacher = comparison.teacher
         assert teacher is not None
         if (fused := comparison.fused_implementation) is None:
@@ -132,7 +132,7 @@ class GKL(Loss):
         return LossParts({"soft_ce": soft_ce, "wmse": wmse}, soft_ce + wmse)
 
     def _weighting(self, comparison: Comparison) -> dict[str, Any]:
-        """What the weights of wMSE come from."""
+        """Arguments that determine the wMSE's weights."""
         weighting: dict[str, Any] = {"gamma": self.gamma, "weight_temperature": self.weight_temperature}
         if self.class_prior:
             weighting |= {"class_prior": comparison.class_prior, "labels": comparison.target_B}
@@ -157,12 +157,12 @@ def gkl_loss(
         wmse    = 1/4 sum_b sum_jk w_bj w_bk (Dt_bjk - Ds_bjk)^2  /  sum_b sum_jk w_bj w_bk
 
     with ``Dt_bjk = t_bj - t_bk``, ``Ds_bjk = s_bj - s_bk`` and weights ``w = softmax(t/T2)^gamma``, or with
-    class-wise information ``w_b = class_prior[labels_b]^gamma``. There is no factor T^2, and wmse sees the
+    class-wise information ``w_b = class_prior[labels_b]^gamma``. There is no factor T^2, and wmse uses the
     raw logits. GKL of arXiv 2503.08038; ``gamma=1`` is IKL of arXiv 2305.13948.
 
     Relation to plain KL: by Theorem 1 of arXiv 2305.13948, KL has the gradients of ``soft_ce + wmse``
-    (``gamma=1``) with the gradient of wmse stopped at the student. A frozen teacher therefore leaves wmse
-    idle in KL; here it trains the student. ``beta=0`` has KL's gradient.
+    (``gamma=1``) with the gradient of wmse stopped at the student. With a frozen teacher, wmse therefore has
+    no effect in KL; here it trains the student. ``beta=0`` has KL's gradient.
 
     Args:
         student_logits: (B, C), any floating type; half precision is computed in float32.
@@ -179,8 +179,9 @@ def gkl_loss(
 
     Returns:
         GKLOutput with ``loss``, ``soft_ce`` and ``wmse``: 0-d, in nats, means over the batch as above. The
-        gradient goes to the student's logits only; there is no second derivative. Each may be differentiated alone,
-        in one graph: all but the last with ``retain_graph=True``. A logit that is not finite makes the loss nan or inf.
+        gradient goes to the student's logits only; there is no second derivative. Each can be differentiated
+        separately in one graph: all but the last with ``retain_graph=True``. A logit that is not finite makes the loss
+        nan or inf.
 
     Raises:
         ValueError: wrong shapes or types, gamma outside [0, 1], a temperature not above 0, labels outside
@@ -222,17 +223,17 @@ def gkl_sums(
 ) -> GKLSums:
     """Both parts of ``gkl_loss`` as sums over rows with their denominators, from one pass over the logits.
 
-    The wMSE's denominator, ``sum_b W_b^2``, does not depend on the student: ``gkl_denominator`` gives it beforehand.
+    The wMSE's denominator, ``sum_b W_b^2``, does not depend on the student: ``gkl_denominator`` computes it in advance.
 
     Args:
         student_logits: (B, C), any floating type; half precision is computed in float32.
         teacher_logits: (B, C).
-        gamma: as for ``gkl_loss``, and so are the other settings.
+        gamma: as for ``gkl_loss``, like the other settings.
         temperature: T of the soft cross-entropy.
         weight_temperature: T2 of the weights.
         class_prior: (C, C), given together with labels or not at all.
         labels: (B,) integers in [0, C). No GPU synchronisation: the range of labels on a GPU is left to the
-            indexing kernel, which stops the program on a bad label.
+            indexing kernel, which aborts the program on a bad label.
 
     Returns:
         ``soft_ce`` and ``wmse``, in nats; gradients as for ``gkl_loss``.
@@ -260,7 +261,7 @@ def gkl_denominator(
 ) -> Tensor:
     """The denominator of ``gkl_sums(...).wmse``, ``sum_b W_b^2``, without a student: 0-d.
 
-    It is a sum over the whole batch: add it up over micro-batches and ranks before dividing. Settings as for
+    It is a sum over the batch: add it up over micro-batches and ranks before dividing. Settings as for
     ``gkl_sums``.
     """
     check_matrices(teacher_logits=teacher_logits)
@@ -288,11 +289,11 @@ class _Settings(NamedTuple):
 
 
 class _GKL(torch.autograd.Function):
-    """Numerators of soft_ce and wMSE and the latter's denominator, computed block by block of rows.
+    """Numerators of soft_ce and wMSE and the latter's denominator, computed over blocks of rows.
 
-    The backward pass computes the probabilities again from the logits: on a CPU a block passes through its arithmetic
-    in the cache, sooner than (B, C) matrices are written to memory and read back. Autocast moves none of these
-    operations to half precision.
+    The backward pass recomputes the probabilities from the logits: on a CPU, a block stays in the cache, which is
+    faster than writing (B, C) matrices to memory and reading them back. Autocast moves none of these operations to
+    half precision.
     """
 
     @staticmethod
@@ -338,7 +339,7 @@ def _block(
     prior_CC: Tensor | TopKPrior | None,
     labels_B: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The student's and the teacher's logits and, where there is a class prior, its rows, in the given precision."""
+    """The student's and the teacher's logits and, with a class prior, its rows, in the given precision."""
     student_bC, teacher_bC = student_BC[rows].to(dtype), teacher_BC[rows].to(dtype)
     if prior_CC is None or labels_B is None:
         return student_bC, teacher_bC, None
@@ -346,7 +347,7 @@ def _block(
 
 
 def _statistics(student_bC: Tensor, teacher_bC: Tensor, prior_bC: Tensor | None, settings: _Settings) -> Tensor:
-    """(b, 3): soft cross-entropy, mean and variance of delta under the weights; (b, 4) with W where it is not 1."""
+    """(b, 3): soft cross-entropy, mean and variance of delta under the weights; (b, 4) with W if it is not 1."""
     p_bC = _softmax(teacher_bC, 1 / settings.temperature)
     share_bC = _shares(teacher_bC, p_bC, prior_bC, settings)
     mass_b1 = _masses(teacher_bC, p_bC, prior_bC, share_bC, settings)
@@ -354,7 +355,7 @@ def _statistics(student_bC: Tensor, teacher_bC: Tensor, prior_bC: Tensor | None,
     delta_bC = teacher_bC - student_bC
     mean_b1 = (share_bC * delta_bC).sum(1, keepdim=True)
     variance_b1 = delta_bC.sub_(mean_b1).square_().mul_(share_bC).sum(1, keepdim=True)
-    # a softmax turns -inf into an innocent probability 0: the mean shows it, or where a prior may be empty, the logits
+    # a softmax hides -inf as probability 0: the mean reveals it or, if prior entries may be 0, the logits do
     witness_b1 = mean_b1 if prior_bC is None else teacher_bC.amin(1, keepdim=True)
     soft_ce_b1 = 0 * witness_b1 - cross_b1
     return torch.cat([soft_ce_b1, mean_b1, variance_b1] + ([] if mass_b1 is None else [mass_b1]), 1)
@@ -385,7 +386,7 @@ def _gradient(
 
 
 def _shares(teacher_bC: Tensor, p_bC: Tensor, prior_bC: Tensor | None, settings: _Settings) -> Tensor:
-    """The weights divided by W, their sum over the row; p is ``softmax(t/T)``."""
+    """The weights divided by their row sum W; p is ``softmax(t/T)``."""
     if prior_bC is not None:
         weight_bC = prior_bC**settings.gamma
         return weight_bC.div_(weight_bC.sum(1, keepdim=True))
@@ -397,7 +398,7 @@ def _shares(teacher_bC: Tensor, p_bC: Tensor, prior_bC: Tensor | None, settings:
 def _masses(
     teacher_bC: Tensor, p_bC: Tensor, prior_bC: Tensor | None, share_bC: Tensor, settings: _Settings
 ) -> Tensor | None:
-    """W, (b, 1), or None where it is 1: ``w = base^gamma = W v``, taken at the likeliest class, far from underflow."""
+    """W, (b, 1), or None if it is 1: from ``w = base^gamma = W v`` at the likeliest class, far from underflow."""
     if prior_bC is not None:
         base_bC = prior_bC
     elif settings.gamma == 1:
@@ -420,7 +421,7 @@ def _check_weight_settings(
     class_prior: Tensor | TopKPrior | None,
     labels: Tensor | None,
 ) -> Tensor | None:
-    """Raise ValueError for wrong settings of w; returns the labels as ``check_labels`` does."""
+    """Raise ValueError for invalid settings of w; returns the labels as ``check_labels`` does."""
     if not 0 <= gamma <= 1:
         raise ValueError(f"gamma must be in [0, 1], got {gamma}")
     check_temperature("weight_temperature", weight_temperature)

@@ -2,7 +2,7 @@
 
 Source: Hinton et al., "Distilling the Knowledge in a Neural Network" (arXiv 1503.02531), section 2.
 
-Shape suffixes: B rows of a batch, b rows of a block of it, C classes.
+Shape suffixes: B rows of a batch, b rows of a block, C classes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class KL(Loss):
     loss: Literal["kl"] = "kl"
     over: Literal["prompts", "captions"] = "prompts"
     temperature: Positive = 1.0
-    """Divides the logits; the loss is multiplied by its square."""
+    """Temperature of the logits; the loss is multiplied by its square."""
 
     papers: ClassVar = (
         Paper(
@@ -66,11 +66,11 @@ def kd_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: floa
 
     Section 2 of arXiv 1503.02531, whose factor T^2 keeps the gradient's size when T changes.
     ``temperature=1`` is plain KL. The soft cross-entropy of GKL has no such factor and
-    leaves out the teacher's entropy.
+    omits the teacher's entropy.
 
     Args:
         student_logits: (B, C), any floating type; half precision is computed in float32.
-        teacher_logits: (B, C), taken as a constant.
+        teacher_logits: (B, C), treated as a constant.
         temperature: T, above 0.
 
     Returns:
@@ -93,7 +93,7 @@ def kd_sums(student_logits: Tensor, teacher_logits: Tensor, *, temperature: floa
 
 
 class _KL(torch.autograd.Function):
-    """``sum_b KL(p || q)``; its gradient, ``(q - p) / T``, is computed from the logits block by block of rows."""
+    """``sum_b KL(p || q)``; its gradient, ``(q - p) / T``, is computed from the logits over blocks of rows."""
 
     @staticmethod
     def forward(ctx: Any, student_BC: Tensor, teacher_BC: Tensor, dtype: torch.dtype, temperature: float) -> Tensor:

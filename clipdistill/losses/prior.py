@@ -1,10 +1,10 @@
-"""Class priors: a teacher's mean prediction for each class (GKL.md; Cui et al., arXiv 2503.08038, class-wise global
-information), dense or, for many classes, cut to the largest entries of every row.
+"""Class priors: a teacher's mean prediction for each class (Cui et al., arXiv 2503.08038, class-wise global
+information), dense or, for many classes, truncated to the largest entries of every row.
 
-At C = 21,841 a dense prior is 1.9 GB in float32 and 0.95 GB in bfloat16; its 256 largest entries a row, with their
-columns, are 45 MB. The losses take either, and read only the rows of the batch's labels.
+At C = 21,841 a dense prior is 1.9 GB in float32 and 0.95 GB in bfloat16; the 256 largest entries per row, with their
+columns, are 45 MB. The losses accept both, and read only the rows of the batch's labels.
 
-Shape suffixes: C classes, K kept entries a row, B rows of a batch, b rows of a block.
+Shape suffixes: C classes, K kept entries per row, B rows of a batch, b rows of a block.
 """
 
 from __future__ import annotations
@@ -22,13 +22,12 @@ _ROWS_AT_ONCE = 256
 
 @dataclass(frozen=True)
 class TopKPrior:
-    """A class prior of which every row keeps its K largest entries and spreads the rest evenly.
+    """A class prior that keeps the K largest entries of every row and distributes the rest uniformly.
 
-    Exact for K = C. In general, with ``rho`` the mass of a row beyond its K entries, the weights
-    ``w = prior^gamma`` of the row are off by ``E <= 2 (C - K)^(1 - gamma) rho^gamma`` in their sum of absolute
-    differences, and their sum W is never below the exact one. The wMSE of a batch is then off by at most
-    ``3/4 R^2 max_b(E_b / W_b)``, where R is the largest range over the classes of ``t - s`` in a row; for
-    ``gamma = 1``, ``3/2 R^2 max_b(rho_b)``.
+    Exact for K = C. In general, with ``rho`` the mass of a row beyond its K entries, the sum of absolute errors of
+    the row's weights ``w = prior^gamma`` is ``E <= 2 (C - K)^(1 - gamma) rho^gamma``, and their sum W is never below
+    the exact one. The error of a batch's wMSE is then at most ``3/4 R^2 max_b(E_b / W_b)``, where R is the largest
+    range over the classes of ``t - s`` in a row; for ``gamma = 1``, ``3/2 R^2 max_b(rho_b)``.
 
     Attributes:
         values_CK: the kept entries, any floating type.
@@ -79,32 +78,32 @@ class TopKPrior:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(C, C), that of the dense prior."""
+        """(C, C), the shape of the dense prior."""
         return len(self.rest_C), len(self.rest_C)
 
     @property
     def device(self) -> torch.device:
-        """Where the prior lies."""
+        """Device of the prior."""
         return self.values_CK.device
 
 
 DENSE_CLASSES = 4096
-"""Up to so many classes a ``ClassPrior`` is dense and on the device; beyond, it keeps the largest entries."""
+"""Up to this many classes a ``ClassPrior`` is dense and on the device; beyond, it keeps the largest entries."""
 
 KEPT_ENTRIES = 256
-"""Entries of a row that are kept beyond ``DENSE_CLASSES``."""
+"""Entries kept per row beyond ``DENSE_CLASSES``."""
 
 
 class ClassPrior:
     """A class prior over the epochs of a run: uniform at first, replaced at each epoch's end by the epoch's means.
 
-    Up to ``DENSE_CLASSES`` classes everything is dense and on the device. Beyond, the prior in use is a ``TopKPrior``
-    on the device, and the sums of the epoch under way, which are exact, lie in the host's memory.
+    Up to ``DENSE_CLASSES`` classes everything is dense and on the device. Beyond, the current prior is a ``TopKPrior``
+    on the device, and the sums of the current epoch, which are exact, are in host memory.
 
     Attributes:
-        prior: the one in use; every row sums to 1.
-        sum_CC: sum of this rank's predictions in the epoch under way.
-        count_C: samples behind it.
+        prior: the current prior; every row sums to 1.
+        sum_CC: sum of this rank's predictions in the current epoch.
+        count_C: number of samples in each row of the sum.
     """
 
     prior: Tensor | TopKPrior
@@ -142,7 +141,7 @@ class ClassPrior:
         self.count_C.index_add_(0, labels_B, torch.ones_like(labels_B, dtype=self.count_C.dtype))
 
     def end_epoch(self, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
-        """Use the epoch's means from now on, summed over ranks; a class without samples keeps its row."""
+        """Replace the prior by the epoch's means over all ranks; a class without samples keeps its row."""
         count_C = sum_over_ranks(self.count_C)
         if isinstance(self.prior, TopKPrior):
             self._renew_rows(self.prior, count_C, sum_over_ranks)
@@ -154,7 +153,7 @@ class ClassPrior:
         self.count_C.zero_()
 
     def _renew_rows(self, prior: TopKPrior, count_C: Tensor, sum_over_ranks: Callable[[Tensor], Tensor]) -> None:
-        """Replace the rows of classes with samples, some at once: the sums are never copied as a whole."""
+        """Replace the rows of classes with samples, in blocks: the sums are never copied entirely."""
         for start in range(0, len(count_C), _ROWS_AT_ONCE):
             total_bC = sum_over_ranks(self.sum_CC[start : start + _ROWS_AT_ONCE])
             seen = count_C[start : start + _ROWS_AT_ONCE].nonzero().squeeze(1)
@@ -168,13 +167,13 @@ class ClassPrior:
                 kept[place] = renewed.to(kept.device)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The prior in use, by the suffix of its name."""
+        """The current prior's tensors, by the suffix of their names."""
         if isinstance(self.prior, TopKPrior):
             return {".values": self.prior.values_CK, ".indices": self.prior.indices_CK, ".rest": self.prior.rest_C}
         return {"": self.prior}
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Use the prior of ``tensors``."""
+        """Load the prior from ``tensors``."""
         if isinstance(self.prior, TopKPrior):
             device = self.prior.device
             self.prior = TopKPrior(*(tensors[name].to(device, copy=True) for name in (".values", ".indices", ".rest")))
@@ -222,6 +221,6 @@ def weight_mass(prior: Tensor | TopKPrior, labels_B: Tensor, gamma: float, dtype
 
 
 def _kept(prior: TopKPrior, labels_b: Tensor, gamma: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Weights of the kept entries, (b, K), and of each other entry, (b, 1)."""
+    """Weights of the kept entries, (b, K), and of each of the others, (b, 1)."""
     values_bK = prior.values_CK.index_select(0, labels_b).to(dtype).pow_(gamma)
     return values_bK, prior.rest_C.index_select(0, labels_b).to(dtype).pow_(gamma).unsqueeze(1)

@@ -1,1 +1,1 @@
-"""Frozen and trained towers, prompt sets and class embeddings."""
+"""Frozen models and the student, prompt sets and class embeddings."""

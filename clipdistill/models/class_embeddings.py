@@ -41,7 +41,7 @@ def class_embeddings(
         tower: encodes the prompts, without gradient.
         prompts: classes and templates.
         cache: folder for the result, keyed by the text tower's weights and the prompts' tokens; None: not cached.
-        device: where the tower is, and the result will be.
+        device: of the tower and of the result.
         batch_size: texts encoded at once.
     """
     tokens_NL = tower.tokenize(prompts.texts())
@@ -54,7 +54,7 @@ def class_embeddings(
         try:
             return load_file(path)["embeddings"].to(device)
         except (OSError, SafetensorError, KeyError):
-            pass  # none yet, or a damaged one that is about to be replaced
+            pass  # missing, or damaged and about to be replaced
     was_training = tower.training
     tower.eval()
     with torch.no_grad():
@@ -67,12 +67,12 @@ def class_embeddings(
             path.parent.mkdir(parents=True, exist_ok=True)
             with new_file(path) as temporary:
                 save_file({"embeddings": class_CD.contiguous().cpu()}, temporary)
-        except (OSError, SafetensorError) as error:  # it will be computed again
-            log.warning("class features are not kept in %s: %s", path.parent, error)
+        except (OSError, SafetensorError) as error:  # they are computed again in the next run
+            log.warning("class features are not cached in %s: %s", path.parent, error)
     return class_CD
 
 
 def class_prompt_tokens(tower: Tower, prompts: PromptSet) -> Tensor:
-    """Token ids (C, T, L) of every class in every template, trimmed where that is exact."""
+    """Token ids (C, T, L) of every class in every template, trimmed if that does not change the features."""
     tokens_NL = tower.tokenize(prompts.texts())
     return tokens_NL.view(prompts.num_classes, prompts.num_templates, -1)

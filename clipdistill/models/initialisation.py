@@ -1,6 +1,6 @@
-"""Where the weights of a new student come from.
+"""Initialisation of a new student's weights.
 
-To add one: a subclass of ``Initialisation`` with a ``name`` of its own in a file of its own, and its place in
+To add one: a subclass of ``Initialisation`` with a ``name`` of its own in a file of its own, and its entry in
 ``INITIALISATIONS``.
 """
 
@@ -12,29 +12,29 @@ from clipdistill.settings import Settings, union_of
 
 
 class Initialisation(Settings):
-    """What is done to the student's weights after it was built, before the first step of a new run."""
+    """Changes the student's weights after it was built, before the first step of a new run."""
 
     def apply(self, student: Student, teachers: Sequence[FrozenModel]) -> None:
         """Change the student's weights in place; everything is on the CPU.
 
         Raises:
-            InputError: the student does not fit.
+            InputError: the student is not supported.
         """
         raise NotImplementedError
 
 
 class OwnWeights(Initialisation):
-    """Keep what the model has: the weights of ``student.pretrained``, or random ones."""
+    """Keep the model's weights: those of ``student.pretrained``, or random ones."""
 
     name: Literal["own"] = "own"
-    """Which initialisation."""
+    """Selects this initialisation."""
 
     def apply(self, student: Student, teachers: Sequence[FrozenModel]) -> None:
         """Change nothing."""
 
 
 INITIALISATIONS: tuple[type[Initialisation], ...] = (OwnWeights,)
-"""Every initialisation that a config may name."""
+"""All initialisations that a config may name."""
 
 if TYPE_CHECKING:
     AnyInitialisation = Initialisation

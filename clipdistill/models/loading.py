@@ -1,4 +1,4 @@
-"""Loading models by any of their names, and building the student."""
+"""Load models by name, folder or config, and build the student."""
 
 import difflib
 import json
@@ -32,12 +32,12 @@ class TeacherSettings(Settings):
     logit_scale: Positive | None = None
     """Multiplier of the cosine similarities; empty: the teacher's own."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """fp32, or bf16 (autocast; the features and logits are float32 all the same)."""
+    """fp32, or bf16 (autocast; features and logits stay float32)."""
     shard: bool = False
-    """Spread the teacher's weights over the ranks (FSDP2), for a teacher too large for one device."""
+    """Shard the teacher's weights over the ranks (FSDP2), for a teacher too large for one device."""
 
     def load(self) -> FrozenModel:
-        """The teacher, whole and on the CPU."""
+        """Load the teacher, unsharded and on the CPU."""
         return load_frozen_model(
             self.model, pretrained=self.pretrained, logit_scale=self.logit_scale, precision=self.precision
         )
@@ -49,7 +49,7 @@ class StudentSettings(Settings):
     model: str
     """An open_clip name, ``hf-hub:``/``local-dir:``, a model config (.json), or the stem of one in configs/models."""
     pretrained: str = ""
-    """Tag or weights file to start from; empty: random weights (``hf-hub:``/``local-dir:`` bring their own)."""
+    """Tag or weights file to start from; empty: random weights (``hf-hub:``/``local-dir:`` include weights)."""
     init: AnyInitialisation = Field(default_factory=OwnWeights)
     """Initialisation of a new student's weights; ``own``: random, or those of ``pretrained``."""
     text: Literal["train", "freeze", "teacher"] = "train"
@@ -64,7 +64,7 @@ class StudentSettings(Settings):
     """Compile the image tower with torch.compile."""
 
     def load(self, teachers: Sequence[FrozenModel] = ()) -> Student:
-        """The student, on the CPU; random weights come from torch's generator."""
+        """Build the student on the CPU; random weights are drawn from torch's global generator."""
         student = load_student(
             self.model,
             pretrained=self.pretrained,
@@ -87,14 +87,14 @@ def load_frozen_model(
     precision: str = "fp32",
     device: torch.device | str = "cpu",
 ) -> FrozenModel:
-    """Load a model with its weights, to run it.
+    """Load a model with its weights, for inference.
 
     Args:
         model: an open_clip name, ``hf-hub:OWNER/NAME``, ``local-dir:FOLDER``, or a model config (.json).
         pretrained: tag or weights file, for an open_clip name or a config.
         logit_scale: overrides the model's own.
         precision: fp32 or bf16 (autocast).
-        device: where it runs.
+        device: device of the model.
 
     Raises:
         InputError: unknown model or tag, no weights, weights that do not match the architecture.
@@ -114,9 +114,9 @@ def load_student(
 ) -> Student:
     """Build the student, from random weights or pretrained ones.
 
-    With ``text_mode="teacher"`` the student is its own image tower, projected into the teacher's space, and a copy of
-    the teacher's text tower: one open_clip model like any other. Pretrained image weights are kept up to the
-    projection, which starts anew where the width differs.
+    With ``text_mode="teacher"`` the student consists of its own image tower, projected into the teacher's space, and a
+    copy of the teacher's text tower, as one ordinary open_clip model. Pretrained image weights are kept, except for the
+    projection if its width differs: it is initialised at random.
 
     Raises:
         InputError: as ``load_frozen_model``; ``text_mode="teacher"`` without a teacher.
@@ -125,7 +125,7 @@ def load_student(
         clip, config, tokenizer = create_clip(model, pretrained, need_weights=False)
     else:
         if teacher is None:
-            raise InputError("student.text: 'teacher' without a teacher; allowed: with exactly one teacher")
+            raise InputError("student.text: 'teacher' without a teacher; allowed: exactly one teacher")
         clip, config, tokenizer = _with_text_of(teacher, model, pretrained)
         logit_scale = logit_scale if logit_scale is not None else min(teacher.logit_scale, MAX_LOGIT_SCALE)
     return Student(
@@ -140,7 +140,7 @@ def load_student(
 
 
 def read_image_size(model: str) -> int:
-    """Side of a model's input, from its config alone: nothing is allocated, no weights are loaded.
+    """Side of a model's input in pixels, from its config alone: nothing is allocated, no weights are loaded.
 
     Raises:
         InputError: as ``load_frozen_model``.
@@ -159,7 +159,7 @@ def _with_text_of(teacher: FrozenModel, model: str, pretrained: str) -> tuple[An
     own_quick_gelu = config.get("quick_gelu", False)
     if own_quick_gelu != teacher_config.get("quick_gelu", False):
         raise InputError(
-            f"student.model: {model!r} with quick_gelu={own_quick_gelu} beside a teacher with "
+            f"student.model: {model!r} with quick_gelu={own_quick_gelu} and a teacher with "
             f"quick_gelu={not own_quick_gelu}; allowed: the same activation for student.text: teacher"
         )
     prefix = "text." if isinstance(clip, open_clip.CustomTextCLIP) else ""
@@ -199,16 +199,16 @@ def create_clip(
         need_weights: refuse random weights.
         device: cpu, or meta: no weights are loaded.
         overrides: parts of the model config to replace; the weights are then random.
-        custom_text: build a separate text module (open_clip's CustomTextCLIP) even where the config does not ask.
+        custom_text: build a separate text module (open_clip's CustomTextCLIP) even if the config does not require it.
 
     Raises:
-        InputError: in one line, whatever open_clip makes of it.
+        InputError: open_clip cannot build the model or load its weights; the message is one line.
     """
     schema = _schema(model)
     name = model
     with _input_errors(model, pretrained):
         if schema == "local-dir" and not Path(model.partition(":")[2], "open_clip_config.json").is_file():
-            raise InputError(f"model {model}: no open_clip_config.json there; allowed: a folder that holds one")
+            raise InputError(f"model {model}: no open_clip_config.json in it; allowed: a folder that contains one")
         if not schema:
             name = _register_config(model)
             if name not in open_clip.list_models():
@@ -229,7 +229,7 @@ def create_clip(
                 f"allowed: {other}"
             )
         if "multimodal_cfg" in config:
-            raise InputError(f"model {model}: a captioning model (CoCa); allowed: a model of two towers")
+            raise InputError(f"model {model}: a captioning model (CoCa); allowed: a model with two towers")
         load_weights = device != "meta" and overrides is None and bool(pretrained or schema)
         clip = open_clip.create_model(
             name,
@@ -250,7 +250,7 @@ def _schema(model: str) -> str:
 
 
 def _register_config(model: str) -> str:
-    """Make a model config file known to open_clip; the name under which it is known."""
+    """Register a model config file with open_clip, and return its registered name."""
     path = Path(model)
     if path.suffix != ".json":
         shipped = resource("configs", "models", f"{model}.json")
@@ -278,7 +278,7 @@ def _register_config(model: str) -> str:
 
 @contextmanager
 def _input_errors(model: str, pretrained: str) -> Iterator[None]:
-    """Turn open_clip's and torch's complaints about names, files and weights into one line."""
+    """Convert open_clip's and torch's errors about names, files and weights to one line."""
     source = f"model {model}" + (f", pretrained {pretrained}" if pretrained else "")
     logging.disable(logging.ERROR)
     try:

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 PER_SAMPLE = ("image_BD", "captions_BD")
-"""Fields with a row for each sample; the others are the same for every micro-batch."""
+"""Fields with one row per sample; the others are the same for every micro-batch."""
 
 
 class ModelOutputs(NamedTuple):
-    """Unit-norm float32 features of one model, and the scale and bias of their logits; None: not computed."""
+    """Unit-norm float32 features of one model, and the scale and bias of its logits; None: not computed."""
 
     image_BD: Tensor | None = None
     """Image features."""
@@ -31,19 +31,19 @@ class ModelOutputs(NamedTuple):
     """Additive bias of a sigmoid-trained model."""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> ModelOutputs:
-        """The outputs with each tensor changed, such as moved to a device."""
+        """The outputs with a function applied to each tensor, such as moving it to a device."""
         return self._replace(**{name: change(value) for name, value in self.tensors()})
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """The tensors that are there, by field."""
+        """The tensors that are not None, with their field names."""
         return ((name, value) for name, value in self._asdict().items() if isinstance(value, Tensor))
 
     def rows(self, rows: slice) -> ModelOutputs:
-        """The outputs of some of the samples."""
+        """The outputs of a slice of the samples."""
         return self._replace(**{name: value[rows] for name, value in self.tensors() if name in PER_SAMPLE})
 
     def split(self, sizes: Sequence[int]) -> list[ModelOutputs]:
-        """The outputs of several batches."""
+        """Split the outputs into those of several batches."""
         ends = torch.tensor([0, *sizes]).cumsum(0).tolist()
         return [self.rows(slice(start, end)) for start, end in pairwise(ends)]
 
@@ -54,7 +54,7 @@ class ModelOutputs(NamedTuple):
 
     @classmethod
     def stack(cls, samples: Sequence[ModelOutputs]) -> ModelOutputs:
-        """Stack the outputs of single samples, whose fields have no dimension B, to those of a batch."""
+        """Stack the outputs of single samples, whose fields have no dimension B, into those of a batch."""
         return cls._join(torch.stack, samples)
 
     @classmethod

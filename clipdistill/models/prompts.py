@@ -1,8 +1,8 @@
-"""Prompt sets: class names x templates -> the texts that stand for the classes.
+"""Prompt sets: class names x templates -> the texts that represent the classes.
 
-A prompt set is a folder of two text files: ``classnames.txt``, one class a line in the order of the class
-indices, and ``templates.txt``, one template a line with ``{c}`` where the class name goes. CLIP_benchmark's
-data set folders, which call the second file ``zeroshot_classification_templates.txt``, are read as they are.
+A prompt set is a folder with two text files: ``classnames.txt``, one class per line in the order of the class
+indices, and ``templates.txt``, one template per line with ``{c}`` in place of the class name. CLIP_benchmark's
+data set folders, whose second file is ``zeroshot_classification_templates.txt``, are also accepted.
 """
 
 import difflib
@@ -51,12 +51,12 @@ def load_prompts(name_or_folder: str | Path, *, allow_duplicates: bool = False) 
     Args:
         name_or_folder: one of `shipped_prompt_sets`, or a folder. A string that is a shipped name means the
             shipped set; write ``./cifar10`` for a folder of that name in the working directory.
-        allow_duplicates: accept classes that share a name. They share their text features too, so no student
-            can tell them apart; this is for repeating published evaluations, as the usual ImageNet names hold
-            "missile" and "sunglasses" twice.
+        allow_duplicates: accept classes that share a name. They also share their text features, so no student
+            can distinguish them; this is for reproducing published evaluations, as the usual ImageNet names
+            contain "missile" and "sunglasses" twice.
 
     Raises:
-        InputError: no such set, or a missing, empty or malformed file; with file, line and what is allowed.
+        InputError: no such set, or a missing, empty or malformed file; names file, line and what is allowed.
     """
     shipped = shipped_prompt_sets()
     if isinstance(name_or_folder, str) and name_or_folder in shipped:
@@ -77,7 +77,7 @@ def load_prompts(name_or_folder: str | Path, *, allow_duplicates: bool = False) 
 
 
 def shipped_prompt_sets() -> list[str]:
-    """Names of the prompt sets that travel with clipdistill, sorted."""
+    """Names of the prompt sets shipped with clipdistill, sorted."""
     return sorted(path.parent.name for path in resource("prompts").glob(f"*/{CLASSNAMES_FILE}"))
 
 
@@ -89,11 +89,11 @@ def _first_file(folder: Path, *names: str) -> Path:
     for name in names:
         if (folder / name).is_file():
             return folder / name
-    raise InputError(f"{folder}: a prompt set needs the file {' or '.join(names)}, and there is none")
+    raise InputError(f"{folder}: a prompt set needs the file {' or '.join(names)}, which is missing")
 
 
 def _read_lines(path: Path, *, what: str) -> list[str]:
-    """The lines of a UTF-8 file, stripped; a byte order mark and Windows line endings are tolerated."""
+    """The lines of a UTF-8 file, stripped; a byte order mark and Windows line endings are accepted."""
     content = path.read_bytes()
     try:
         text = content.decode("utf-8-sig").removesuffix("\n")
@@ -101,7 +101,7 @@ def _read_lines(path: Path, *, what: str) -> list[str]:
         number = error.object[: error.start].count(b"\n") + 1
         raise InputError(f"{path}:{number}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
     if not text.strip():
-        raise InputError(f"{path}: empty; it needs one {what} a line, at least one")
+        raise InputError(f"{path}: empty; allowed: one {what} per line, at least one")
     lines = [line.strip() for line in text.split("\n")]
     if "" in lines:
         raise InputError(f"{path}:{lines.index('') + 1}: empty line; every line is one {what}")
@@ -114,7 +114,7 @@ def _check_distinct(path: Path, classnames: list[str]) -> None:
         if name in first_line:
             raise InputError(
                 f"{path}:{number}: class {name!r} is already on line {first_line[name]}; "
-                "every class needs a name of its own"
+                "every class needs a unique name"
             )
         first_line[name] = number
 

@@ -1,4 +1,4 @@
-"""Towers: open_clip models with their tokenizer, pixel transform and logit scale; frozen ones and the student.
+"""Towers: open_clip models with their tokenizer, pixel transform and logit scale; frozen models and the student.
 
 Shapes: B images, N texts, C classes, L tokens, D features, H and W pixels.
 """
@@ -25,11 +25,11 @@ MAX_LOGIT_SCALE = 100.0
 
 
 class PixelTransform(nn.Module):
-    """Resize and normalise a batch on its device, the way a tower was trained.
+    """Resize and normalise a batch on its device, as in the tower's training.
 
     The source is square (the stream's crop), so open_clip's resize modes agree. Bicubic results are clamped to the
-    range of pixels, as Pillow does. ``resize`` gives the tower's own pixels in [0, 1], where they can be perturbed;
-    ``forward`` takes these, too.
+    range of pixels, as Pillow does. ``resize`` returns pixels in [0, 1] at the tower's input size, which can be
+    perturbed; ``forward`` also accepts these.
     """
 
     mean: Tensor
@@ -51,17 +51,17 @@ class PixelTransform(nn.Module):
         return pixels / 255
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W), or what ``resize`` made of it, -> float32 (B, 3, size, size), normalised."""
+        """uint8 (B, 3, H, W), or the result of ``resize``, -> float32 (B, 3, size, size), normalised."""
         pixels = image_BCHW if image_BCHW.is_floating_point() else self.resize(image_BCHW)
         return (pixels - self.mean) / self.std
 
 
 class TextTokenizer:
-    """Texts to token ids, for a text tower but apart from it: data workers tokenise captions with it.
+    """Converts texts to token ids for a text tower, independently of it: data workers tokenise captions with it.
 
     Args:
         tokenizer: texts -> (N, L) token ids.
-        pooling: where the tower takes a text's features from, of ``find_pooling``.
+        pooling: the tower's pooling position, from ``find_pooling``.
     """
 
     def __init__(self, tokenizer: Any, pooling: Literal["argmax"] | int | None) -> None:
@@ -73,7 +73,7 @@ class TextTokenizer:
         return self.trim(self.tokenizer(list(texts)))
 
     def trim(self, tokens: Tensor) -> Tensor:
-        """Token ids (..., L), without the columns beyond the longest text where the tower ignores them."""
+        """Token ids (..., L), without the columns beyond the longest text if the tower ignores them."""
         if self.pooling is None:
             return tokens
         pooled = tokens if self.pooling == "argmax" else torch.eq(tokens, self.pooling).int()
@@ -81,15 +81,15 @@ class TextTokenizer:
         return tokens[..., : int(end.max()) + 1].contiguous()
 
     def same_as(self, other: "TextTokenizer") -> bool:
-        """Whether both surely give the same tokens for every text."""
+        """Whether both provably return the same tokens for every text."""
         if self.pooling != other.pooling:
             return False
         return self.tokenizer is other.tokenizer or pickle.dumps(self.tokenizer) == pickle.dumps(other.tokenizer)
 
 
 def find_pooling(text: Any) -> Literal["argmax"] | int | None:
-    """Where a causal text tower takes a text's features from: at the largest token id, or at this id; None where
-    columns beyond that may matter."""
+    """Pooling position of a causal text tower: at the largest token id, or at this id; None if later columns may
+    affect the features."""
     causal = getattr(text, "attn_mask", None) is not None
     if not causal or getattr(text, "cls_emb", None) is not None:
         return None
@@ -134,7 +134,7 @@ class Tower(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the tower is."""
+        """Device of the tower."""
         return self.pixels.mean.device
 
     @property
@@ -143,7 +143,7 @@ class Tower(nn.Module):
         return getattr(self.clip, "text", self.clip)
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
-        """Token ids (N, L), without the columns beyond the longest text where the tower ignores them.
+        """Token ids (N, L), without the columns beyond the longest text if the tower ignores them.
 
         In a causal tower that pools at the end-of-text token, later columns cannot change the result.
         """
@@ -151,7 +151,7 @@ class Tower(nn.Module):
 
     @property
     def text_tokenizer(self) -> TextTokenizer:
-        """What turns texts into the tower's input, apart from the tower."""
+        """The tower's tokenizer, usable without the tower."""
         return TextTokenizer(self.tokenizer, find_pooling(self.text))
 
     def encode_tokens(self, tokens_NL: Tensor) -> Tensor:
@@ -182,11 +182,11 @@ class Tower(nn.Module):
         self.clip.visual.to(memory_format=torch.channels_last)
 
     def logit_bias(self) -> Tensor | None:
-        """The additive bias of a sigmoid-trained model, or None."""
+        """Additive bias of a sigmoid-trained model, else None."""
         return getattr(self.clip, "logit_bias", None)
 
     def text_fingerprint(self) -> str:
-        """sha256 of the text tower's weights, architecture and precision: the identity of what it computes."""
+        """sha256 of the text tower's weights, architecture and precision: everything that determines its outputs."""
         config = {key: value for key, value in self.model_config.items() if key != "vision_cfg"}
         config["text_cfg"] = {key: value for key, value in config["text_cfg"].items() if key != "hf_tokenizer_name"}
         return _fingerprint([config, self.precision], text_state(self.clip))
@@ -207,7 +207,7 @@ def _fingerprint(settings: Any, state: Mapping[str, Tensor]) -> str:
 
 
 class FrozenModel(Tower):
-    """A tower that is only run: a teacher, or a model to evaluate. No gradients, always in eval mode."""
+    """A tower for inference only: a teacher, or a model to evaluate. No gradients, always in eval mode."""
 
     def __init__(
         self,
@@ -244,10 +244,10 @@ class FrozenModel(Tower):
             return super().encode_tokens(tokens_NL)
 
     def shard(self, device: torch.device) -> None:
-        """Spread the weights of the image tower's blocks over the ranks (FSDP2); each block is gathered when it runs.
+        """Shard the weights of the image tower's blocks over the ranks (FSDP2); each block is gathered when it runs.
 
-        Call it while the teacher is on the CPU: only a rank's share of the blocks ever reaches its ``device``. The rest
-        of the image tower and the text tower, which runs once a prompt set, stay whole on every rank.
+        Call it while the teacher is on the CPU: only a rank's share of the blocks is ever moved to its ``device``. The
+        rest of the image tower and the text tower, which runs once per prompt set, are replicated on every rank.
 
         Raises:
             InputError: an image tower without a list of transformer blocks.
@@ -259,7 +259,7 @@ class FrozenModel(Tower):
         holder = getattr(visual, "trunk", None) or getattr(visual, "transformer", None)
         blocks = getattr(holder, "blocks", None) or getattr(holder, "resblocks", None)
         if not blocks:
-            raise InputError(f"teachers.shard: True for {self.name}; allowed: an image tower of transformer blocks")
+            raise InputError(f"teachers.shard: True for {self.name}; allowed: an image tower with transformer blocks")
         mesh = init_device_mesh(device.type, (world_size(),))
         for block in blocks:
             fully_shard(block, mesh=mesh, reshard_after_forward=True)
@@ -269,7 +269,7 @@ class FrozenModel(Tower):
 
 
 class Student(Tower):
-    """The tower that is trained. Call it: its ``forward`` is what DDP synchronises and autocast covers."""
+    """The trained tower. Call it instead of its methods: DDP and autocast wrap ``forward``."""
 
     def __init__(
         self,
@@ -294,7 +294,7 @@ class Student(Tower):
 
     @torch.no_grad()
     def cap_logit_scale(self) -> None:
-        """Put the multiplier back to at most 100 where a step has carried it beyond."""
+        """Clamp the multiplier to at most 100 after a step."""
         self.clip.logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
 
     def freeze_text(self) -> None:
@@ -318,13 +318,13 @@ class Student(Tower):
         num_classes: int = 0,
         caption_tokens_BL: Tensor | None = None,
     ) -> ModelOutputs:
-        """Features of what is given, each unit-norm float32.
+        """Features of the inputs that are given, each unit-norm float32.
 
         Args:
-            image_BCHW: images as ``PixelTransform`` takes them.
+            image_BCHW: images, in the input format of ``PixelTransform``.
             prompt_tokens_NL: this rank's share of the class prompts, from ``share_of_classes``, encoded with gradient
                 and gathered over ranks.
-            num_classes: C, with ``prompt_tokens_NL``: rows beyond it are padding.
+            num_classes: C, with ``prompt_tokens_NL``; rows beyond it are padding.
             caption_tokens_BL: token ids of the captions.
         """
         scale = self.clip.logit_scale.exp()
@@ -338,7 +338,7 @@ class Student(Tower):
         return ModelOutputs(image_BD, captions_BD, prompts_CD, scale, self.logit_bias())
 
     def encode_prompts(self, tokens_NL: Tensor) -> Tensor:
-        """Class features (N, D): one row a class, the unit-norm mean over templates where tokens are (N, T, L)."""
+        """Class features (N, D), one row per class: the unit-norm mean over templates if tokens are (N, T, L)."""
         if tokens_NL.ndim == 2:
             return self.encode_tokens(tokens_NL)
         classes, templates, length = tokens_NL.shape
@@ -354,10 +354,10 @@ def share_of_classes(tokens: Tensor) -> Tensor:
 
 
 def text_state(clip: Any) -> dict[str, Tensor]:
-    """The text tower's tensors of an open_clip model, with their names in its state dict."""
+    """The text tower's tensors of an open_clip model, by their names in its state dict."""
     return {name: tensor for name, tensor in clip.state_dict().items() if is_text(name)}
 
 
 def is_text(name: str) -> bool:
-    """Whether a parameter of an open_clip model, by its name in the state dict, is the text tower's."""
+    """Whether a name in an open_clip model's state dict belongs to the text tower."""
     return not name.startswith("visual.") and name not in ("logit_scale", "logit_bias")

@@ -1,1 +1,1 @@
-"""The training loop, what it is built from, and what it writes."""
+"""The training loop, its components and its output."""

@@ -1,4 +1,4 @@
-"""From a config to the parts of a run."""
+"""Build the parts of a run from its config."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -39,7 +39,7 @@ def open_evaluation_sets(config: Config, *, cache: Path) -> list[EvaluationSet]:
     """The sets on which the student is evaluated; the ranks open them together.
 
     Raises:
-        InputError: a set that cannot be read, two of one name, or none of them has the metric that rates checkpoints.
+        InputError: a set cannot be read, two have the same name, or none has the metric that ranks checkpoints.
     """
     settings = config.evaluation
     sets = [
@@ -57,7 +57,7 @@ def open_evaluation_sets(config: Config, *, cache: Path) -> list[EvaluationSet]:
 
 
 def load_student_of(config: Config, teachers: Sequence[FrozenModel]) -> Student:
-    """The student, with weights that the seed alone decides, on the CPU.
+    """The student, on the CPU; random weights depend only on the seed.
 
     Raises:
         InputError: a term cannot compare it with a teacher.
@@ -69,18 +69,19 @@ def load_student_of(config: Config, teachers: Sequence[FrozenModel]) -> Student:
             if teacher.embed_dim != student.embed_dim:
                 raise InputError(
                     f"objective.loss: {term.loss} compares the student's {student.embed_dim} dimensions with the "
-                    f"{teacher.embed_dim} of teacher {teacher.name}; allowed: equal ones (as student.text: teacher)"
+                    f"{teacher.embed_dim} of teacher {teacher.name}; allowed: equal ones (as with student.text: "
+                    "teacher)"
                 )
     return student
 
 
 def make_decoder(config: Config, image_sizes: Sequence[int], *, num_classes: int | None = None) -> Decoder:
-    """What a training sample must have, and how it is decoded.
+    """Decoder of training samples, with the members that the run requires.
 
     Args:
         config: of the run.
         image_sizes: input sizes of the towers that see the pixels.
-        num_classes: of the prompt set that labels index.
+        num_classes: number of classes that labels index.
     """
     data = config.data
     return Decoder(
@@ -96,7 +97,7 @@ def make_decoder(config: Config, image_sizes: Sequence[int], *, num_classes: int
 
 
 def cache_content(config: Config, decoder: Decoder) -> CacheContent:
-    """What the files of the teacher cache hold.
+    """Content of the teacher cache's files.
 
     Args:
         config: of the run.
@@ -112,14 +113,14 @@ def cache_content(config: Config, decoder: Decoder) -> CacheContent:
 
 
 def _uses_teacher_captions(config: Config) -> bool:
-    """Whether a teacher's caption features are needed: by a term, or as the student's own."""
+    """Whether a teacher's caption features are needed: by a term, or as the student's caption features."""
     over_captions = [term for term in config.terms if term.over == "captions"]
     lent = config.student.text == "teacher" and bool(over_captions)
     return lent or any(term.needs_teacher for term in over_captions)
 
 
 def index_all(config: Config) -> list[ShardIndex]:
-    """The index of all shards; the ranks make it together."""
+    """The index of all shards; each rank indexes a part of them."""
     urls = expand_urls(config.data.shards)
     cache = Path(config.data.cache).expanduser()
     parts = gather_objects(index_shards(urls[rank() :: world_size()], cache_dir=cache))
@@ -128,12 +129,12 @@ def index_all(config: Config) -> list[ShardIndex]:
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionTokenizers:
-    """The distinct tokenizers of the towers that encode captions in a step, and which of them is whose.
+    """The distinct tokenizers of the towers that encode captions in a step, and their assignment to towers.
 
     Attributes:
         tokenizers: run by the data workers.
-        student: number of the student's; None: it encodes no captions.
-        teachers: of each teacher; empty: they encode none.
+        student: index of the student's; None: it encodes no captions.
+        teachers: index of each teacher's; empty: they encode none.
     """
 
     tokenizers: Sequence[TextTokenizer] = ()
@@ -142,7 +143,7 @@ class CaptionTokenizers:
 
     @classmethod
     def find(cls, config: Config, student: Student, teachers: Sequence[FrozenModel]) -> "CaptionTokenizers":
-        """Those that a run needs."""
+        """The tokenizers that a run needs."""
         if not any(term.over == "captions" for term in config.terms):
             return cls()
         distinct: list[TextTokenizer] = []
@@ -169,10 +170,10 @@ def open_stream(
     tokenizers: Sequence[TextTokenizer],
     pin_memory: bool,
 ) -> StreamLoader:
-    """This rank's part of the training stream, with the teachers' embeddings where they are stored.
+    """This rank's part of the training stream, with the teachers' embeddings if they are cached.
 
     Raises:
-        InputError: the shards are too few, or the teacher cache does not serve them. (Of a resampled stream, whose
+        InputError: too few samples, or the teacher cache does not match the shards. (In a resampled stream, whose
             shards are not known before they are drawn, each file is checked when it is needed.)
     """
     data = config.data
@@ -205,7 +206,7 @@ def open_stream(
 
 
 def make_objective(config: Config, *, steps_per_epoch: float, num_classes: int, device: torch.device) -> Objective:
-    """The terms of weight above 0."""
+    """The objective, of the terms with weight above 0."""
     return Objective(
         config.terms,
         warmup_steps={term.term_name: round(term.warmup_epochs * steps_per_epoch) for term in config.terms},
@@ -217,7 +218,7 @@ def make_objective(config: Config, *, steps_per_epoch: float, num_classes: int, 
 
 
 def freeze_unused(student: Student, objective: Objective) -> None:
-    """Freeze the parameters that no term reaches, which would break DDP's synchronisation."""
+    """Freeze the parameters that no term depends on: they would break DDP's synchronisation."""
     if not objective.needs_logits:
         student.clip.logit_scale.requires_grad_(False)
         bias = student.logit_bias()
@@ -236,7 +237,7 @@ def make_student_texts(
     objective: Objective,
     **settings: Any,
 ) -> StudentTexts:
-    """The student's class prompts and captions; the settings are those of ``class_embeddings``."""
+    """The student's class prompts and captions; settings as for ``class_embeddings``."""
     class_CD: Tensor | None = None
     class_tokens_CTL: Tensor | None = None
     if prompts is not None and objective.needs_prompts:

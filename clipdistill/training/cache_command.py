@@ -1,4 +1,4 @@
-"""``clipdistill cache``: its arguments, and what it does in which order."""
+"""``clipdistill cache``: its arguments and the build."""
 
 import argparse
 import re
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what ``run`` reads."""
+    """Add the arguments of ``run``."""
     parser.add_argument("--config", required=True, type=Path, help="the config that will train from the cache")
     parser.add_argument("--dry-run", action="store_true", help="print disk and time of the build; build nothing")
     parser.add_argument(
@@ -21,22 +21,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_part,
         default=(1, 1),
         metavar="I/N",
-        help="of N machines that share the work, this is number I: it builds every N-th shard's file (the files can "
-        "be copied together)",
+        help="this is machine I of N that share the work: it builds every N-th shard's file (the files can be copied "
+        "into one folder)",
     )
     parser.add_argument(
         "--batch-size", type=positive, metavar="N", help="samples at once, each in all its views (default: the config)"
     )
-    parser.add_argument("--device", help="such as cuda or cpu (default: cuda where there is one)")
+    parser.add_argument("--device", help="such as cuda or cpu (default: cuda if available)")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as teacher_cache.precision=int8")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Build what is missing; the processes of a launcher take turns with the shards.
+    """Build the missing files; the shards are distributed over the processes of a launcher.
 
     Raises:
-        InputError: whatever is wrong with the config, the models or the shards.
-        RunError: the disk is full. The files that are there are whole.
+        InputError: the config, the models or the shards are invalid.
+        RunError: the disk is full. The files written so far are complete.
     """
     from clipdistill.config import load_config
     from clipdistill.distributed.collectives import launched
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
         from clipdistill.training.build import cache_content, index_all, make_decoder
 
         if not config.teacher_cache.folder:
-            raise InputError("teacher_cache.folder: empty; allowed: the folder for the cache's files")
+            raise InputError("teacher_cache.folder: empty; allowed: a folder for the cache's files")
         teachers = [settings.load() for settings in config.teachers]
         sizes = [read_image_size(config.student.model), *(teacher.image_size for teacher in teachers)]
         content = cache_content(config, make_decoder(config, sizes))
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _build(builder: "CacheBuilder", missing: list[int], samples: int) -> "CacheBuild":
-    """With a bar of all processes' samples on a terminal, of which this one counts its own."""
+    """Build, with a progress bar on a terminal that estimates all processes' samples from this one's."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 
@@ -101,7 +101,7 @@ def _forecast(builder: "CacheBuilder", estimates: list["CacheEstimate"], *, shar
     size = sum(each.bytes for each in estimates)
     seconds = max(each.seconds for each in estimates)
     return (
-        f"{builder.folder}: {shards - missing} of {shards} shards are there; to build: {missing} shards, "
+        f"{builder.folder}: {shards - missing} of {shards} shards are cached; to build: {missing} shards, "
         f"{samples:,} samples of {estimates[0].bytes_per_sample:,} bytes ({builder.content.views.number} views, "
         f"{builder.content.precision}), {size / 1e6:,.1f} MB, about {timedelta(seconds=round(seconds))}"
     )

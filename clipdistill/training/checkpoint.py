@@ -1,11 +1,11 @@
-"""Checkpoints: a folder a step, written aside and renamed, with the sha256 of every file; the newest whole is found.
+"""Checkpoints: one folder per step, written under a temporary name and renamed, with the sha256 of every file.
 
 RUN/checkpoints/step_00000500/
     student.safetensors    weights and buffers
-    ema.safetensors        their moving average, where there is one
-    priors.safetensors     class priors, where there are any
+    ema.safetensors        their moving average, with train.ema
+    priors.safetensors     class priors, if a term uses them
     optimizer.pt           loaded with weights_only
-    rank_00000.pt          one a rank: random state, position in the stream, sums under way
+    rank_00000.pt          one per rank: random state, position in the stream, sums of the current window and epoch
     manifest.json          step, number of ranks, evaluation, size and sha256 of every file above, sha256 of itself
 """
 
@@ -33,14 +33,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingState:
-    """Everything that a run needs to go on as if it had never stopped.
+    """Everything that a run needs to resume as if it had never stopped.
 
     Attributes:
         step: optimizer steps taken.
         tensors: name -> state dict of tensors, each saved as ``<name>.safetensors`` (``student``, ``ema``, ...).
         optimizer: state dict of the optimizer.
-        rank_states: of each rank that wrote the checkpoint, in their order, what is its own (tensors and plain values).
-        evaluations: what the evaluation of the step found; None where there was none.
+        rank_states: the separate state (tensors, plain values) of each rank that wrote the checkpoint, in rank order.
+        evaluations: results of the step's evaluation; None without one.
     """
 
     step: int
@@ -60,21 +60,22 @@ def save_checkpoint(
     keep: int = 1,
     keep_best: int = 0,
 ) -> Path:
-    """Write ``root/step_XXXXXXXX``; called by every rank, over a file system they share.
+    """Write ``root/step_XXXXXXXX``; called by every rank, on a shared file system.
 
     Args:
         root: folder of the checkpoints.
         step: see `TrainingState`.
         tensors: rank 0's are written.
         optimizer: rank 0's is written.
-        rank_state: of this rank; every rank's is written.
-        keep: this many newest checkpoints stay, and besides
-        keep_best: this many of the best metric; others are deleted once the new one is in place. Those of later steps,
-            damaged or of a branch that was left, are set aside under the name ``abandoned_step_XXXXXXXX``.
+        rank_state: state of this rank; every rank's is written.
+        keep: number of newest checkpoints to keep.
+        keep_best: number of checkpoints with the best metric to keep in addition; others are deleted once the new one
+            is in place. Those of the same or later steps, damaged or from an abandoned branch, are renamed to
+            ``abandoned_step_XXXXXXXX``.
 
     Raises:
-        RunError: on all ranks, if one of them could not write. Nothing of the new checkpoint is left, and all older
-            ones are as they were.
+        RunError: on all ranks, if one of them could not write. Nothing of the new checkpoint remains, and all older
+            ones are unchanged.
     """
     path = checkpoint_folder(root, step)
     temporary = root / f".{path.name}.tmp"
@@ -105,12 +106,12 @@ def save_checkpoint(
 def rate_checkpoint(
     root: Path, step: int, *, evaluations: list[dict[str, Any]], metric: float | None, keep: int = 1, keep_best: int = 0
 ) -> None:
-    """Add to a step's checkpoint, if it is there, what its evaluation found; delete those no longer among the best.
+    """Add the results of a step's evaluation to its checkpoint, if that exists; delete those no longer among the best.
 
-    A checkpoint whose ``metric`` is None is not one of the best.
+    A checkpoint whose ``metric`` is None is never among the best.
 
     Raises:
-        RunError: it cannot be written; the checkpoint is as it was.
+        RunError: it cannot be written; the checkpoint is unchanged.
     """
     path = checkpoint_folder(root, step)
     if not path.is_dir():
@@ -123,22 +124,22 @@ def rate_checkpoint(
 
 
 def find_checkpoint(root: Path, *, contents: bool = True) -> Path | None:
-    """The newest checkpoint whose files are all as they were written; damaged ones are named in the log.
+    """The newest checkpoint whose files are all complete and unchanged; damaged ones are logged.
 
     Args:
         root: folder of the checkpoints.
-        contents: whether to read all files, rather than only their sizes.
+        contents: verify the content of all files, not only their sizes.
     """
     for path in checkpoint_folders(root):
         damage = find_damage(path, contents=contents)
         if damage is None:
             return path
-        log.warning("checkpoint %s passed over: %s", path, damage)
+        log.warning("checkpoint %s skipped: %s", path, damage)
     return None
 
 
 def load_checkpoint(path: Path) -> TrainingState:
-    """Read a checkpoint that `find_checkpoint` or `resolve_resume` has found whole; any number of ranks may."""
+    """Read a checkpoint that `find_checkpoint` or `resolve_resume` has verified; with any number of ranks."""
     manifest = read_manifest(path)
     files = [path / name for name in manifest["files"]]
     return TrainingState(
@@ -146,7 +147,7 @@ def load_checkpoint(path: Path) -> TrainingState:
         tensors={file.stem: load_file(file) for file in files if file.suffix == ".safetensors"},
         optimizer=torch.load(path / "optimizer.pt", weights_only=True),
         rank_states=[
-            torch.load(path / f"rank_{number:05d}.pt", mmap=True, weights_only=True)  # each rank touches little of them
+            torch.load(path / f"rank_{number:05d}.pt", mmap=True, weights_only=True)  # each rank reads little of them
             for number in range(manifest["ranks"])
         ],
         evaluations=manifest["evaluations"],
@@ -154,23 +155,23 @@ def load_checkpoint(path: Path) -> TrainingState:
 
 
 def resolve_resume(resume: str, root: Path) -> Path | None:
-    """The checkpoint that ``--resume`` names: ``auto`` is the newest whole one under ``root``, if any.
+    """The checkpoint that ``--resume`` names: ``auto`` is the newest complete one under ``root``, if any.
 
     Raises:
-        InputError: the one that it names is not whole.
+        InputError: the named checkpoint is not complete.
     """
     if resume == "auto":
         return find_checkpoint(root)
     path = Path(resume)
     damage = find_damage(path)
     if damage is not None:
-        raise InputError(f"--resume {resume}: {damage}; allowed: auto, or the folder of a whole checkpoint")
+        raise InputError(f"--resume {resume}: {damage}; allowed: auto, or the folder of a complete checkpoint")
     return path
 
 
 @contextmanager
 def _together(path: Path, temporary: Path) -> Iterator[None]:
-    """A part of the writing that every rank has done when the block ends, or none goes on."""
+    """A part of the writing: when the block ends, all ranks have completed it, or all raise RunError."""
     fault = ""
     try:
         with writing(f"checkpoint {path.name}", path.parent):
@@ -190,12 +191,12 @@ def _save(state: Mapping[str, Any], file: Path) -> None:
             torch.save(state, stream)
             stream.flush()
             os.fsync(stream.fileno())
-    except RuntimeError as error:  # torch's own, in place of the error of the disk
+    except RuntimeError as error:  # raised by torch instead of the disk's OSError
         raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
 def _prune(root: Path, *, keep: int, keep_best: int) -> None:
-    """Delete all but the newest and the best; each vanishes at once, should the deletion be cut short."""
+    """Delete all but the newest and the best checkpoints; each is renamed first, so that none is left incomplete."""
     paths = checkpoint_folders(root)
     rated = sorted(((metric, path) for path in paths if (metric := _metric(path)) is not None), reverse=True)
     kept = {*paths[:keep], *(path for _, path in rated[:keep_best])}

@@ -12,7 +12,7 @@ from clipdistill.models.towers import Student
 class MovingAverage:
     """The average of a student's weights and of its buffers, such as batch-norm statistics.
 
-    It starts fast: the decay of update n, from 0, is min(decay, (1 + n) / (10 + n)).
+    The decay is lower at first: for update n, from 0, it is min(decay, (1 + n) / (10 + n)).
     """
 
     def __init__(self, student: Student, *, decay: float) -> None:
@@ -29,7 +29,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self, student: Student, number: int) -> None:
-        """Take in the weights after optimizer step ``number``."""
+        """Update the averages with the weights after optimizer step ``number``."""
         share = 1 - min(self.decay, (1 + number) / (10 + number))
         pairs = list(zip(self.average.state_dict().values(), student.state_dict().values(), strict=True))
         floating = [(mean, current) for mean, current in pairs if mean.is_floating_point()]

@@ -1,4 +1,4 @@
-"""``clipdistill estimate``: what a run will need, from a few of its steps, before anything is rented."""
+"""``clipdistill estimate``: time, memory and disk of a run, from a few of its steps, before renting hardware."""
 
 import argparse
 import gc
@@ -17,14 +17,14 @@ _STEPS = 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what ``run`` reads."""
-    parser.add_argument("--config", required=True, type=Path, help="of the run")
-    parser.add_argument("--steps", type=positive, default=_STEPS, help="steps that are measured (default: %(default)s)")
+    """Add the arguments of ``run``."""
+    parser.add_argument("--config", required=True, type=Path, help="config of the run")
+    parser.add_argument("--steps", type=positive, default=_STEPS, help="steps to measure (default: %(default)s)")
     parser.add_argument(
-        "--no-sweep", action="store_true", help="do not look for the largest batch that fits, as is done by one process"
+        "--no-sweep", action="store_true", help="skip the search for the largest batch that fits (made by one process)"
     )
-    parser.add_argument("--largest", type=positive, default=65536, help="batch at which to stop (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="where the figures are written, too")
+    parser.add_argument("--largest", type=positive, default=65536, help="largest batch to try (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as data.batch_size=512")
 
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> None:
     """Measure, sweep, and print.
 
     Raises:
-        InputError: whatever is wrong with the config, the models or the shards.
+        InputError: the config, the models or the shards are invalid.
     """
     from rich.console import Console
 
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> None:
     hours = timedelta(seconds=round(profile.total_steps * profile.seconds))
     console.print(
         f"the run: {profile.total_steps:,} steps, {profile.total_steps * profile.samples:,} samples, {hours} of "
-        f"training; disk for up to {kept} checkpoints {disk / 2**30:,.2f} GiB",
+        f"training; up to {kept} checkpoints, {disk / 2**30:,.2f} GiB of disk",
         highlight=False,
     )
     result: dict[str, Any] = asdict(profile) | {
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _sweep(args: argparse.Namespace, batch_size: int, console: Any) -> list[dict[str, Any]]:
-    """Double the batch until it does not fit; each size in a process of its own, which may run out of memory."""
+    """Double the batch until it does not fit; each size in a separate process, which may run out of memory."""
     import torch
     from rich.table import Table
 
@@ -82,7 +82,7 @@ def _sweep(args: argparse.Namespace, batch_size: int, console: Any) -> list[dict
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     found: list[dict[str, Any]] = []
-    table = Table(title="batches of a process")
+    table = Table(title="batch sizes of one process")
     for column in ("batch", "samples/s", "peak memory", ""):
         table.add_column(column, justify="right")
     size, room = batch_size, _room()
@@ -112,7 +112,7 @@ def _sweep(args: argparse.Namespace, batch_size: int, console: Any) -> list[dict
 
 
 def _room() -> int | None:
-    """Memory of the machine where the CPU trains, which a process must not be let fill; None: a GPU stops by itself."""
+    """Memory of the machine if training runs on the CPU, to stop before it is full; None: a GPU raises an error."""
     import torch
 
     if torch.accelerator.is_available():

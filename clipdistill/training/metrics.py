@@ -1,4 +1,4 @@
-"""A run's metrics: one flat JSON record a line, a progress bar on a terminal, plain lines elsewhere."""
+"""A run's metrics: one flat JSON record per line, a progress bar on a terminal, plain lines otherwise."""
 
 import math
 import sys
@@ -28,14 +28,15 @@ from clipdistill.io.run_files import METRICS_FILE
 
 
 class MetricsLog:
-    """Writes ``metrics.jsonl`` and shows progress; on other than the main process it does nothing.
+    """Writes ``metrics.jsonl`` and shows progress; does nothing except on the main process.
 
     Args:
         output: the run's folder.
         main: whether this process writes.
-        first_step: steps already taken; what an interrupted run wrote of later ones is dropped.
+        first_step: steps already taken; an interrupted run's records of later steps are dropped.
         total_steps: length of the run.
-        evaluate_first: whether the run goes on with the evaluation of ``first_step``; one that is there is dropped.
+        evaluate_first: whether the run resumes with the evaluation of ``first_step``; an existing record of it is
+            dropped.
 
     Raises:
         RunError: here or in ``write``: the disk is full...
@@ -74,7 +75,7 @@ class MetricsLog:
             self._task = self._progress.add_task("train", total=total_steps, completed=first_step, state="")
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append a record; values that are not finite become null, as JSON has no NaN."""
+        """Append a record; non-finite values become null, as JSON has no NaN."""
         if not self.main:
             return
         self._writer.write(_finite(record))
@@ -98,7 +99,7 @@ class MetricsLog:
 
 
 class Window:
-    """Sums over the steps between two records of the metrics, kept on the device so that no step waits for them."""
+    """Sums over the steps between two metrics records, kept on the device so that no step waits for them."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -113,7 +114,7 @@ class Window:
         self._started = time.perf_counter()
 
     def add(self, step: int, losses: Mapping[str, Tensor], grad_norm: Tensor, *, samples: int, waited: float) -> None:
-        """Take in a step: this rank's share of the losses, the norm, its samples, and seconds it waited for them."""
+        """Add a step: this rank's share of the losses, gradient norm, samples, and seconds waited for data."""
         for name, value in losses.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
         self._sums["grad_norm"] = self._sums.get("grad_norm", 0.0) + grad_norm.detach() / world_size()
@@ -130,7 +131,7 @@ class Window:
     def close(self) -> dict[str, float]:
         """Means over the window and over ranks, throughput of all ranks, share of the time spent waiting for data.
 
-        Times, and what is counted in them, are those of this process: since the run was resumed, if it was.
+        Times and sample counts cover only this process's lifetime: after a resume, they start at the resume.
         """
         values = torch.stack([value.to(widest_float(self.device)) for value in self._sums.values()])
         seconds = time.perf_counter() - self._started
@@ -143,11 +144,11 @@ class Window:
         return record
 
     def state_dict(self) -> dict[str, Any]:
-        """This rank's part of what the next record will be made of."""
+        """This rank's sums for the next record."""
         return {"steps": self._steps, "sums": {name: value.cpu() for name, value in self._sums.items()}}
 
     def load_state_dict(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Go on with a window under way, from the parts of all ranks that saved."""
+        """Continue a window from the states of all ranks that saved."""
         self._steps = states[0]["steps"]
         self._sums = {
             name: own_part([state["sums"][name] for state in states]).to(self.device, copy=True)
@@ -156,23 +157,23 @@ class Window:
 
 
 def choose_trackers(trackers: Sequence[str] | None) -> list[str]:
-    """The trackers of the config; by default tensorboard, where it is installed.
+    """The trackers of the config; by default tensorboard, if installed.
 
     Raises:
-        InputError: one that Accelerate does not know, or that is not installed.
+        InputError: a tracker that Accelerate does not support, or that is not installed.
     """
     available = [str(tracker) for tracker in get_available_trackers()]
     if trackers is None:
         return [tracker for tracker in available if tracker == "tensorboard"]
     for tracker in trackers:
         if tracker not in available:
-            allowed = ", ".join(available) or "none is installed"
+            allowed = ", ".join(available) or "none, as none is installed"
             raise InputError(f"train.trackers: {tracker!r} is not allowed; allowed: {allowed}")
     return list(trackers)
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, str | int | float | bool]:
-    """Nested dicts and lists as one dict of scalars with dotted keys, as trackers want it."""
+    """Flatten nested dicts and lists to one dict of scalars with dotted keys, as trackers expect."""
     if isinstance(tree, dict):
         items = [(str(key), value) for key, value in tree.items()]
     elif isinstance(tree, (list, tuple)):

@@ -1,6 +1,6 @@
-"""Optimizers: their settings, the groups of parameters they are given, and a learning rate for each step.
+"""Optimizers: settings, parameter groups, and the learning rate of each step.
 
-To add one: a subclass of ``Optimizer`` with a ``name`` of its own, and its place in ``OPTIMIZERS``.
+To add one: a subclass of ``Optimizer`` with a ``name`` of its own, and its entry in ``OPTIMIZERS``.
 """
 
 import math
@@ -18,7 +18,7 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Optimizer(Settings):
-    """What every optimizer has; biases, norms, embeddings' positions and the logit scale are not decayed."""
+    """Settings of every optimizer; biases, norms, position embeddings and the logit scale are not decayed."""
 
     lr: Positive = 1e-3
     """Peak learning rate."""
@@ -27,10 +27,10 @@ class Optimizer(Settings):
     clip_norm: Positive | None = 1.0
     """Largest global gradient norm; empty: no clipping."""
     warmup_steps: CountOrZero = 0
-    """Optimizer steps of linear warm-up; then the rate falls to 0 along a cosine."""
+    """Optimizer steps of linear warm-up; then the rate decays to 0 along a cosine."""
 
     def make(self, student: nn.Module, device: torch.device) -> torch.optim.Optimizer:
-        """The optimizer of what is trained of the student."""
+        """The optimizer of the student's trainable parameters."""
         raise NotImplementedError
 
 
@@ -38,14 +38,14 @@ class AdamW(Optimizer):
     """AdamW (Loshchilov and Hutter, arXiv 1711.05101)."""
 
     name: Literal["adamw"] = "adamw"
-    """Which optimizer."""
+    """Selects this optimizer."""
     betas: tuple[Beta, Beta] = (0.9, 0.98)
-    """Decay of the averages of gradients and of their squares."""
+    """Decay rates of the running averages of gradients and of their squares."""
     eps: Positive = 1e-8
-    """Added to the square root of the second average."""
+    """Added to the square root of the second running average."""
 
     def make(self, student: nn.Module, device: torch.device) -> torch.optim.AdamW:
-        """The optimizer of what is trained of the student."""
+        """The optimizer of the student's trainable parameters."""
         return torch.optim.AdamW(
             parameter_groups(student, self.weight_decay),
             lr=self.lr,
@@ -56,7 +56,7 @@ class AdamW(Optimizer):
 
 
 OPTIMIZERS: tuple[type[Optimizer], ...] = (AdamW,)
-"""Every optimizer that a config may name."""
+"""All optimizers that a config may name."""
 
 if TYPE_CHECKING:
     AnyOptimizer = Optimizer
@@ -65,8 +65,8 @@ else:
 
 
 def parameter_groups(student: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: decayed are matrices and convolutions; not vectors and scales (of whatever number of dimensions),
-    positions, class tokens, the logit scale. ``lr_scale`` multiplies the schedule's rate.
+    """Two groups: matrices and convolutions are decayed; vectors and scales (of any number of dimensions), positions,
+    class tokens and the logit scale are not. ``lr_scale`` multiplies the schedule's rate.
     """
     decayed: list[nn.Parameter] = []
     free: list[nn.Parameter] = []
@@ -95,9 +95,9 @@ class Cosine:
         peak: the highest learning rate.
         warmup_steps: optimizer steps of the warm-up.
         total_steps: length of the run.
-        anchor_step: the end of the warm-up; or the step at which a run was resumed with another length, since another
-            number of ranks makes another number of steps of an epoch.
-        anchor: share of the cosine that is done at ``anchor_step``.
+        anchor_step: the end of the warm-up; or the step at which a run was resumed with another length, as the number
+            of steps per epoch depends on the number of ranks.
+        anchor: completed share of the cosine at ``anchor_step``.
     """
 
     peak: float
@@ -113,7 +113,7 @@ class Cosine:
         return self.peak * (0.5 * (1 + math.cos(math.pi * self.progress(step))))
 
     def progress(self, step: int) -> float:
-        """The share of the cosine that is done."""
+        """The completed share of the cosine."""
         share = (step - self.anchor_step) / max(1, self.total_steps - self.anchor_step)
         return self.anchor + (1 - self.anchor) * share
 
@@ -125,12 +125,12 @@ class Cosine:
 
 
 class Schedule:
-    """The learning rates of a run, as a part of its checkpoints.
+    """The learning rates of a run, as a component of its checkpoints.
 
     Args:
         optimizer: peak and warm-up.
         total_steps: length of the run.
-        step: where the run is resumed; 0: it is new.
+        step: step at which the run is resumed; 0: a new run.
     """
 
     def __init__(self, optimizer: Optimizer, *, total_steps: int, step: int = 0) -> None:
@@ -152,5 +152,5 @@ class Schedule:
         return asdict(self._curve)
 
     def load_state_dict(self, states: Sequence[Mapping[str, Any]]) -> None:
-        """Continue the curve of a run that may have had another length."""
+        """Continue the curve of a run, which may have had another length."""
         self._curve = self._curve.resumed(Cosine(**states[0]), self._step)

@@ -1,4 +1,4 @@
-"""Where a training step's time goes, what it computes, and what memory it takes."""
+"""Profile a training step: time per section, FLOPs and memory."""
 
 import secrets
 import shutil
@@ -22,27 +22,27 @@ if TYPE_CHECKING:
     from clipdistill.config import Config
 
 WARM_UP = 3
-"""Steps that are not measured: memory is found, kernels are chosen, workers start."""
+"""Steps that are not measured: memory is allocated, kernels are selected, workers start."""
 
 SECTIONS = ("data wait", "teacher", "student forward", "loss", "backward", "optimizer")
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepProfile:
-    """A few measured steps.
+    """Measurements of a few steps.
 
     Attributes:
-        seconds: of a step, the median.
-        sections: seconds of its parts, medians; ``backward`` has the exchange of gradients in it.
-        exchange: seconds that this exchange takes alone; 0 for one process.
-        samples: of all processes in a step.
-        flops: of a step and process.
-        peak_flops: floating-point operations a second of a large matrix product in the run's precision.
-        peak_bytes: largest memory of this process: on the device, or of a CPU process without its workers.
+        seconds: median time of a step.
+        sections: median seconds of each section; ``backward`` includes the all-reduce of the gradients.
+        exchange: seconds of this all-reduce alone; 0 for one process.
+        samples: samples of all processes per step.
+        flops: floating-point operations per step and process.
+        peak_flops: floating-point operations per second of a large matrix product in the run's precision.
+        peak_bytes: peak memory of this process: on a GPU, or resident on a CPU without its workers.
         checkpoint_bytes: size of a checkpoint.
-        total_steps: of the whole run.
-        processes: of the run.
-        device: its name.
+        total_steps: steps of the full run.
+        processes: number of processes.
+        device: name of the device.
     """
 
     seconds: float
@@ -59,16 +59,16 @@ class StepProfile:
 
     @property
     def samples_per_second(self) -> float:
-        """Of all processes."""
+        """Throughput of all processes."""
         return self.samples / self.seconds
 
     @property
     def utilisation(self) -> float:
-        """Model FLOPs utilisation (MFU): the step's operations over what the device could do in its time."""
+        """Model FLOPs utilisation (MFU): FLOPs per second of a step, relative to ``peak_flops``."""
         return self.flops / self.seconds / self.peak_flops
 
     def print(self, console: Console) -> None:
-        """As a table."""
+        """Print as a table."""
         table = Table(title=f"a step: {self.seconds * 1e3:,.1f} ms, {self.samples:,} samples, on {self.device}")
         table.add_column("section")
         table.add_column("ms", justify="right")
@@ -80,23 +80,23 @@ class StepProfile:
         if self.exchange:
             console.print(f"communication: {self.exchange * 1e3:,.1f} ms to exchange the gradients, part of backward")
         console.print(
-            f"{self.samples_per_second:,.0f} samples/s by {self.processes} process(es); {self.flops / 1e9:,.1f} GFLOP "
-            f"a step and process, MFU {self.utilisation:.1%} of the {self.peak_flops / 1e12:,.2f} TFLOP/s of a matrix "
-            f"product here; peak memory {self.peak_bytes / 2**30:,.2f} GiB",
+            f"{self.samples_per_second:,.0f} samples/s by {self.processes} process(es); {self.flops / 1e9:,.1f} "
+            f"GFLOP per step and process, MFU {self.utilisation:.1%} of the {self.peak_flops / 1e12:,.2f} TFLOP/s of a "
+            f"matrix product; peak memory {self.peak_bytes / 2**30:,.2f} GiB",
             highlight=False,
         )
 
 
 def profile_steps(config: "Config", steps: int, *, interruption: Interruption | None = None) -> StepProfile:
-    """Take some steps of a run, of which nothing is left behind; all processes of the run call this.
+    """Take and measure some steps of a run, and delete its output; all processes of the run call this.
 
     Args:
         config: the run.
-        steps: how many are measured, after ``WARM_UP`` others.
-        interruption: as of ``train``.
+        steps: number of measured steps, after ``WARM_UP`` others.
+        interruption: as for ``train``.
 
     Raises:
-        InputError: as ``train``.
+        InputError: as for ``train``.
     """
     train = config.train.model_copy(
         update={
@@ -125,12 +125,12 @@ def profile_steps(config: "Config", steps: int, *, interruption: Interruption | 
 
 
 def _measure(config: "Config", run: Run) -> StepProfile:
-    run.distillation.stopwatch = stopwatch = Stopwatch(run.device)
+    run.parts.distillation.stopwatch = stopwatch = Stopwatch(run.device)
     run.fit()
     memory = peak_bytes(run.device)
     measured = stopwatch.steps[WARM_UP:]
     names = [name for name in SECTIONS if any(name in times for times in measured)]
-    batches = run.loader.batches_before(config.train.epochs or 0)
+    batches = run.parts.loader.batches_before(config.train.epochs or 0)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     processes = run.accelerator.num_processes
     return StepProfile(
@@ -149,8 +149,8 @@ def _measure(config: "Config", run: Run) -> StepProfile:
 
 
 def _shared_folder(output: Path) -> tuple[Path, Path]:
-    """A new folder that all processes of a run see, beside its output where they may be on several machines; and what
-    is to be removed of it."""
+    """A new folder shared by all processes of a run, next to its output if they may run on several machines; and the
+    folder to delete afterwards."""
     if world_size() == 1:
         temporary = Path(tempfile.mkdtemp(prefix="clipdistill-"))
         return temporary / "run", temporary
@@ -160,10 +160,10 @@ def _shared_folder(output: Path) -> tuple[Path, Path]:
 
 
 def _exchange(run: Run) -> float:
-    """Seconds to add up gradients over the processes, with nothing else going on."""
+    """Seconds to all-reduce the gradients, without overlap with the backward pass."""
     if run.accelerator.num_processes == 1:
         return 0.0
-    numbers = sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
+    numbers = sum(parameter.numel() for parameter in run.parts.model.parameters() if parameter.requires_grad)
     gradient = torch.zeros(numbers, device=run.device)
     seconds = []
     for _ in range(3):

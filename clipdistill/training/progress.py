@@ -1,4 +1,4 @@
-"""The steps and epochs that a run has done."""
+"""Steps and epochs completed by a run."""
 
 import logging
 import math
@@ -24,8 +24,8 @@ class Progress:
 
     Attributes:
         step: optimizer steps taken.
-        epoch: of the last batch.
-        steps_per_epoch: optimizer steps of a whole epoch, when the run began.
+        epoch: epoch of the last batch.
+        steps_per_epoch: optimizer steps of a full epoch, when the run began.
     """
 
     def __init__(self, config: Config, loader: StreamLoader, *, ranks: int) -> None:
@@ -65,5 +65,5 @@ class Progress:
                         f"{key}: {now[name]}, but the run has {before[name]}; allowed: the same, or one that keeps the "
                         f"global batch of {was} samples with {now['ranks']} processes"
                     )
-            log.warning("the global batch was %d samples with %d processes, and is %d", was, before["ranks"], size)
+            log.warning("the global batch was %d samples with %d processes; it is now %d", was, before["ranks"], size)
         self.step, self.epoch, self.steps_per_epoch = state["step"], state["epoch"], state["steps_per_epoch"]

@@ -1,8 +1,8 @@
-"""The folder of a run: whose it is, where the run in it stands, and what it has left.
+"""The folder of a run: claim it, find its newest checkpoint, and read a finished run's result.
 
 RUN/
     config.yaml       the resolved config
-    metrics.jsonl     one record a line
+    metrics.jsonl     one record per line
     checkpoints/      see clipdistill.training.checkpoint
     samples/          with train.trace: see clipdistill.training.sample_log
     student/          the exported student of a finished run
@@ -25,13 +25,13 @@ from clipdistill.training.checkpoint import find_checkpoint, resolve_resume
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """What a finished run leaves.
+    """Result of a finished run.
 
     Attributes:
         output: the run's folder.
         student: the exported student's folder.
-        steps: optimizer steps taken in all.
-        evaluations: one CLIP_benchmark record a set, of the final student.
+        steps: total optimizer steps.
+        evaluations: one CLIP_benchmark record per set, of the final student.
         skipped: bad samples by reason.
     """
 
@@ -42,13 +42,13 @@ class RunResult:
     skipped: Mapping[str, int]
 
     def save(self) -> None:
-        """Write the summary, which makes the run a finished one."""
+        """Write the summary, which marks the run as finished."""
         summary = {"steps": self.steps, "skipped": dict(self.skipped), "evaluations": self.evaluations}
         write_json(self.output / SUMMARY_FILE, summary)
 
 
 def finished_run(config: Config) -> RunResult | None:
-    """What a run left, if it has ended.
+    """Result of the run in the config's output folder; None if it has not finished.
 
     Raises:
         InputError: it had other settings.
@@ -68,17 +68,17 @@ def finished_run(config: Config) -> RunResult | None:
 
 
 def find_start(config: Config, resume: str | None) -> Path | None:
-    """The whole checkpoint to resume from; None: the run starts afresh.
+    """The complete checkpoint to resume from; None: the run starts from the beginning.
 
     Raises:
-        InputError: the folder holds another run or other files, or the checkpoint named is not whole.
+        InputError: the folder holds another run or other files, or the named checkpoint is not complete.
     """
     output = Path(config.output)
     if output.exists() and not output.is_dir():
         raise InputError(f"output: {output} is a file; allowed: a folder")
     taken = output.is_dir() and any(not _is_leftover(path) for path in output.iterdir())
     if taken and resume is None:
-        raise InputError(f"output: {output} holds another run; allowed: a new folder, or --resume auto to go on")
+        raise InputError(f"output: {output} holds another run; allowed: a new folder, or --resume auto")
     if taken and not (output / CONFIG_FILE).is_file():
         raise InputError(f"output: {output} holds other files; allowed: a new folder, or the folder of this run")
     if resume is None:
@@ -91,7 +91,7 @@ def find_start(config: Config, resume: str | None) -> Path | None:
 
 
 def clear_leftovers(output: Path, *, finished: bool) -> None:
-    """Delete what a killed run was writing; and, of a run that goes back, what belongs to its end."""
+    """Delete a killed run's temporary files; unless ``finished``, also an earlier result of the run."""
     if not finished:
         (output / SUMMARY_FILE).unlink(missing_ok=True)
         shutil.rmtree(output / STUDENT_FOLDER, ignore_errors=True)
@@ -107,6 +107,6 @@ def _is_leftover(path: Path) -> bool:
 
 
 def whole_checkpoint(output: Path) -> str:
-    """What the next run will find, in words."""
+    """Description of the newest complete checkpoint, for messages."""
     path = find_checkpoint(output / CHECKPOINTS_FOLDER, contents=False)
     return "no checkpoint yet" if path is None else f"checkpoint {path.name} is whole; --resume auto goes on"

@@ -1,4 +1,4 @@
-"""Which samples a run saw, in which order, with which pixels: for whoever wants to prove it."""
+"""Log of the samples that a run saw, in order, with digests of their pixels, for verification."""
 
 import hashlib
 from collections.abc import Sequence
@@ -11,8 +11,8 @@ from clipdistill.io.run_files import SAMPLES_FOLDER
 
 
 class SampleLog:
-    """Writes ``samples/rank_00000.jsonl``, one file a rank: for each optimizer step the keys of its samples in their
-    order, and a digest of their pixels (BLAKE2b of the uint8 crops, all micro-batches one after another).
+    """Writes ``samples/rank_00000.jsonl``, one file per rank: for each optimizer step the keys of its samples, in
+    order, and a digest of their pixels (BLAKE2b of the uint8 crops, all micro-batches concatenated).
 
     Args:
         output: the run's folder.
@@ -22,7 +22,7 @@ class SampleLog:
         self._writer = JsonlWriter(output / SAMPLES_FOLDER / f"rank_{rank():05d}.jsonl")
 
     def write(self, step: int, batches: Sequence[Batch]) -> None:
-        """Append what optimizer step ``step``, counted from 1, has seen."""
+        """Append the samples of optimizer step ``step``, counted from 1."""
         digest = hashlib.blake2b(digest_size=16)
         for batch in batches:
             digest.update(batch.image_BCHW.contiguous().numpy().data)
@@ -30,7 +30,7 @@ class SampleLog:
         self._writer.write({"step": step, "keys": keys, "pixels": digest.hexdigest()})
 
     def sync(self) -> None:
-        """Wait until all is on the disk."""
+        """Wait until all records are on the disk."""
         self._writer.sync()
 
     def close(self) -> None:
@@ -39,6 +39,6 @@ class SampleLog:
 
 
 def drop_later(output: Path, step: int) -> None:
-    """Cut the sample logs of all ranks of an interrupted run back to what was seen up to a step."""
+    """Drop the records after a step from the sample logs of all ranks of an interrupted run."""
     for path in sorted((output / SAMPLES_FOLDER).glob("rank_*.jsonl")):
         filter_jsonl(path, lambda record: record["step"] <= step)

@@ -8,8 +8,8 @@
 #
 # The job may be stopped at any time. Two minutes before its time limit it asks the run to stop, which finishes its step
 # and saves, and puts itself back into the queue; at a preemption, where the partition's GraceTime leaves time for it, the
-# run stops in the same way, and SLURM requeues the job. After a node's failure it goes on from its newest whole
-# checkpoint, losing at most train.save_every steps. scancel ends it for good. A run goes on with any number of GPUs.
+# run stops in the same way, and SLURM requeues the job. After a node's failure it resumes from its newest complete
+# checkpoint, losing at most train.save_every steps. scancel ends it for good. A run resumes with any number of GPUs.
 #
 #SBATCH --job-name=clipdistill
 #SBATCH --nodes=2

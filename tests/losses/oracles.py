@@ -1,6 +1,6 @@
 """What GKL and KL must be, written plainly from their formulas: the reference of the tests, differentiated by autograd.
 
-Sources: shared/GKL.md; Cui et al., arXiv 2305.13948 and 2503.08038. Nothing here is taken from ``clipdistill``.
+Sources: Cui et al., arXiv 2305.13948 and 2503.08038. Nothing here is taken from ``clipdistill``.
 
 Shapes: B rows, C classes.
 """

@@ -315,7 +315,7 @@ def test_a_class_prior_needs_labels_and_prompts() -> None:
     assert term.needs_labels
     assert term.separable
     assert term.prior_temperature == 3.0
-    with pytest.raises(InputError, match=r"^class_prior: True is not allowed; allowed: over: prompts only$"):
+    with pytest.raises(InputError, match=r"^class_prior: True is not allowed; allowed: true only with over: prompts$"):
         validate(Term, {"loss": "gkl", "over": "captions", "class_prior": True})
 
 

@@ -1,0 +1,229 @@
+"""The parts of a run: built from its config, restored from a checkpoint, saved into the next one."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+from clipdistill.config import Config
+from clipdistill.distill.step import DistillationStep
+from clipdistill.distill.stored_views import observe_stored_views
+from clipdistill.distill.teachers import Teachers
+from clipdistill.distributed.random_state import RandomState
+from clipdistill.models.prompts import PromptSet
+from clipdistill.models.towers import FrozenModel, Student
+from clipdistill.training.build import (
+    CaptionTokenizers,
+    freeze_unused,
+    load_student_of,
+    make_decoder,
+    make_objective,
+    make_student_texts,
+    open_prompts,
+    open_stream,
+)
+from clipdistill.training.checkpoint import TrainingState
+from clipdistill.training.ema import MovingAverage
+from clipdistill.training.metrics import Window
+from clipdistill.training.optimizer import Schedule
+from clipdistill.training.progress import Progress
+
+
+class Component(Protocol):
+    """A part of a run with a separate state on each rank, saved in checkpoints."""
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """This rank's state: tensors and plain values."""
+
+    def load_state_dict(self, states: Sequence[Mapping[str, Any]]) -> None:
+        """Restore from the states of all ranks that saved; the number of ranks may have changed."""
+
+
+class SharedComponent(Protocol):
+    """A part of a run with tensors that are the same on all ranks and saved once."""
+
+    def shared_state(self) -> dict[str, Tensor]:
+        """The tensors; if empty, nothing is saved."""
+
+    def load_shared_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Restore them."""
+
+
+class RunParts:
+    """Models, data, optimizer and step of a run.
+
+    Args:
+        config: of the run.
+        accelerator: device and process group.
+        state: the checkpoint to resume from; None: a new run.
+
+    Attributes:
+        student: the student.
+        model: the student as the accelerator prepared it.
+        loader: the training stream.
+        progress: steps and epochs.
+        total_steps: length of the run.
+        schedule: learning rates.
+        optimizer: as the accelerator prepared it.
+        teachers: the frozen models.
+        objective: the terms.
+        distillation: computes the gradients of a step.
+        ema: moving average of the student, or None.
+        window: sums of the next record of the metrics.
+        components: those with a state of this rank, by name.
+        shared_components: those with a state that all ranks share, by name.
+
+    Raises:
+        InputError: the config, the models or the shards are invalid.
+    """
+
+    def __init__(self, config: Config, accelerator: Accelerator, state: TrainingState | None) -> None:
+        self._config = config
+        self._accelerator = accelerator
+        self._device = accelerator.device
+        self._encoding = {"cache": Path(config.data.cache).expanduser(), "device": self._device}
+        prompts = open_prompts(config)
+        num_classes = prompts.num_classes if prompts else 0
+        frozen = [settings.load() for settings in config.teachers]
+        self.student = load_student_of(config, frozen)
+        if config.train.channels_last:
+            for tower in (self.student, *frozen):
+                tower.use_channels_last()
+        tokenizers = CaptionTokenizers.find(config, self.student, frozen)
+        sizes = [tower.image_size for tower in (self.student, *frozen)]
+        decoder = make_decoder(config, sizes, num_classes=num_classes or None)
+        pin_memory = self._device.type == "cuda"
+        self.loader = open_stream(config, decoder, frozen, tokenizers=tokenizers.tokenizers, pin_memory=pin_memory)
+        self._place_teachers(frozen)
+
+        self.progress = Progress(config, self.loader, ranks=accelerator.num_processes)
+        if state is not None:
+            _restore({"progress": self.progress, "stream": self.loader}, state)
+        self.total_steps = self._count_steps()
+        self.schedule = Schedule(config.optimizer, total_steps=self.total_steps, step=self.progress.step)
+        self.objective = make_objective(
+            config, steps_per_epoch=self.progress.steps_per_epoch, num_classes=num_classes, device=self._device
+        )
+        self._prepare_student()
+        set_seed(config.seed, device_specific=True)
+
+        self.teachers = self._make_teachers(frozen, tokenizers, prompts)
+        self.distillation = DistillationStep(
+            accelerator=accelerator,
+            model=self.model,
+            student=self.student,
+            teachers=self.teachers,
+            objective=self.objective,
+            texts=make_student_texts(
+                config, self.student, self.teachers, prompts, tokenizers, self.objective, **self._encoding
+            ),
+            labels=config.labels,
+        )
+        self.window = Window(self._device)
+        self.components: dict[str, Component] = {
+            "progress": self.progress,
+            "stream": self.loader,
+            "schedule": self.schedule,
+            "priors": self.objective.priors,
+            "window": self.window,
+            "random": RandomState(self._device),
+        }
+        self.shared_components: dict[str, SharedComponent] = {"priors": self.objective.priors}
+        if self.ema is not None:
+            self.shared_components["ema"] = self.ema
+        if state is not None:
+            self._restore(state)
+        if self.loader.embeddings is not None and self.objective.priors and not self.objective.priors.complete:
+            observe_stored_views(
+                self.objective,
+                self.teachers,
+                self.loader.embeddings,
+                shards=self.loader.shards,
+                labels=config.labels,
+                num_classes=num_classes,
+                device=self._device,
+            )
+
+    @property
+    def final_student(self) -> Student:
+        """What is evaluated and exported: the moving average, if there is one."""
+        return self.ema.average if self.ema is not None else self.student
+
+    def checkpoint_state(self) -> dict[str, Any]:
+        """The arguments ``tensors``, ``optimizer`` and ``rank_state`` of ``save_checkpoint``."""
+        model_state, optimizer_state = get_state_dict(
+            self.model,
+            self.optimizer.optimizer,
+            options=StateDictOptions(full_state_dict=True, cpu_offload=True),
+        )
+        tensors: dict[str, Mapping[str, Any]] = {"student": model_state}
+        tensors |= {name: each.shared_state() for name, each in self.shared_components.items()}
+        return {
+            "tensors": {name: state for name, state in tensors.items() if state},
+            "optimizer": optimizer_state,
+            "rank_state": {name: each.state_dict() for name, each in self.components.items()},
+        }
+
+    def _restore(self, state: TrainingState) -> None:
+        set_state_dict(
+            self.model,
+            self.optimizer.optimizer,
+            model_state_dict=dict(state.tensors["student"]),
+            optim_state_dict=dict(state.optimizer),
+            options=StateDictOptions(full_state_dict=True),
+        )
+        for name, shared in self.shared_components.items():
+            shared.load_shared_state(state.tensors.get(name, {}))
+        restored = ("progress", "stream")
+        _restore({name: each for name, each in self.components.items() if name not in restored}, state)
+
+    def _place_teachers(self, frozen: Sequence[FrozenModel]) -> None:
+        for teacher, settings in zip(frozen, self._config.teachers, strict=True):
+            if settings.shard and self._accelerator.num_processes > 1:
+                teacher.shard(self._device)
+            teacher.to(self._device)
+
+    def _count_steps(self) -> int:
+        """Length of the run, which is stated in steps or in epochs."""
+        config = self._config.train
+        if config.steps is not None:
+            return config.steps
+        assert config.epochs is not None
+        left = max(0.0, self.loader.batches_before(config.epochs) - self.loader.state_dict()["step"])
+        return max(1, self.progress.step + math.floor(left / config.accumulate + 0.5))
+
+    def _prepare_student(self) -> None:
+        """Freeze what no term trains, then make the moving average, the optimizer and the synchronised model."""
+        config, student = self._config, self.student
+        freeze_unused(student, self.objective)
+        self.ema = None if config.train.ema is None else MovingAverage(student, decay=config.train.ema)
+        if config.student.compile:
+            student.clip.visual.compile()
+        self.model, self.optimizer = self._accelerator.prepare(student, config.optimizer.make(student, self._device))
+        if self.ema is not None:
+            self.ema.average.to(self._device)
+
+    def _make_teachers(
+        self, frozen: Sequence[FrozenModel], tokenizers: CaptionTokenizers, prompts: PromptSet | None
+    ) -> Teachers:
+        """The teachers with their class embeddings; with a teacher cache they then leave the device."""
+        cached = self.loader.embeddings is not None
+        micro_batches = self._config.train.teacher_micro_batches
+        teachers = Teachers(frozen, tokenizers=tokenizers.teachers, micro_batches=micro_batches, cached=cached)
+        if prompts is not None:
+            teachers.embed_classes(prompts, **self._encoding)
+        if cached:
+            for teacher in frozen:
+                teacher.to("cpu")
+        return teachers
+
+
+def _restore(components: Mapping[str, Component], state: TrainingState) -> None:
+    """Restore components from a checkpoint."""
+    for name, component in components.items():
+        component.load_state_dict([rank_state[name] for rank_state in state.rank_states])
