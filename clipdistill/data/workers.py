@@ -1,9 +1,13 @@
 """Data loading processes: their setup, and the message about one that died."""
 
+import copy
+import ctypes
+import multiprocessing
 import signal
 import time
 from collections.abc import Iterator
 from functools import partial
+from multiprocessing.context import BaseContext
 from typing import Any
 
 import torch
@@ -43,6 +47,7 @@ def from_workers(
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
         pin_memory=pin_memory,
+        multiprocessing_context=_context() if workers else None,
         worker_init_fn=partial(_start_worker, max_pixels=max_pixels),
         generator=torch.Generator(),  # else DataLoader draws a seed from the global generator
     )
@@ -55,6 +60,30 @@ def from_workers(
         if workers:
             time.sleep(_DYING_SECONDS)
         raise
+
+
+class _LockFreeEvent:
+    """A flag in shared memory: what DataLoader uses of `multiprocessing.Event`, without its lock.
+
+    A worker checks the event all the time. If it is killed while it holds the lock, DataLoader waits for the lock
+    forever, both where it reports the worker and where it stops the others.
+    """
+
+    def __init__(self, context: BaseContext) -> None:
+        self._flag = context.RawValue(ctypes.c_bool, False)
+
+    def is_set(self) -> bool:
+        return bool(self._flag.value)
+
+    def set(self) -> None:
+        self._flag.value = True
+
+
+def _context() -> BaseContext:
+    """The default multiprocessing context, with lock-free events."""
+    context = copy.copy(multiprocessing.get_context())
+    context.Event = lambda: _LockFreeEvent(context)  # type: ignore[method-assign,assignment,return-value]
+    return context
 
 
 def _start_worker(_: int, *, max_pixels: int) -> None:

@@ -1,8 +1,11 @@
 """Workers that die, at the worst moment."""
 
+import contextlib
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from multiprocessing import resource_sharer
@@ -46,6 +49,43 @@ def test_a_worker_that_dies_while_its_tensor_is_fetched_is_named() -> None:
     message = dead_worker_message(caught.value)
     assert message is not None
     assert message.endswith("is killed by signal: Killed")
+
+
+KILLED_IN_EVENT = """
+import os, signal, sys
+from torch.utils.data import IterableDataset, get_worker_info
+from clipdistill.data.workers import dead_worker_message, from_workers
+
+def kill(frame, event, argument):
+    if frame.f_code.co_name == "is_set" and (event == "return" or getattr(argument, "__name__", "") == "acquire"):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+class Numbers(IterableDataset):
+    def __iter__(self):
+        yield 1
+        if get_worker_info().id == 0:
+            sys.setprofile(kill)
+        while True:
+            yield 2
+
+try:
+    for _ in from_workers(Numbers(), workers=2, max_pixels=100):
+        pass
+except RuntimeError as error:
+    print(dead_worker_message(error))
+"""
+
+
+def test_a_worker_killed_while_it_checks_for_the_end_does_not_hang_its_parent() -> None:
+    """multiprocessing's Event has a lock, with which the worker would die."""
+    parent = subprocess.Popen([sys.executable, "-c", KILLED_IN_EVENT], stdout=subprocess.PIPE, start_new_session=True)
+    try:
+        output, _ = parent.communicate(timeout=60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(parent.pid, signal.SIGKILL)
+    assert output.startswith(b"DataLoader worker (pid"), output
+    assert parent.returncode == 0
 
 
 def test_other_errors_are_not_about_workers() -> None:
