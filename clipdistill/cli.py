@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.run(args)
         return 0
     except (InputError, RunError, FloatingPointError, Interrupted) as error:
-        print(f"clipdistill: {error}", file=sys.stderr)
+        sys.stderr.write(f"clipdistill: {error}\n")  # print() writes the newline apart: ranks would share lines
         code = getattr(error, "exit_code", 1)
     except ReportedElsewhereError as error:
         code = error.exit_code

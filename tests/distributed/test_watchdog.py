@@ -46,7 +46,7 @@ def test_killed_rank_is_named_and_the_run_goes_on(runs: Runs, victim: int) -> No
     expected = [1, 1, 1, 1]
     expected[victim] = -signal.SIGKILL
     assert job.wait(30) == expected, job.text()
-    assert len(job.lines()) == (1 if victim else 3)
+    assert len(job.lines()) == (1 if victim else 3), job.text()
     for line in job.lines():
         assert re.fullmatch(
             rf"clipdistill: rank {victim} of 4 is gone \(host \S+, pid {job.pids[victim]}\); {GOES_ON}", line
