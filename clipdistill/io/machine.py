@@ -1,5 +1,6 @@
-"""Describe and time the machine of a measurement: name, clock, peak memory and matmul rate."""
+"""The machine: its memory allocator, and its name, clock, peak memory and matmul rate for measurements."""
 
+import ctypes
 import os
 import platform
 import resource
@@ -8,6 +9,22 @@ import time
 from pathlib import Path
 
 import torch
+
+
+def keep_freed_memory() -> None:
+    """Make glibc's malloc keep freed memory for later allocations of this process and of its later children.
+
+    By default it returns the memory of a step's activations to the kernel, and every step pays page faults to get it
+    back. Has no effect with other C libraries.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
+"""From malloc.h."""
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

@@ -31,6 +31,7 @@ from clipdistill.evaluation import evaluate_sets, mean_main_metric
 from clipdistill.evaluation.benchmark_format import MEAN
 from clipdistill.export import export_open_clip
 from clipdistill.io.files import writing
+from clipdistill.io.machine import keep_freed_memory
 from clipdistill.io.run_files import CHECKPOINTS_FOLDER, CONFIG_FILE, STUDENT_FOLDER, SUMMARY_FILE
 from clipdistill.training.build import open_evaluation_sets
 from clipdistill.training.checkpoint import load_checkpoint, rate_checkpoint, save_checkpoint
@@ -137,6 +138,7 @@ def start_processes(config: Config) -> Accelerator:
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
         )
         if accelerator.device.type == "cpu":
+            keep_freed_memory()
             # DDP would rebuild its buckets after its first step. With more than two ranks, the order of summation then
             # changes, and the step after a resume would differ from the same step of an uninterrupted run.
             accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
