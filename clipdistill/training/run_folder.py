@@ -106,7 +106,7 @@ def _is_leftover(path: Path) -> bool:
     return path.name.startswith(".") and path.suffix == ".tmp"
 
 
-def whole_checkpoint(output: Path) -> str:
+def complete_checkpoint(output: Path) -> str:
     """Description of the newest complete checkpoint, for messages."""
     path = find_checkpoint(output / CHECKPOINTS_FOLDER, contents=False)
-    return "no checkpoint yet" if path is None else f"checkpoint {path.name} is whole; --resume auto goes on"
+    return "no checkpoint yet" if path is None else f"checkpoint {path.name} is complete; --resume auto continues"

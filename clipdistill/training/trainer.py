@@ -38,7 +38,7 @@ from clipdistill.training.checkpoint import load_checkpoint, rate_checkpoint, sa
 from clipdistill.training.metrics import MetricsLog, choose_trackers, flatten
 from clipdistill.training.optimizer import set_learning_rate
 from clipdistill.training.parts import RunParts
-from clipdistill.training.run_folder import RunResult, clear_leftovers, find_start, finished_run, whole_checkpoint
+from clipdistill.training.run_folder import RunResult, clear_leftovers, complete_checkpoint, find_start, finished_run
 from clipdistill.training.sample_log import SampleLog, drop_later
 
 log = logging.getLogger(__name__)
@@ -94,7 +94,7 @@ def open_run(
     watchdog: Watchdog | None = None
     failed = False
     try:
-        watchdog = Watchdog(timeout=config.train.rank_timeout, progress=lambda: whole_checkpoint(output))
+        watchdog = Watchdog(timeout=config.train.rank_timeout, progress=lambda: complete_checkpoint(output))
         run = Run(config, resume=resume, accelerator=accelerator, watchdog=watchdog, interruption=interruption)
         yield run
         watchdog.finish()
@@ -228,7 +228,7 @@ class Run:
                     raise InputError(bad_data)
                 if stopping := stopping or (self.signal_votes.close() if progress.step == self.total_steps else 0):
                     raise Interrupted(
-                        f"{stopped_by(stopping)} after step {progress.step}; saved; --resume auto goes on"
+                        f"{stopped_by(stopping)} after step {progress.step}; saved; --resume auto continues"
                     )
                 if self._evaluation_is_due() and progress.step < self.total_steps:
                     with self.interruption.immediate():
@@ -271,7 +271,7 @@ class Run:
 
     def describe_progress(self) -> str:
         """The last step, and the checkpoint to resume from."""
-        return f"last finished step {self.progress.step}; {whole_checkpoint(self.output)}"
+        return f"last finished step {self.progress.step}; {complete_checkpoint(self.output)}"
 
     # The step.
 
@@ -307,7 +307,7 @@ class Run:
         return (
             f"data.shards: {bad:,} of {seen:,} samples were bad, {bad / seen:.1%} ({reasons}); allowed: "
             f"data.max_bad_share = {allowed:g}, or a higher one; saved after step {self.progress.step}, "
-            "--resume auto goes on"
+            "--resume auto continues"
         )
 
     # Logs.

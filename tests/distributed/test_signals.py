@@ -54,7 +54,7 @@ def test_signal_finishes_the_step_and_saves(
     assert 3 <= stopped_after < 16
     assert {traced(run, rank) for rank in range(ranks)} == {stopped_after}
     assert runs.saved_steps(name)[-1] == stopped_after
-    line = f"clipdistill: stopped by {number.name} after step {stopped_after}; saved; --resume auto goes on"
+    line = f"clipdistill: stopped by {number.name} after step {stopped_after}; saved; --resume auto continues"
     assert job.lines() == [line]
     assert "Traceback" not in job.text()
     _, alive = psutil.wait_procs(data_workers, timeout=10)
@@ -111,7 +111,8 @@ def test_signal_during_an_evaluation_is_made_up_for(runs: Runs, colours: Path, t
     os.kill(job.pids[0], signal.SIGTERM)
     assert job.wait(10) == [75], job.text()
     (line,) = job.lines()
-    assert line.startswith("clipdistill: stopped by SIGTERM; last finished step 2; checkpoint step_00000002 is whole")
+    complete = "last finished step 2; checkpoint step_00000002 is complete"
+    assert line.startswith(f"clipdistill: stopped by SIGTERM; {complete}")
     again = runs.start("evaluated", *overrides)
     assert again.wait() == [0], again.text()
     whole = runs.start("evaluated-whole", *overrides)

@@ -15,7 +15,7 @@ from scripts.jobs import ENVIRONMENT, Job, is_alive
 from tests.conftest import colour_samples, write_tar
 from tests.processes import Runs, assert_identical, long_set, traced, until
 
-GOES_ON = r"last finished step \d+; checkpoint step_\d{8} is whole; --resume auto goes on"
+CONTINUES = r"last finished step \d+; checkpoint step_\d{8} is complete; --resume auto continues"
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_killed_rank_is_named_and_the_run_goes_on(runs: Runs, victim: int) -> No
     assert len(job.lines()) == (1 if victim else 3), job.text()
     for line in job.lines():
         assert re.fullmatch(
-            rf"clipdistill: rank {victim} of 4 is gone \(host \S+, pid {job.pids[victim]}\); {GOES_ON}", line
+            rf"clipdistill: rank {victim} of 4 is gone \(host \S+, pid {job.pids[victim]}\); {CONTINUES}", line
         )
     assert "Traceback" not in job.text()
     _, alive = psutil.wait_procs(workers, timeout=10)
@@ -82,7 +82,7 @@ def test_killed_rank_under_torchrun(runs: Runs, tmp_path: Path) -> None:
     _, stderr = job.communicate(timeout=60)
     assert job.returncode == 1
     (line,) = [line for line in stderr.splitlines() if line.startswith("clipdistill: ")]
-    assert re.fullmatch(rf"clipdistill: rank \d of 4 is gone \(host \S+, pid {ranks[2].pid}\); {GOES_ON}", line)
+    assert re.fullmatch(rf"clipdistill: rank \d of 4 is gone \(host \S+, pid {ranks[2].pid}\); {CONTINUES}", line)
     _, alive = psutil.wait_procs(processes[1:], timeout=10)
     assert not alive
     again = subprocess.run(command, capture_output=True, text=True, env=os.environ | ENVIRONMENT, check=False)
@@ -110,7 +110,7 @@ def test_dead_data_worker_is_named(runs: Runs) -> None:
     victim.kill()
     assert job.wait(60) == [1], job.text()
     (line,) = job.lines()
-    assert re.fullmatch(rf"clipdistill: DataLoader worker \(pid.* {victim.pid}\) .*; {GOES_ON}", line)
+    assert re.fullmatch(rf"clipdistill: DataLoader worker \(pid.* {victim.pid}\) .*; {CONTINUES}", line)
     of_another_worker = r'Traceback .*\n  File "[^"]*resource_sharer\.py"(?:.*\n)+?ConnectionResetError: .*\n'
     assert "Traceback" not in re.sub(of_another_worker, "", job.text())  # from a thread of Python's own
 
@@ -127,7 +127,7 @@ def test_frozen_rank_is_given_up_in_time(runs: Runs) -> None:
     os.kill(job.pids[1], signal.SIGKILL)
     (line,) = job.lines()
     assert re.fullmatch(
-        rf"clipdistill: rank 1 of 4 gave no sign of life for \d+ s \(host \S+, pid \d+\); {GOES_ON}", line
+        rf"clipdistill: rank 1 of 4 gave no sign of life for \d+ s \(host \S+, pid \d+\); {CONTINUES}", line
     )
 
 
@@ -145,4 +145,4 @@ def test_others_wait_for_a_long_evaluation_and_notice_if_it_dies(runs: Runs, col
     assert job.wait(20) == [-signal.SIGKILL, 1], job.text()
     (line,) = job.lines()
     assert line.startswith("clipdistill: rank 0 of 2 is gone")
-    assert line.endswith("checkpoint step_00000003 is whole; --resume auto goes on")
+    assert line.endswith("checkpoint step_00000003 is complete; --resume auto continues")

@@ -210,7 +210,7 @@ def test_run_that_cannot_write_a_checkpoint_goes_on_later(runs: Runs, ranks: int
     assert line.startswith(f"clipdistill: {'rank 1: ' if fails else ''}checkpoint step_0000000")
     assert "could not be written" in line
     assert "File too large" in line
-    assert line.endswith(f"checkpoint {newest.name} is whole; --resume auto goes on")
+    assert line.endswith(f"checkpoint {newest.name} is complete; --resume auto continues")
     assert "Traceback" not in job.text()
     assert names(newest.parent) == [newest.name]
     assert {file.name: file.read_bytes() for file in newest.iterdir()} == content
@@ -227,7 +227,7 @@ def test_run_that_cannot_write_its_metrics_goes_on_later(runs: Runs) -> None:
     assert job.wait(60) == [1, 1], job.text()
     (line,) = job.lines()
     assert line.startswith("clipdistill: metrics.jsonl could not be written: File too large (")
-    assert line.endswith(f"checkpoint {newest.name} is whole; --resume auto goes on")
+    assert line.endswith(f"checkpoint {newest.name} is complete; --resume auto continues")
     again = runs.start("run", ranks=2)
     assert again.wait() == [0, 0], again.text()
     assert_identical(runs.folder / "run", runs.whole(ranks=2))
