@@ -13,6 +13,7 @@ from torch import Tensor
 
 from clipdistill.errors import InputError
 from clipdistill.io.urls import one_line
+from clipdistill.models.custom_code import load_folder_tokenizer
 from clipdistill.models.towers import FrozenModel
 
 _WEIGHTS = "model.safetensors"
@@ -85,7 +86,9 @@ def _load_tokenizer(folder: Path, context_length: int) -> Any:
     if not any(all(any(folder.glob(name)) for name in names) for names in _TOKENIZER_FILES):
         raise InputError(f"model {folder}: has no tokenizer; allowed: {allowed}")
     try:
-        tokenizer = open_clip.tokenizer.HFTokenizer(str(folder), context_length=context_length)
+        tokenizer = load_folder_tokenizer(folder, context_length=context_length)
+    except InputError:
+        raise
     except Exception as error:  # tokenizers raises bare Exception
         raise InputError(f"model {folder}: its tokenizer cannot be loaded: {one_line(error)[:300]}") from error
     if set(tokenizer.tokenizer.get_vocab()) <= set(tokenizer.tokenizer.all_special_tokens):

@@ -15,6 +15,7 @@ from pydantic import Field
 
 from clipdistill.errors import InputError
 from clipdistill.io.resources import resource
+from clipdistill.models.custom_code import load_tokenizer, refuse_code
 from clipdistill.models.initialisation import AnyInitialisation, OwnWeights
 from clipdistill.models.towers import MAX_LOGIT_SCALE, FrozenModel, Student, is_text, text_state
 from clipdistill.settings import Positive, Settings
@@ -230,6 +231,7 @@ def create_clip(
             )
         if "multimodal_cfg" in config:
             raise InputError(f"model {model}: a captioning model (CoCa); allowed: a model with two towers")
+        refuse_code(model, config)
         load_weights = device != "meta" and overrides is None and bool(pretrained or schema)
         clip = open_clip.create_model(
             name,
@@ -241,7 +243,7 @@ def create_clip(
             output_dict=True,
             **(overrides or {}),
         )
-        tokenizer = open_clip.get_tokenizer(name)
+        tokenizer = load_tokenizer(name, config)
     return clip, config, tokenizer
 
 
