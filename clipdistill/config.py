@@ -1,7 +1,8 @@
 """The configuration of a run: the settings of its components, and the constraints between them.
 
 ``load_config("run.yaml", ["optimizer.lr=1e-3"])`` reads a file, applies dotted overrides and returns a ``Config``.
-An unknown key, a wrong type or a value out of range raises ``InputError`` in one line.
+An unknown key, a wrong type or a value out of range raises ``InputError`` in one line. ``${resource:PATH}`` is a
+shipped file; no other interpolation is resolved, as a config from elsewhere could read the environment with one.
 
     output, seed, prompts, labels, templates_per_step     Config, below
     teachers, student      models/loading.py              objective     losses/: each loss in its file
@@ -10,7 +11,9 @@ An unknown key, a wrong type or a value out of range raises ``InputError`` in on
     evaluation             evaluation/settings.py
 """
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -117,28 +120,31 @@ def load_config(
     Raises:
         InputError: unreadable file, unknown key (the nearest valid one is named), wrong type, value out of range.
     """
-    key = ""
-    try:
-        stated = OmegaConf.create() if path is None else OmegaConf.load(path)
-        if not OmegaConf.is_dict(stated):
-            raise InputError(f"{path}: a {type(stated).__name__}; allowed: a mapping of config keys")
-        for key, value in (values or {}).items():
+    stated = OmegaConf.create() if path is None else _read(path)
+    changes = list((values or {}).items())
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise InputError(f"override {override!r}: no '='; allowed: dotted.key=value")
+        changes.append((key, _parse_value(override, text)))
+    for key, value in changes:
+        with _one_line(key):
             OmegaConf.update(stated, key, value, merge=True)
-        for override in overrides:
-            key, equals, _ = override.partition("=")
-            if not equals:
-                raise InputError(f"override {override!r}: no '='; allowed: dotted.key=value")
-            OmegaConf.update(stated, key, _parse_value(override, override[len(key) + 1 :]), merge=True)
-        key = ""
+    for key, text in _texts("", OmegaConf.to_container(stated)):
+        if "${" in _RESOURCE.sub("", text):
+            raise InputError(f"{key}: {text!r} is not allowed; allowed: ${{resource:PATH}}, or text without '${{'")
+    with _one_line(path):
         resolved = OmegaConf.to_container(stated, resolve=True)
-    except FileNotFoundError as error:
-        raise InputError(f"config {path}: no such file") from error
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"config {path}: not YAML: {' '.join(str(error).split())}") from error
-    except (OmegaConfBaseException, TypeError, AttributeError) as error:
-        raise InputError(f"{key or getattr(error, 'full_key', path)}: {str(error).splitlines()[0]}") from error
-    assert isinstance(resolved, dict)
-    return validate(Config, {str(name): value for name, value in resolved.items()})
+    return _validate(resolved)
+
+
+def load_saved_config(path: Path) -> Config:
+    """Read the config that a run has saved. It is resolved: nothing in it is interpolated.
+
+    Raises:
+        InputError: as ``load_config``.
+    """
+    return _validate(OmegaConf.to_container(_read(path)))
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -151,9 +157,49 @@ def to_dict(config: Config) -> dict[str, Any]:
     return config.model_dump(mode="json")
 
 
+_RESOURCE = re.compile(r"\$\{resource:[^${}]*\}")
+
+
+def _read(path: str | Path) -> Any:
+    """Parse a YAML mapping, with its interpolations unresolved."""
+    try:
+        with _one_line(path):
+            stated = OmegaConf.load(path)
+    except FileNotFoundError as error:
+        raise InputError(f"config {path}: no such file") from error
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"config {path}: not YAML: {' '.join(str(error).split())}") from error
+    if not OmegaConf.is_dict(stated):
+        raise InputError(f"{path}: a {type(stated).__name__}; allowed: a mapping of config keys")
+    return stated
+
+
+@contextmanager
+def _one_line(source: str | Path | None) -> Iterator[None]:
+    """Convert OmegaConf's errors to one line that names the key or the file."""
+    try:
+        yield
+    except (OmegaConfBaseException, TypeError, AttributeError) as error:
+        raise InputError(f"{source}: {str(error).splitlines()[0]}") from error
+
+
+def _texts(key: str, value: Any) -> Iterator[tuple[str, str]]:
+    """All texts in a value, with their dotted keys."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, dict | list):
+        for name, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _texts(f"{key}.{name}" if key else str(name), item)
+
+
+def _validate(values: Any) -> Config:
+    return validate(Config, {str(name): value for name, value in values.items()})
+
+
 def _parse_value(override: str, text: str) -> Any:
     try:
-        return OmegaConf.from_dotlist([f"value={text}"]).value
+        parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
+        return parsed["value"]
     except (YAMLError, OmegaConfBaseException) as error:
         detail = " ".join(str(error).split())
         raise InputError(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from clipdistill.config import load_config, save_config
+from clipdistill.config import load_config, load_saved_config, save_config
 from clipdistill.errors import InputError
 from clipdistill.io.resources import resource
 from clipdistill.models.prompts import load_prompts
@@ -28,6 +28,39 @@ def test_saved_config_reads_back_equal(write_config: Callable[..., Path], tmp_pa
     config = load_config(write_config())
     save_config(config, tmp_path / "saved.yaml")
     assert load_config(tmp_path / "saved.yaml") == config
+    assert load_saved_config(tmp_path / "saved.yaml") == config
+
+
+INTERPOLATIONS = (
+    "http://host/${oc.env:CLIPDISTILL_SECRET}",
+    "${resource:${oc.env:CLIPDISTILL_SECRET}}",
+    "${oc.decode:1}",
+    "${output}",
+)
+
+
+@pytest.mark.parametrize("text", INTERPOLATIONS)
+def test_nothing_but_shipped_files_is_interpolated(
+    write_config: Callable[..., Path], text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLIPDISTILL_SECRET", "hunter2")
+    path = write_config(evaluation={"folders": ["data", text]})
+    assert load_saved_config(path).evaluation.folders == ["data", text]
+    for read in (
+        lambda: load_config(path),
+        lambda: load_config(write_config(), [f"evaluation.folders=['{text}']"]),
+        lambda: load_config(write_config(), values={"prompts": text}),
+    ):
+        with pytest.raises(
+            InputError, match=r"^(evaluation\.folders\.[01]|prompts): .*allowed: \$\{resource:PATH\}"
+        ) as caught:
+            read()
+        assert "hunter2" not in str(caught.value)
+
+
+def test_shipped_files_are_interpolated(write_config: Callable[..., Path]) -> None:
+    config = load_config(write_config(), ["prompts=${resource:prompts/icons}"])
+    assert config.prompts == str(resource("prompts", "icons"))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from clipdistill.config import load_config
+from clipdistill.config import load_saved_config
 from clipdistill.errors import InputError
 from clipdistill.evaluation.benchmark_format import MEAN
 from clipdistill.evaluation.sets.samples import digest
@@ -109,7 +109,7 @@ def _load_checkpoint(run: Path, step: int, *, precision: str, device: torch.devi
         raise InputError(f"checkpoint {checkpoint}: {damage}; allowed: a complete, unchanged checkpoint")
     averaged = checkpoint / "ema.safetensors"
     weights = averaged if averaged.is_file() else checkpoint / "student.safetensors"
-    config = load_config(run / CONFIG_FILE)
+    config = load_saved_config(run / CONFIG_FILE)
     teacher = None
     if config.student.text == "teacher":
         teacher = load_frozen_model(config.teachers[0].model, pretrained=config.teachers[0].pretrained)

@@ -16,7 +16,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from clipdistill import __version__
-from clipdistill.config import Config, load_config, to_dict
+from clipdistill.config import Config, load_saved_config, to_dict
 from clipdistill.errors import InputError
 from clipdistill.evaluation import EvaluationSet, Predictions, classification_metrics, load_for_evaluation, open_set
 from clipdistill.evaluation.agreement import class_gains
@@ -101,7 +101,7 @@ def write_report(
         raise InputError(f"--output {path}: a folder; allowed: a file")
     if not path.parent.is_dir():
         raise InputError(f"--output {path}: no folder {path.parent}; allowed: a file in an existing folder")
-    config = load_config(run / CONFIG_FILE)
+    config = load_saved_config(run / CONFIG_FILE)
     settings = config.evaluation
     cache = Path(config.data.cache).expanduser()
     sets = [

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clipdistill.config import Config, check_same_run, load_config
+from clipdistill.config import Config, check_same_run, load_saved_config
 from clipdistill.errors import InputError
 from clipdistill.io.files import write_json
 from clipdistill.io.run_files import CHECKPOINTS_FOLDER, CONFIG_FILE, STUDENT_FOLDER, SUMMARY_FILE
@@ -56,7 +56,7 @@ def finished_run(config: Config) -> RunResult | None:
     output = Path(config.output)
     if not (output / SUMMARY_FILE).is_file():
         return None
-    check_same_run(load_config(output / CONFIG_FILE), config)
+    check_same_run(load_saved_config(output / CONFIG_FILE), config)
     summary = json.loads((output / SUMMARY_FILE).read_text(encoding="utf-8"))
     return RunResult(
         output=output,
@@ -86,7 +86,7 @@ def find_start(config: Config, resume: str | None) -> Path | None:
     checkpoint = resolve_resume(resume, output / CHECKPOINTS_FOLDER)
     started = output if checkpoint is None else checkpoint.parent.parent
     if (started / CONFIG_FILE).is_file():
-        check_same_run(load_config(started / CONFIG_FILE), config)
+        check_same_run(load_saved_config(started / CONFIG_FILE), config)
     return checkpoint
 
 
