@@ -94,11 +94,17 @@ def _parser() -> argparse.ArgumentParser:
         "one exits at once. With --resume auto the same command resumes, with any number of processes.",
     )
     train.add_argument("--config", required=True, type=Path, help="YAML file, such as configs/icons-gkl.yaml")
-    train.add_argument(
+    start = train.add_mutually_exclusive_group()
+    start.add_argument(
         "--resume",
         metavar="auto|CHECKPOINT",
         help="auto: resume from the newest complete checkpoint in the config's output, or start; or a checkpoint's "
-        "folder",
+        "folder. A run resumes only with what it was made of, wherever that is",
+    )
+    start.add_argument(
+        "--restart",
+        action="store_true",
+        help="start from the beginning; a run in the config's output is kept in abandoned_001/ in it",
     )
     train.add_argument(
         "--profile",
@@ -187,7 +193,7 @@ def _train(args: argparse.Namespace) -> None:
             return
         from clipdistill.training.trainer import train
 
-        result = train(config, resume=args.resume, interruption=interruption)
+        result = train(config, resume=args.resume, restart=args.restart, interruption=interruption)
     if int(os.environ.get("RANK", "0")) > 0:
         return
     print(f"student: {result.student}")

@@ -207,44 +207,42 @@ def _parse_value(override: str, text: str) -> Any:
         ) from error
 
 
-_FREE_ON_RESUME = (
-    "output",
-    "evaluation",
-    "data.cache",
-    "teacher_cache.folder",
-    "data.workers",
-    "data.max_bad_share",
-    "data.batch_size",
-    "train.accumulate",
-    "train.teacher_micro_batches",
-    "student.grad_checkpointing",
-    "student.compile",
-    *(f"train.{name}" for name in ("log_every", "evaluate_every", "save_every", "keep", "keep_best")),
-    "train.best_metric",
-    *(f"train.{name}" for name in ("rank_timeout", "trace", "threads", "trackers")),
+_FREE_ON_RESUME = frozenset(
+    (
+        "output",
+        "evaluation",
+        "data.cache",
+        "teacher_cache.folder",
+        "data.workers",
+        "data.worker_timeout",
+        "data.max_bad_share",
+        "data.batch_size",
+        "student.grad_checkpointing",
+        "student.compile",
+        *(f"train.{name}" for name in ("accumulate", "teacher_micro_batches", "log_every", "evaluate_every")),
+        *(f"train.{name}" for name in ("save_every", "keep", "keep_best", "best_metric", "rank_timeout", "trace")),
+        *(f"train.{name}" for name in ("threads", "trackers")),
+    )
 )
+"""Settings that change no result, and the factors of the global batch, whose product the trainer checks."""
+
+_BY_CONTENT = frozenset(
+    ("prompts", "data.shards", "teachers.model", "teachers.pretrained", "student.model", "student.pretrained")
+)
+"""Names and places of files: what is in them is compared, wherever it is."""
 
 
-def check_same_run(saved: Config, config: Config) -> None:
-    """Refuse to resume a run with settings that change its result.
-
-    The factors of the global batch are not compared here: the trainer checks them with the number of processes.
-
-    Raises:
-        InputError: a setting differs; the message names the first.
-    """
-    difference = _first_difference(to_dict(saved), to_dict(config), "")
-    if difference is not None:
-        key, was, value = difference
-        raise InputError(
-            f"{key}: {value!r}, but the run in {config.output} has {was!r}; allowed: the same value, or another output"
-        )
+def settings_of_result(config: Config) -> dict[str, Any]:
+    """The settings that determine a run's result, without names and places of files."""
+    settings: dict[str, Any] = _without(to_dict(config), _FREE_ON_RESUME | _BY_CONTENT, "")
+    return settings
 
 
-def _first_difference(before: Any, now: Any, key: str) -> tuple[str, Any, Any] | None:
-    if key in _FREE_ON_RESUME or before == now:
-        return None
-    if isinstance(before, dict) and isinstance(now, dict):
-        found = (_first_difference(before.get(k), now.get(k), f"{key}.{k}" if key else k) for k in {**before, **now})
-        return next((difference for difference in found if difference is not None), None)
-    return key, before, now
+def _without(value: Any, left_out: frozenset[str], key: str) -> Any:
+    """Plain values without some dotted keys; those of a list's items have no number."""
+    if isinstance(value, list):
+        return [_without(item, left_out, key) for item in value]
+    if not isinstance(value, dict):
+        return value
+    names = {name: f"{key}.{name}" if key else name for name in value}
+    return {name: _without(value[name], left_out, path) for name, path in names.items() if path not in left_out}

@@ -20,7 +20,7 @@ import clipdistill.evaluation.session
 import clipdistill.evaluation.tasks
 from clipdistill.cli import main
 from clipdistill.data import StreamLoader, index_shards
-from clipdistill.data.shard_format import BadSampleError, RawSample, ReadAt, ShardLayout
+from clipdistill.data.shard_format import BadSampleError, RawSample, ReadAt, ReadContent, ShardLayout
 from clipdistill.evaluation import main_metric
 from clipdistill.evaluation.tasks import Task
 from clipdistill.models.initialisation import INITIALISATIONS, Initialisation
@@ -83,7 +83,7 @@ def test_a_student_initialisation(tiny_model: Path) -> None:
 class Lines:
     """A sample a line: JSON with base64 members."""
 
-    def scan(self, read_at: ReadAt, size: int) -> ShardLayout:
+    def scan(self, read_at: ReadAt, size: int, read_content: ReadContent) -> ShardLayout:
         offsets, at = [], 0
         for line in read_at(0, size).splitlines(keepends=True):
             offsets.append(at)

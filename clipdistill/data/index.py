@@ -14,14 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clipdistill.data.formats import format_of
+from clipdistill.data.workers import note_shard
 from clipdistill.errors import InputError
 from clipdistill.io.files import write_text
-from clipdistill.io.urls import ShardFile, Stat, locate, one_line, shown, stat
+from clipdistill.io.urls import ShardFile, Stat, file_name, locate, one_line, shown, stat
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 3
+_FORMAT = 4
 _KEPT = 16
+_DIGEST = 12
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -35,6 +37,9 @@ class ShardIndex:
     """Byte after the last sample."""
     digest: str
     """Digest of the bytes that the scan read, such as tar headers: changes if the shard is rewritten, not if moved."""
+    content: str
+    """Digest of these and of samples' content: all labels, captions and other small members; and all images of a small
+    shard, of a large one some."""
     stat: Stat
     """The version that was indexed."""
     repeats: frozenset[int] = frozenset()
@@ -45,6 +50,11 @@ class ShardIndex:
     def __len__(self) -> int:
         """Number of samples."""
         return len(self.offsets)
+
+    @property
+    def unusable(self) -> str | None:
+        """Why the shard has no samples, if it should have; else None."""
+        return self.problems[-1] if self.problems and not len(self) else None
 
 
 def index_shards(
@@ -89,11 +99,20 @@ class LazyIndex(Sequence[ShardIndex]):
         urls: Shards, as returned by `expand_urls`.
         cache_dir: As for `index_shards`.
 
-    `index[i]` raises InputError if shard i is missing or cannot be read.
+    `index[i]` raises InputError if shard i is missing or cannot be read, and `OtherShardError` if its content is not
+    the expected one.
+
+    Attributes:
+        expected: digests of the content of shards that were opened before, by number.
+        opened: those of the shards opened since, in this process.
+        unreadable: the errors of those that could not be.
     """
 
     def __init__(self, urls: Sequence[str], *, cache_dir: str | Path | None) -> None:
         self.urls = list(urls)
+        self.expected: dict[int, str] = {}
+        self.opened: dict[int, str] = {}
+        self.unreadable: dict[int, str] = {}
         self._cache_dir = cache_dir
         self._kept: OrderedDict[int, ShardIndex] = OrderedDict()
         self._logged: set[int] = set()
@@ -103,13 +122,40 @@ class LazyIndex(Sequence[ShardIndex]):
 
     def __getitem__(self, number: Any) -> Any:
         if number not in self._kept:
-            self._kept[number] = _index_shard(self.urls[number], self._cache_dir)
+            note_shard(number)
+            try:
+                index = _index_shard(self.urls[number], self._cache_dir)
+            except InputError as error:
+                self.unreadable[number] = str(error)
+                raise
+            self.check(number, index.content)
+            self._kept[number] = index
+            if index.unusable:
+                self.unreadable[number] = f"shard {shown(index.url)}: {index.unusable}"
             if number not in self._logged:
                 self._logged.add(number)
-                _log_problems(self._kept[number])
+                _log_problems(index)
             while len(self._kept) > _KEPT:
                 self._kept.popitem(last=False)
         return self._kept[number]
+
+    def check(self, number: int, content: str) -> None:
+        """Note the content of a shard.
+
+        Raises:
+            OtherShardError: it is not the expected one.
+        """
+        expected = self.expected.setdefault(number, content)
+        if content != expected:
+            raise OtherShardError(
+                f"data.shards: {file_name(self.urls[number])!r} (digest {content[:_DIGEST]}) is not the shard that the "
+                f"run has read before (digest {expected[:_DIGEST]}); allowed: the same shards, or another output"
+            )
+        self.opened[number] = content
+
+
+class OtherShardError(InputError):
+    """A shard is another one than before."""
 
 
 def _log_problems(index: ShardIndex) -> None:
@@ -141,19 +187,24 @@ def _index_shard(url: str, cache_dir: str | Path | None) -> ShardIndex:
 
 
 def _scan(file: ShardFile, *, url: str, version: Stat) -> ShardIndex:
-    digest = hashlib.blake2b(digest_size=8)
+    digest, content = hashlib.blake2b(digest_size=8), hashlib.blake2b(digest_size=16)
 
     def read_at(offset: int, length: int) -> bytes:
         data = file.read_at(offset, length)
         digest.update(data)
         return data
 
-    layout = format_of(url).scan(read_at, version.size)
+    def read_content(offset: int, length: int) -> None:
+        content.update(file.read_at(offset, length))
+
+    layout = format_of(url).scan(read_at, version.size, read_content)
+    content.update(digest.digest())
     return ShardIndex(
         url=url,
         offsets=np.array(layout.offsets, np.int64),
         end=layout.end,
         digest=digest.hexdigest(),
+        content=content.hexdigest(),
         stat=version,
         repeats=layout.repeats,
         problems=tuple(layout.problems),
@@ -178,6 +229,7 @@ def _load(path: Path, *, url: str, version: Stat) -> ShardIndex | None:
             offsets=np.array(saved["offsets"], np.int64),
             end=int(saved["end"]),
             digest=str(saved["digest"]),
+            content=str(saved["content"]),
             stat=version,
             repeats=frozenset(saved["repeats"]),
             problems=tuple(saved["problems"]),
@@ -193,6 +245,7 @@ def _save(path: Path, index: ShardIndex) -> None:
         "offsets": index.offsets.tolist(),
         "end": index.end,
         "digest": index.digest,
+        "content": index.content,
         "repeats": sorted(index.repeats),
         "problems": index.problems,
     }

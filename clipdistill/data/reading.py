@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from clipdistill.data.index import LazyIndex, ShardIndex
+from clipdistill.data.index import LazyIndex, OtherShardError, ShardIndex
 from clipdistill.data.plan import Plan, ResampledPlan, view_pixels
 from clipdistill.data.sample import BadSampleError, RawSample, SampleReader
 from clipdistill.errors import InputError
@@ -131,7 +131,8 @@ def read_draws(
         views: The samples' fixed views.
 
     Raises:
-        InputError: While iterating: too many consecutive draws are empty.
+        InputError: While iterating: too many consecutive draws are empty, or a shard is not the one that was read
+            before.
     """
     whole = _in_order(plan, index, rank, worker, draw, first, lambda *_: None)
     yielded = {turn.number for turn, *_ in islice(whole, position - first)}
@@ -172,6 +173,8 @@ def _in_order(
         fault = None
         try:
             samples = len(index[shard])
+        except OtherShardError:
+            raise
         except InputError as error:
             samples, fault = 1, error
         empty = 0 if samples else empty + 1

@@ -13,6 +13,7 @@ from clipdistill.data.formats import format_of
 from clipdistill.data.image import MAX_PIXELS, Augmentation, Pixels, TooManyPixelsError, render
 from clipdistill.data.index import ShardIndex
 from clipdistill.data.shard_format import MAX_SAMPLE_BYTES, BadSampleError, RawSample
+from clipdistill.data.workers import note_shard
 from clipdistill.errors import InputError
 from clipdistill.io.urls import ShardFile, one_line, shown
 
@@ -72,6 +73,7 @@ class SampleReader:
         if shard != self._shard:
             self.close()
             self._shard = shard
+            note_shard(shard)
         if self._failure is None:
             try:
                 if self._file is None:

@@ -1,8 +1,11 @@
 """The settings of the training stream."""
 
+from typing import Annotated
+
 from pydantic import Field
 
 from clipdistill.data.image import MAX_PIXELS, Augmentation
+from clipdistill.data.workers import WORKER_TIMEOUT
 from clipdistill.settings import Count, CountOrZero, Fraction, Settings
 
 
@@ -17,6 +20,8 @@ class DataSettings(Settings):
     """Side, in pixels, of the uint8 crop that all towers share; empty: the largest tower's input size."""
     workers: CountOrZero = 2
     """Decoding processes for each training process; 0 decodes in the training process itself."""
+    worker_timeout: Annotated[float, Field(ge=1)] = WORKER_TIMEOUT
+    """Seconds that the run waits for a batch of a decoding process before it names the process and ends."""
     views: CountOrZero = 0
     """Fixed augmentations of each sample, of which an epoch shows one; 0: a new one each epoch."""
     view_seed: CountOrZero = 0
@@ -31,7 +36,8 @@ class DataSettings(Settings):
     """For sets too large for epochs: draw shards at random with replacement; an epoch is this many samples.
     Empty: an epoch is every sample once."""
     max_bad_share: Fraction = 0.01
-    """Largest share of bad samples; above it the run saves and stops. Checked after the first 1,000. 1: never stop."""
+    """Largest share of bad samples, and of shards that cannot be read; above it the run saves and stops. Samples are
+    judged from the first 1,000 on. 1: never stop."""
     max_pixels: Count = MAX_PIXELS
     """Images of more pixels are refused before they are decoded."""
     cache: str = "~/.cache/clipdistill"

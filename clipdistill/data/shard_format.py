@@ -1,5 +1,7 @@
 """The protocol of a shard format: find the samples of a shard, and split a sample into its members."""
 
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -7,6 +9,26 @@ from clipdistill.data.tar import ReadAt
 
 MAX_SAMPLE_BYTES = 256 << 20
 """Largest number of bytes read of a sample."""
+
+
+ReadContent = Callable[[int, int], None]
+"""Reads the bytes from an offset, of a length, for the digest of a shard's content."""
+
+_WHOLE_SHARD = 8 << 20
+_WHOLE_MEMBER = 4 << 10
+_PIECE = 64 << 10
+
+
+def sampled(name: str, length: int, shard_size: int) -> int:
+    """How many of a member's first bytes belong to the digest of its shard's content; the same wherever the shard is.
+
+    All bytes of a shard of up to 8 MiB, and of members of up to 4 KiB; of other members, 64 KiB of so many that some
+    8 MiB of the shard would be covered by them whole.
+    """
+    if shard_size <= _WHOLE_SHARD or length <= _WHOLE_MEMBER:
+        return length
+    share = _WHOLE_SHARD / shard_size
+    return min(length, _PIECE) if zlib.crc32(name.encode("utf-8", "surrogateescape")) < share * 2**32 else 0
 
 
 class BadSampleError(ValueError):
@@ -46,10 +68,12 @@ class ShardLayout:
 class ShardFormat(Protocol):
     """A format of shards."""
 
-    def scan(self, read_at: ReadAt, size: int) -> ShardLayout:
+    def scan(self, read_at: ReadAt, size: int, read_content: ReadContent) -> ShardLayout:
         """Find the samples of a shard of ``size`` bytes.
 
         The bytes read identify the version of the shard: read everything that describes samples, such as headers.
+        ``read_content`` adds bytes of the samples themselves to what identifies the shard: those for which `sampled`
+        asks, at ascending offsets, between the calls of ``read_at``.
         """
 
     def read_sample(self, data: bytes, wanted: frozenset[str], raw: RawSample) -> None:

@@ -21,14 +21,14 @@ from clipdistill.data.index import LazyIndex, ShardIndex
 from clipdistill.data.plan import Layout, Plan, PreviousLayout, ResampledPlan
 from clipdistill.data.reading import NO_VIEWS, ScheduledSample, Views, read_draws, read_partition
 from clipdistill.data.sample import BadSampleError, Decoder, SampleReader
-from clipdistill.data.workers import from_workers
+from clipdistill.data.workers import WORKER_TIMEOUT, from_workers
 from clipdistill.errors import InputError
 from clipdistill.io.urls import file_name, shown
 from clipdistill.models.outputs import ModelOutputs
 
 logger = logging.getLogger(__name__)
 
-_STATE_VERSION = 2
+_STATE_VERSION = 3
 _LAYOUT = tuple(field.name for field in fields(Layout))
 _BAD_IN_A_ROW = 1000
 _NAMED = 5
@@ -83,6 +83,8 @@ class Batch:
     _worker: int = field(default=0, repr=False)
     _cursor: Cursor = field(default=Cursor(), repr=False)
     _skips: list[Skip] = field(default_factory=list, repr=False)
+    _opened: dict[int, str] = field(default_factory=dict, repr=False)
+    _unreadable: dict[int, str] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -241,6 +243,8 @@ class ImageTextStream(IterableDataset[Batch]):
             epoch = plan.epoch_at(cursor.batch * plan.workers + worker)
             batch = self._batch(worker, replace(cursor, epoch=epoch), samples, share=None)
             cursor = batch._cursor
+            batch._opened, self.index.opened = self.index.opened, {}
+            batch._unreadable, self.index.unreadable = self.index.unreadable, {}
             yield batch
 
     def _batch(self, worker: int, cursor: Cursor, samples: Iterator[ScheduledSample], *, share: int | None) -> Batch:
@@ -303,20 +307,36 @@ class StreamLoader:
         stream: The stream to load.
         prefetch: Batches that each worker prepares ahead.
         pin_memory: Whether to copy batches into pinned memory, for a GPU.
+        timeout: Seconds without a batch after which a worker counts as hanging.
+
+    Attributes:
+        on_wait: Called every second without a batch from the workers; it may raise.
 
     Raises:
         InputError: While iterating: a label is outside the class list, or a worker finds no usable sample.
+        RunError: While iterating: a worker hangs.
     """
 
-    def __init__(self, stream: ImageTextStream, *, prefetch: int = 2, pin_memory: bool = False) -> None:
+    def __init__(
+        self,
+        stream: ImageTextStream,
+        *,
+        prefetch: int = 2,
+        pin_memory: bool = False,
+        timeout: float = WORKER_TIMEOUT,
+    ) -> None:
+        self.on_wait: Callable[[], None] = lambda: None
         self._stream = stream
         self._prefetch = prefetch
         self._pin_memory = pin_memory
+        self._timeout = timeout
         self._step = 0
         self._cursors = [Cursor()] * stream.plan.workers
         self._samples = 0
         self._skipped: Counter[str] = Counter()
         self._logged: set[tuple[str, str]] = set()
+        self._opened: dict[int, str] = {}
+        self._unreadable: dict[int, str] = {}
         self._live: weakref.ref[Generator[Batch, None, None]] | None = None
 
     @property
@@ -349,6 +369,48 @@ class StreamLoader:
         """Bad samples skipped for the batches yielded so far, by reason; a sample counts once per epoch."""
         return dict(sorted(self._skipped.items()))
 
+    @property
+    def unreadable(self) -> dict[int, str]:
+        """The errors of the shards that this rank wanted and could not read, by number; only in a resampled stream,
+        as otherwise all are indexed before."""
+        return dict(self._unreadable)
+
+    @property
+    def opened(self) -> set[int]:
+        """Numbers of the shards that this rank has read; see `unreadable`."""
+        return set(self._opened)
+
+    def shards_read(self) -> list[list[str]]:
+        """File name and digest of the content of each shard; empty for one that this rank has not opened yet."""
+        index = self._stream.index
+        if isinstance(index, LazyIndex):
+            return [[file_name(url), index.expected.get(number, "")] for number, url in enumerate(index.urls)]
+        return [[file_name(shard.url), shard.content] for shard in index]
+
+    def expect_shards(self, then: Sequence[Sequence[str]]) -> None:
+        """Accept only the shards of an earlier run, wherever they are; those of a resampled stream are compared when
+        they are opened.
+
+        Args:
+            then: names and digests from `shards_read`, merged over its ranks (`merge_shards`).
+
+        Raises:
+            InputError: There are others, or their order changed.
+        """
+        index = self._stream.index
+        if isinstance(index, LazyIndex):
+            changes = _changes([[name, ""] for name, _ in then], [[file_name(url), ""] for url in index.urls])
+            index.expected = {number: content for number, (_, content) in enumerate(then) if content}
+        else:
+            now = self.shards_read()
+            same = [content for _, content in then] == [content for _, content in now]
+            changes = "" if same else _changes(then, now)
+        if changes:
+            raise InputError(
+                f"data.shards: not those of the saved run: {changes}; allowed: the same shards, in the same order, or "
+                "another output"
+            )
+
     def __iter__(self) -> Iterator[Batch]:
         self.close()
         batches = self._iterate()
@@ -370,7 +432,6 @@ class StreamLoader:
             "rank": self._stream.rank,
             "seed": plan.seed,
             "layout": {name: getattr(plan, name) for name in _LAYOUT},
-            "shards": _names_and_digests(self._stream.index),
             "first_epoch": plan.first_epoch,
             "step": self._step,
             "cursors": [asdict(cursor) for cursor in self._cursors],
@@ -386,10 +447,11 @@ class StreamLoader:
 
         With the same numbers as before, the next batch is the one that would have followed, bit for bit. Otherwise,
         the epoch's unseen samples are redistributed: each is seen once, except a remainder smaller than one global
-        batch. A resampled stream starts a new series of draws. Ends the current iteration.
+        batch. A resampled stream starts a new series of draws. Ends the current iteration. The shards must be those
+        of the states: see `expect_shards`.
 
         Raises:
-            InputError: The states belong to other shards or another seed, or do not cover all ranks.
+            InputError: The states belong to another seed, or do not cover all ranks.
         """
         before, now = self._plan_of(states[0]), self._stream.plan
         _check_same("ranks of the states", list(range(before.ranks)), [state["rank"] for state in states])
@@ -428,16 +490,11 @@ class StreamLoader:
         self._skipped = sum((Counter(state["skipped"]) for state in states), Counter()) if first else Counter()
 
     def _plan_of(self, state: Mapping[str, Any]) -> Plan | ResampledPlan:
-        """The plan under which a state was saved; its shards and seed must equal the current ones."""
+        """The plan under which a state was saved; its seed must equal the current one."""
         _check_same("version", state.get("version"), _STATE_VERSION)
         now = self._stream.plan
         _check_same("seed", state["seed"], now.seed)
         _check_same("samples_per_epoch", state.get("samples_per_epoch"), getattr(now, "samples_per_epoch", None))
-        changes = _changes(state["shards"], _names_and_digests(self._stream.index))
-        if changes:
-            raise InputError(
-                f"shards: not those of the saved run: {changes}; allowed: the same shards, in the same order"
-            )
         layout = dict(state["layout"])
         if isinstance(now, ResampledPlan):
             return replace(now, **layout, first_epoch=state["first_epoch"], restarts=state["restarts"])
@@ -452,6 +509,9 @@ class StreamLoader:
             max_pixels=self._stream.decoder.max_pixels,
             prefetch=self._prefetch,
             pin_memory=self._pin_memory,
+            timeout=self._timeout,
+            shards=[name for name, _ in self.shards_read()],
+            on_wait=lambda: self.on_wait(),
         )
         for batch in batches:
             self._count(batch)
@@ -461,6 +521,14 @@ class StreamLoader:
         self._step += 1
         self._samples += len(batch)
         self._cursors[batch._worker] = batch._cursor
+        index = self._stream.index
+        if isinstance(index, LazyIndex):
+            for number, content in batch._opened.items():
+                index.check(number, content)
+                self._opened[number] = content
+                self._unreadable.pop(number, None)
+            index.opened = {}
+            self._unreadable |= batch._unreadable
         for skip in batch._skips:
             self._skipped[skip.reason] += 1
             if (skip.url, skip.key) not in self._logged:
@@ -479,11 +547,10 @@ def _check_same(name: str, then: object, now: object) -> None:
         raise InputError(f"stream state: {name} was {then!r} and is {now!r}; allowed: the same value")
 
 
-def _names_and_digests(index: Sequence[ShardIndex]) -> list[list[str]]:
-    """File name and digest of each shard; for a `LazyIndex`, only the names."""
-    if isinstance(index, LazyIndex):
-        return [[file_name(url), ""] for url in index.urls]
-    return [[file_name(shard.url), shard.digest] for shard in index]
+def merge_shards(records: Sequence[Sequence[Sequence[str]]]) -> list[list[str]]:
+    """The records of `StreamLoader.shards_read` of several ranks as one."""
+    shards = zip(*records, strict=True)
+    return [[ranks[0][0], next((content for _, content in ranks if content), "")] for ranks in shards]
 
 
 def _changes(then: Sequence[Sequence[str]], now: Sequence[Sequence[str]]) -> str:

@@ -1,9 +1,17 @@
 """WebDataset's format: tar files in which consecutive members with the same key form a sample."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
-from clipdistill.data.shard_format import MAX_SAMPLE_BYTES, BadSampleError, RawSample, ReadAt, ShardLayout
+from clipdistill.data.shard_format import (
+    MAX_SAMPLE_BYTES,
+    BadSampleError,
+    RawSample,
+    ReadAt,
+    ReadContent,
+    ShardLayout,
+    sampled,
+)
 from clipdistill.data.tar import Damage, Member, walk
 
 _COMPRESSED = {
@@ -18,7 +26,7 @@ _COMPRESSED = {
 class TarShards:
     """Plain tar files, as `webdataset` and img2dataset write them (``data.shard_format.ShardFormat``)."""
 
-    def scan(self, read_at: ReadAt, size: int) -> ShardLayout:
+    def scan(self, read_at: ReadAt, size: int, read_content: ReadContent) -> ShardLayout:
         """Find the samples by the headers of the members; a damaged shard is scanned as far as possible."""
         start = read_at(0, 16)
         compression = next((name for name, magic in _COMPRESSED.items() if magic.match(start)), None)
@@ -26,7 +34,7 @@ class TarShards:
             problem = f"compressed with {compression}; a shard must be a plain tar"
             return ShardLayout(offsets=[], end=0, problems=[problem])
         problems: list[str] = []
-        offsets, end, repeats = _group(walk(read_at, size), problems)
+        offsets, end, repeats = _group(_reading(walk(read_at, size), size, read_content), problems)
         if not offsets and problems:
             problems.append("no samples: not a tar archive, or an empty or damaged one")
         return ShardLayout(offsets=offsets, end=end, repeats=repeats, problems=problems)
@@ -57,6 +65,14 @@ class TarShards:
                 raw.members[extension] = data[entry.start : entry.start + entry.size]
         if key is None:
             raise BadSampleError("shard unreadable", "no sample where the index has one: the shard changed")
+
+
+def _reading(entries: Iterable[Member | Damage], size: int, read_content: ReadContent) -> Iterator[Member | Damage]:
+    """The same entries; what is sampled of each member's content is read in passing."""
+    for entry in entries:
+        if isinstance(entry, Member) and entry.regular and (length := sampled(entry.name, entry.size, size)):
+            read_content(entry.start, length)
+        yield entry
 
 
 def split_name(name: str) -> tuple[str, str] | None:

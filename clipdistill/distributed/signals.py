@@ -26,6 +26,12 @@ RELAY_SECONDS = 2.0
 """Under torchrun and `accelerate launch` a signal to the process group arrives twice, from its sender and relayed by
 the launcher: a second one within this time counts as the same signal."""
 
+WAITING_SECONDS = 5.0
+"""After a signal, data may take this long to arrive."""
+
+SAVING_SECONDS = 50.0
+"""After that, the last checkpoint may take this long: the file system may be what hangs."""
+
 PATIENCE_SECONDS = 10.0
 """The main thread may take this long to exit if there is nothing to finish; it may be blocked in a library."""
 
@@ -42,7 +48,8 @@ class Interruption:
 
     def __init__(self) -> None:
         self.number = 0
-        self._deferring = False
+        self._deferring = self._waiting = False
+        self._received: float | None = None
         self._leaving_since: float | None = None
 
     def __enter__(self) -> "Interruption":
@@ -81,6 +88,22 @@ class Interruption:
             yield
 
     @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """A part of a deferred block that waits for something that may never come: call `give_up_if_due` in it. If
+        that is not possible, the process exits once the main thread's time is up as well."""
+        self._waiting = True
+        try:
+            yield
+        finally:
+            self._waiting = False
+
+    def give_up_if_due(self) -> None:
+        """Raise a signal that was received `WAITING_SECONDS` ago."""
+        if self._received is not None and time.monotonic() - self._received > WAITING_SECONDS:
+            self._leaving_since = time.monotonic() + SAVING_SECONDS
+            raise Interrupted(f"{stopped_by(self.number)} while waiting for data")
+
+    @contextmanager
     def leaving(self) -> Iterator[None]:
         """A block that ends the run: a first signal is ignored."""
         self._leaving_since = self._leaving_since or time.monotonic()
@@ -102,7 +125,7 @@ class Interruption:
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         if not self.number:
-            self.number = number
+            self.number, self._received = number, time.monotonic()
             self._raise_if_due()
 
     def _watch(self, read: int) -> None:
@@ -121,6 +144,8 @@ class Interruption:
                     exit_now(128 + number)
                 first = now if first is None else first
             unhandled = first if not self.number and not self._deferring else None
+            if first is not None and self._waiting:
+                unhandled = first + WAITING_SECONDS
             since = self._leaving_since or unhandled
             if first is not None and since is not None and now - since > PATIENCE_SECONDS:
                 exit_now(Interrupted.exit_code, "clipdistill: stopped by a signal")

@@ -22,6 +22,7 @@ from clipdistill.distributed.collectives import gather_objects, rank, world_size
 from clipdistill.errors import InputError
 from clipdistill.evaluation import EvaluationSet, open_set
 from clipdistill.evaluation.benchmark_format import MEAN, RISING
+from clipdistill.io.urls import shown
 from clipdistill.models.class_embeddings import class_embeddings, class_prompt_tokens
 from clipdistill.models.prompts import PromptSet, load_prompts
 from clipdistill.models.towers import FrozenModel, Student, TextTokenizer, Tower
@@ -120,11 +121,33 @@ def _uses_teacher_captions(config: Config) -> bool:
 
 
 def index_all(config: Config) -> list[ShardIndex]:
-    """The index of all shards; each rank indexes a part of them."""
+    """The index of all shards; each rank indexes a part of them.
+
+    Raises:
+        InputError: a shard is missing, or more than the allowed share of them hold no samples.
+    """
     urls = expand_urls(config.data.shards)
     cache = Path(config.data.cache).expanduser()
     parts = gather_objects(index_shards(urls[rank() :: world_size()], cache_dir=cache))
-    return [parts[number % len(parts)][number // len(parts)] for number in range(len(urls))]
+    index = [parts[number % len(parts)][number // len(parts)] for number in range(len(urls))]
+    unusable = [f"shard {shown(shard.url)}: {shard.unusable}" for shard in index if shard.unusable]
+    if len(unusable) > config.data.max_bad_share * len(index):
+        raise InputError(bad_shards_message(unusable, len(index), config.data.max_bad_share))
+    return index
+
+
+def bad_shards_message(faults: Sequence[str], seen: int, allowed: float) -> str:
+    """The message about too many shards that cannot be read.
+
+    Args:
+        faults: their errors.
+        seen: number of shards opened or tried.
+        allowed: ``data.max_bad_share``.
+    """
+    return (
+        f"data.shards: {len(faults):,} of {seen:,} shards have no samples that can be read (the first: {faults[0]}); "
+        f"allowed: data.max_bad_share = {allowed:g}, or a higher one"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,7 +225,7 @@ def open_stream(
         world_size=world_size(),
         num_workers=data.workers,
     )
-    return StreamLoader(stream, pin_memory=pin_memory)
+    return StreamLoader(stream, pin_memory=pin_memory, timeout=data.worker_timeout)
 
 
 def make_objective(config: Config, *, steps_per_epoch: float, num_classes: int, device: torch.device) -> Objective:

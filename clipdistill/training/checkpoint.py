@@ -6,9 +6,11 @@ RUN/checkpoints/step_00000500/
     priors.safetensors     class priors, if a term uses them
     optimizer.pt           loaded with weights_only
     rank_00000.pt          one per rank: random state, position in the stream, sums of the current window and epoch
+    identity.json          what the run is made of: see clipdistill.training.identity
     manifest.json          step, number of ranks, evaluation, size and sha256 of every file above, sha256 of itself
 """
 
+import json
 import logging
 import os
 import shutil
@@ -24,11 +26,14 @@ from torch import Tensor
 
 from clipdistill.distributed.collectives import gather_objects, rank, world_size
 from clipdistill.errors import InputError, RunError
-from clipdistill.io.files import sync, sync_tree, writing
-from clipdistill.io.manifest import find_damage, read_manifest, write_manifest
-from clipdistill.io.run_files import checkpoint_folder, checkpoint_folders
+from clipdistill.io.files import sync, sync_tree, why, write_json, writing
+from clipdistill.io.manifest import UnreadableError, find_damage, read_manifest, write_manifest
+from clipdistill.io.run_files import IDENTITY_FILE, checkpoint_folder, checkpoint_folders
 
 log = logging.getLogger(__name__)
+
+_NAMED = 3
+_UNREADABLE = "allowed: one that can be read, --resume with the folder of another, or --restart, which sets it aside"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +45,7 @@ class TrainingState:
         tensors: name -> state dict of tensors, each saved as ``<name>.safetensors`` (``student``, ``ema``, ...).
         optimizer: state dict of the optimizer.
         rank_states: the separate state (tensors, plain values) of each rank that wrote the checkpoint, in rank order.
+        identity: what the run is made of.
         evaluations: results of the step's evaluation; None without one.
     """
 
@@ -47,6 +53,7 @@ class TrainingState:
     tensors: Mapping[str, Mapping[str, Tensor]]
     optimizer: Mapping[str, Any]
     rank_states: Sequence[Mapping[str, Any]]
+    identity: Mapping[str, Any]
     evaluations: list[dict[str, Any]] | None = None
 
 
@@ -57,6 +64,7 @@ def save_checkpoint(
     tensors: Mapping[str, Mapping[str, Tensor]],
     optimizer: Mapping[str, Any],
     rank_state: Mapping[str, Any],
+    identity: Mapping[str, Any],
     keep: int = 1,
     keep_best: int = 0,
 ) -> Path:
@@ -68,6 +76,7 @@ def save_checkpoint(
         tensors: rank 0's are written.
         optimizer: rank 0's is written.
         rank_state: state of this rank; every rank's is written.
+        identity: rank 0's is written.
         keep: number of newest checkpoints to keep.
         keep_best: number of checkpoints with the best metric to keep in addition; others are deleted once the new one
             is in place. Those of the same or later steps, damaged or from an abandoned branch, are renamed to
@@ -91,6 +100,7 @@ def save_checkpoint(
             for name, state in tensors.items():
                 save_file({key: value.contiguous() for key, value in state.items()}, temporary / f"{name}.safetensors")
             _save(dict(optimizer), temporary / "optimizer.pt")
+            write_json(temporary / IDENTITY_FILE, identity)
             content = {"step": step, "ranks": world_size(), "metric": None, "evaluations": None}
             write_manifest(temporary, content)
             sync_tree(temporary)
@@ -124,14 +134,17 @@ def rate_checkpoint(
 
 
 def find_checkpoint(root: Path, *, contents: bool = True) -> Path | None:
-    """The newest checkpoint whose files are all complete and unchanged; damaged ones are logged.
+    """The newest checkpoint whose files are all complete and unchanged; damaged ones are logged and passed over.
 
     Args:
         root: folder of the checkpoints.
         contents: verify the content of all files, not only their sizes.
+
+    Raises:
+        UnreadableError: a newer one cannot be read, and may be complete.
     """
-    for path in checkpoint_folders(root):
-        damage = find_damage(path, contents=contents)
+    for path in _list(root):
+        damage = _damage(path, contents=contents)
         if damage is None:
             return path
         log.warning("checkpoint %s skipped: %s", path, damage)
@@ -139,34 +152,69 @@ def find_checkpoint(root: Path, *, contents: bool = True) -> Path | None:
 
 
 def load_checkpoint(path: Path) -> TrainingState:
-    """Read a checkpoint that `find_checkpoint` or `resolve_resume` has verified; with any number of ranks."""
-    manifest = read_manifest(path)
-    files = [path / name for name in manifest["files"]]
-    return TrainingState(
-        step=manifest["step"],
-        tensors={file.stem: load_file(file) for file in files if file.suffix == ".safetensors"},
-        optimizer=torch.load(path / "optimizer.pt", weights_only=True),
-        rank_states=[
-            torch.load(path / f"rank_{number:05d}.pt", mmap=True, weights_only=True)  # each rank reads little of them
-            for number in range(manifest["ranks"])
-        ],
-        evaluations=manifest["evaluations"],
-    )
+    """Read a checkpoint that `find_checkpoint` or `resolve_resume` has verified; with any number of ranks.
+
+    Raises:
+        RunError: it can no longer be read.
+    """
+    try:
+        manifest = read_manifest(path)
+        files = [path / name for name in manifest["files"]]
+        return TrainingState(
+            step=manifest["step"],
+            tensors={file.stem: load_file(file) for file in files if file.suffix == ".safetensors"},
+            optimizer=torch.load(path / "optimizer.pt", weights_only=True),
+            rank_states=[
+                torch.load(path / f"rank_{number:05d}.pt", mmap=True, weights_only=True)  # each rank reads little
+                for number in range(manifest["ranks"])
+            ],
+            identity=json.loads((path / IDENTITY_FILE).read_bytes()),
+            evaluations=manifest["evaluations"],
+        )
+    except (OSError, UnreadableError) as error:
+        raise RunError(f"checkpoint {path}: {why(error)}") from error
 
 
 def resolve_resume(resume: str, root: Path) -> Path | None:
-    """The checkpoint that ``--resume`` names: ``auto`` is the newest complete one under ``root``, if any.
+    """The checkpoint that ``--resume`` names: ``auto`` is the newest complete one under ``root``, if there are any.
 
     Raises:
-        InputError: the named checkpoint is not complete.
+        InputError: the named checkpoint is not complete; or none is, a newer one cannot be read, or they are gone.
     """
     if resume == "auto":
-        return find_checkpoint(root)
+        found = find_checkpoint(root)
+        folders = _list(root)
+        if found is None and folders:
+            damages = "; ".join(f"{path.name}: {_damage(path)}" for path in folders[:_NAMED])
+            more = f"; and {len(folders) - _NAMED} more" if len(folders) > _NAMED else ""
+            raise InputError(
+                f"--resume auto: no checkpoint in {root} is complete ({damages}{more}); allowed: --restart, which sets "
+                "them aside, or another output"
+            )
+        return found
     path = Path(resume)
-    damage = find_damage(path)
+    damage = _damage(path)
     if damage is not None:
         raise InputError(f"--resume {resume}: {damage}; allowed: auto, or the folder of a complete checkpoint")
     return path
+
+
+def _list(root: Path) -> list[Path]:
+    """Folders of all checkpoints, newest first."""
+    try:
+        os.listdir(root)  # noqa: PTH208 (Path.glob ignores errors)
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UnreadableError(f"checkpoints {root}: cannot be read: {why(error)}; {_UNREADABLE}") from error
+    return checkpoint_folders(root)
+
+
+def _damage(path: Path, *, contents: bool = True) -> str | None:
+    try:
+        return find_damage(path, contents=contents)
+    except UnreadableError as error:
+        raise UnreadableError(f"checkpoint {path}: {error}; {_UNREADABLE}") from error
 
 
 @contextmanager

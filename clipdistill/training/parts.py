@@ -11,9 +11,11 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from clipdistill.config import Config
+from clipdistill.data.stream import merge_shards
 from clipdistill.distill.step import DistillationStep
 from clipdistill.distill.stored_views import observe_stored_views
 from clipdistill.distill.teachers import Teachers
+from clipdistill.distributed.collectives import gather_objects
 from clipdistill.distributed.random_state import RandomState
 from clipdistill.models.prompts import PromptSet
 from clipdistill.models.towers import FrozenModel, Student
@@ -29,6 +31,7 @@ from clipdistill.training.build import (
 )
 from clipdistill.training.checkpoint import TrainingState
 from clipdistill.training.ema import MovingAverage
+from clipdistill.training.identity import Identity, check_same_run, describe
 from clipdistill.training.metrics import Window
 from clipdistill.training.optimizer import Schedule
 from clipdistill.training.progress import Progress
@@ -61,8 +64,10 @@ class RunParts:
         config: of the run.
         accelerator: device and process group.
         state: the checkpoint to resume from; None: a new run.
+        identity: what the run was made of so far, which must be what the config is made of; None: a new run.
 
     Attributes:
+        identity: what the run is made of, except for its shards.
         student: the student.
         model: the student as the accelerator prepared it.
         loader: the training stream.
@@ -82,7 +87,9 @@ class RunParts:
         InputError: the config, the models or the shards are invalid.
     """
 
-    def __init__(self, config: Config, accelerator: Accelerator, state: TrainingState | None) -> None:
+    def __init__(
+        self, config: Config, accelerator: Accelerator, state: TrainingState | None, identity: Identity | None = None
+    ) -> None:
         self._config = config
         self._accelerator = accelerator
         self._device = accelerator.device
@@ -91,6 +98,9 @@ class RunParts:
         num_classes = prompts.num_classes if prompts else 0
         frozen = [settings.load() for settings in config.teachers]
         self.student = load_student_of(config, frozen)
+        self.identity = describe(config, prompts=prompts, teachers=frozen, student=self.student)
+        if identity is not None:
+            check_same_run(identity, self.identity, run=config.output)
         if config.train.channels_last:
             for tower in (self.student, *frozen):
                 tower.use_channels_last()
@@ -99,6 +109,8 @@ class RunParts:
         decoder = make_decoder(config, sizes, num_classes=num_classes or None)
         pin_memory = self._device.type == "cuda"
         self.loader = open_stream(config, decoder, frozen, tokenizers=tokenizers.tokenizers, pin_memory=pin_memory)
+        if identity is not None:
+            self.loader.expect_shards(identity["shards"])
         self._place_teachers(frozen)
 
         self.progress = Progress(config, self.loader, ranks=accelerator.num_processes)
@@ -154,8 +166,12 @@ class RunParts:
         """What is evaluated and exported: the moving average, if there is one."""
         return self.ema.average if self.ema is not None else self.student
 
+    def whole_identity(self) -> Identity:
+        """What the run is made of, with the shards that any rank has opened; the ranks call this together."""
+        return self.identity | {"shards": merge_shards(gather_objects(self.loader.shards_read()))}
+
     def checkpoint_state(self) -> dict[str, Any]:
-        """The arguments ``tensors``, ``optimizer`` and ``rank_state`` of ``save_checkpoint``."""
+        """The arguments ``tensors``, ``optimizer``, ``rank_state`` and ``identity`` of ``save_checkpoint``."""
         model_state, optimizer_state = get_state_dict(
             self.model,
             self.optimizer.optimizer,
@@ -167,6 +183,7 @@ class RunParts:
             "tensors": {name: state for name, state in tensors.items() if state},
             "optimizer": optimizer_state,
             "rank_state": {name: each.state_dict() for name, each in self.components.items()},
+            "identity": self.whole_identity(),
         }
 
     def _restore(self, state: TrainingState) -> None:

@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,23 +23,39 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch import Tensor
 
 from clipdistill.config import Config, save_config, to_dict
+from clipdistill.data import Batch
 from clipdistill.data.workers import dead_worker_message
-from clipdistill.distributed.collectives import AsyncMax, forget_host_group, gather_objects, open_host_group
+from clipdistill.distributed.collectives import AsyncMax, forget_host_group, gather_objects, open_host_group, rank
 from clipdistill.distributed.signals import Interruption, stopped_by
 from clipdistill.distributed.watchdog import Watchdog
 from clipdistill.errors import InputError, Interrupted, RunError
 from clipdistill.evaluation import evaluate_sets, mean_main_metric
 from clipdistill.evaluation.benchmark_format import MEAN
 from clipdistill.export import export_open_clip
-from clipdistill.io.files import writing
+from clipdistill.io.files import write_json, writing
+from clipdistill.io.lock import LOCK_FILE, Lock
 from clipdistill.io.machine import keep_freed_memory
-from clipdistill.io.run_files import CHECKPOINTS_FOLDER, CONFIG_FILE, STUDENT_FOLDER, SUMMARY_FILE
-from clipdistill.training.build import open_evaluation_sets
+from clipdistill.io.run_files import (
+    CHECKPOINTS_FOLDER,
+    CONFIG_FILE,
+    IDENTITY_FILE,
+    STUDENT_FOLDER,
+    SUMMARY_FILE,
+    checkpoint_folder,
+)
+from clipdistill.training.build import bad_shards_message, open_evaluation_sets
 from clipdistill.training.checkpoint import load_checkpoint, rate_checkpoint, save_checkpoint
 from clipdistill.training.metrics import MetricsLog, choose_trackers, flatten
 from clipdistill.training.optimizer import set_learning_rate
 from clipdistill.training.parts import RunParts
-from clipdistill.training.run_folder import RunResult, clear_leftovers, complete_checkpoint, find_start, finished_run
+from clipdistill.training.run_folder import (
+    RunResult,
+    Start,
+    clear_leftovers,
+    complete_checkpoint,
+    find_start,
+    set_aside,
+)
 from clipdistill.training.sample_log import SampleLog, drop_later
 
 log = logging.getLogger(__name__)
@@ -46,36 +63,49 @@ log = logging.getLogger(__name__)
 _SAMPLES_BEFORE_JUDGING = 1000
 """The share of bad samples is checked once a run has seen this many samples."""
 
+_SHARDS_BEFORE_JUDGING = 100
+"""The share of unreadable shards is checked once a resampled stream has tried this many; earlier if it is certain."""
 
-def train(config: Config, *, resume: str | None = None, interruption: Interruption | None = None) -> RunResult:
+
+def train(
+    config: Config, *, resume: str | None = None, restart: bool = False, interruption: Interruption | None = None
+) -> RunResult:
     """Run a config from start to end, or from a checkpoint to the end.
 
     Args:
         config: the run.
-        resume: ``auto`` (the newest complete checkpoint of ``config.output``, or the start), a checkpoint's folder, or
-            None (``config.output`` must not hold a run).
+        resume: ``auto`` (the newest complete checkpoint of ``config.output``, or the start; a finished run is not run
+            again), a checkpoint's folder, or None (``config.output`` must not hold a run).
+        restart: start from the beginning; a run in ``config.output`` is moved into a folder ``abandoned_001`` in it.
         interruption: an active signal handler; None: SIGTERM and SIGINT are handled during the run.
 
     Raises:
-        InputError: the config, the models, the shards or the output folder are invalid.
+        InputError: the config, the models, the shards or the output folder are invalid; another process writes there;
+            or the run to resume was made of something else.
         RunError: the disk is full, or another rank has died.
         FloatingPointError: a loss or gradient is not finite; the message names the step.
         Interrupted: SIGTERM or SIGINT was received; the current step was finished and saved.
         ReportedElsewhereError: another rank reports one of these.
     """
-    finished = finished_run(config) if resume == "auto" else None
-    if finished is not None:
-        return finished
+    if restart and resume is not None:
+        raise InputError(f"--restart: given with --resume {resume}; allowed: one of the two")
     with contextlib.nullcontext(interruption) if interruption else Interruption() as interruption:
         accelerator = start_processes(config)
-        with open_run(config, accelerator, resume=resume, interruption=interruption) as run:
+        with open_run(config, accelerator, resume=resume, restart=restart, interruption=interruption) as run:
+            if run.finished is not None:
+                return run.finished
             run.fit()
             return run.finish()
 
 
 @contextmanager
 def open_run(
-    config: Config, accelerator: Accelerator, *, resume: str | None = None, interruption: Interruption
+    config: Config,
+    accelerator: Accelerator,
+    *,
+    resume: str | None = None,
+    restart: bool = False,
+    interruption: Interruption,
 ) -> Iterator["Run"]:
     """Open a run whose ranks monitor each other; it is closed at the end of the block.
 
@@ -83,25 +113,28 @@ def open_run(
         config: the run.
         accelerator: from ``start_processes``; it cannot be used afterwards.
         resume: as for ``train``.
+        restart: as for ``train``.
         interruption: handles signals.
 
     Raises:
         Exception: the block's exception, or the failure of another rank.
     """
     output = Path(config.output)
-    existed = output.exists()
+    start: Start | None = None
+    lock: Lock | None = None
     run: Run | None = None
     watchdog: Watchdog | None = None
     failed = False
     try:
         watchdog = Watchdog(timeout=config.train.rank_timeout, progress=lambda: complete_checkpoint(output))
-        run = Run(config, resume=resume, accelerator=accelerator, watchdog=watchdog, interruption=interruption)
+        start, lock = _claim_output(config, watchdog, resume=resume, restart=restart)
+        run = Run(config, start, lock, accelerator=accelerator, watchdog=watchdog, interruption=interruption)
         yield run
         watchdog.finish()
     except BaseException as error:
         with interruption.leaving():
             ending = error if watchdog is None else watchdog.resolve(_in_one_line(error, watchdog.progress))
-            new = not existed and not (output / CHECKPOINTS_FOLDER).exists()
+            new = start is not None and start.new and not (output / CHECKPOINTS_FOLDER).exists()
             if new and isinstance(ending, InputError | Interrupted):
                 shutil.rmtree(output, ignore_errors=True)
         failed = True
@@ -112,10 +145,42 @@ def open_run(
         with interruption.leaving():
             if run is not None:
                 run.close(failed=failed)
+            if lock is not None:
+                lock.release()
             if watchdog is not None:
                 watchdog.close()
             forget_host_group()
             AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def _claim_output(
+    config: Config, watchdog: Watchdog, *, resume: str | None, restart: bool
+) -> tuple[Start, Lock | None]:
+    """Where the run starts, and the lock of its folder; rank 0 decides, and holds the lock, for all ranks."""
+    output = Path(config.output)
+    decision: Start | InputError | RunError | None = None
+    lock = None
+    with watchdog.first_rank_alone():
+        if rank() == 0:
+            try:
+                if output.exists() and not output.is_dir():
+                    raise InputError(f"output: {output} is a file; allowed: a folder")
+                new = not output.exists()
+                lock = Lock(output / LOCK_FILE, f"output: {output}")
+                decision = replace(find_start(config, resume=resume, restart=restart), new=new)
+            except BaseException as error:
+                if lock is not None:
+                    lock.release()
+                    if new:
+                        output.rmdir()
+                if not isinstance(error, InputError | RunError):
+                    raise
+                decision = error
+    decision = gather_objects(decision)[0]
+    if isinstance(decision, InputError | RunError):
+        raise decision
+    assert decision is not None
+    return decision, lock
 
 
 def start_processes(config: Config) -> Accelerator:
@@ -159,8 +224,9 @@ class Run:
     def __init__(
         self,
         config: Config,
+        start: Start,
+        lock: Lock | None,
         *,
-        resume: str | None = None,
         accelerator: Accelerator,
         watchdog: Watchdog,
         interruption: Interruption,
@@ -168,19 +234,21 @@ class Run:
         self._other_children = set(multiprocessing.active_children())
         self.config = config
         self.output = Path(config.output)
+        self.lock = lock
+        self.finished = start.finished
         self.accelerator = accelerator
         self.watchdog = watchdog
         self.interruption = interruption
         self.device = accelerator.device
         self.cache = Path(config.data.cache).expanduser()
-        checkpoint = self._claim_output(resume)
-        state = None if checkpoint is None else load_checkpoint(checkpoint)
+        state = None if start.checkpoint is None else load_checkpoint(start.checkpoint)
         self.evaluations = None if state is None else state.evaluations
         self.evaluation_sets = open_evaluation_sets(config, cache=self.cache)
-        self.parts = RunParts(config, accelerator, state)
+        self.parts = RunParts(config, accelerator, state, start.identity)
         self.progress, self.total_steps = self.parts.progress, self.parts.total_steps
+        self.parts.loader.on_wait = interruption.give_up_if_due
         self.signal_votes = AsyncMax()
-        self._open_logs()
+        self._open_logs(restart=start.restart)
         watchdog.progress = self.describe_progress
 
     def fit(self) -> None:
@@ -197,7 +265,7 @@ class Run:
                 with stopwatch.step():
                     started = time.perf_counter()
                     with stopwatch.section("data wait"):
-                        micro_batches = [next(batches) for _ in range(config.accumulate)]
+                        micro_batches = self._wait_for_data(batches)
                     waited = time.perf_counter() - started
 
                     lr = parts.schedule.rate(progress.step)
@@ -216,7 +284,7 @@ class Run:
 
                 stopping = self.signal_votes(self.interruption.number)
                 saving = stopping or progress.step % config.save_every == 0 or progress.step == self.total_steps
-                bad_data = self._too_many_bad_samples() if last_of_window else ""
+                bad_data = self._bad_data() if last_of_window else ""
                 saving = saving or bool(bad_data) or self._evaluation_is_due()
                 if last_of_window or saving:
                     self._stop_if_not_finite()
@@ -238,8 +306,10 @@ class Run:
         """Export and evaluate the final student."""
         folder = self.output / STUDENT_FOLDER
         with self.watchdog.first_rank_alone():
-            if self.accelerator.is_main_process and not folder.exists():
+            if self.lock is not None:
+                self.lock.check()
                 with writing("student", self.output):
+                    shutil.rmtree(folder, ignore_errors=True)
                     export_open_clip(self.parts.final_student, folder)
         if self._evaluation_is_due():
             self._evaluate()
@@ -275,6 +345,22 @@ class Run:
 
     # The step.
 
+    def _wait_for_data(self, batches: Iterator[Batch]) -> list[Batch]:
+        """The micro-batches of the next step. A signal does not wait for data that may never come."""
+        micro_batches: list[Batch] = []
+        try:
+            with self.interruption.waiting():
+                while len(micro_batches) < self.config.train.accumulate:
+                    micro_batches.append(next(batches))
+        except Interrupted as error:
+            step, saved = self.progress.step, self.output / CHECKPOINTS_FOLDER
+            alone = self.accelerator.num_processes == 1 and not micro_batches
+            if step == 0 or not alone or checkpoint_folder(saved, step).exists():
+                raise
+            self._save()
+            raise Interrupted(f"{error}, after step {step}; saved; --resume auto continues") from error
+        return micro_batches
+
     def _update_weights(self) -> Tensor:
         """Run the optimizer; returns the norm of the gradients before clipping."""
         parts, max_norm = self.parts, self.config.optimizer.clip_norm or math.inf
@@ -294,33 +380,44 @@ class Run:
                 "(lower optimizer.lr, raise optimizer.warmup_steps, or set optimizer.clip_norm)"
             )
 
-    def _too_many_bad_samples(self) -> str:
-        """An error message if more than the allowed share of all ranks' samples was bad, else empty."""
-        counts = gather_objects((self.parts.loader.samples, self.parts.loader.skipped))
-        skipped = _add_counts([skipped for _, skipped in counts])
+    def _bad_data(self) -> str:
+        """An error message if more than the allowed share of all ranks' samples or shards was bad, else empty."""
+        loader, allowed = self.parts.loader, self.config.data.max_bad_share
+        ranks = gather_objects((loader.samples, loader.skipped, loader.opened, loader.unreadable))
+        skipped = _add_counts([skipped for _, skipped, _, _ in ranks])
         bad = sum(skipped.values())
-        seen = bad + sum(samples for samples, _ in counts)
-        allowed = self.config.data.max_bad_share
+        seen = bad + sum(samples for samples, _, _, _ in ranks)
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.items())
+        saved = f"; saved after step {self.progress.step}, --resume auto continues"
+
+        faults = {number: fault for *_, unreadable in ranks for number, fault in unreadable.items()}
+        good = {number for *_, opened, unreadable in ranks for number in opened - unreadable.keys()}
+        tried = len(faults.keys() | good)
+        faults = {number: fault for number, fault in faults.items() if number not in good}
+        certain = len(faults) > allowed * loader.shards
+        if certain or (tried >= _SHARDS_BEFORE_JUDGING and len(faults) > allowed * tried):
+            return bad_shards_message(list(faults.values()), tried, allowed) + saved
         if seen < _SAMPLES_BEFORE_JUDGING or bad <= allowed * seen:
             return ""
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in skipped.items())
         return (
             f"data.shards: {bad:,} of {seen:,} samples were bad, {bad / seen:.1%} ({reasons}); allowed: "
-            f"data.max_bad_share = {allowed:g}, or a higher one; saved after step {self.progress.step}, "
-            "--resume auto continues"
+            f"data.max_bad_share = {allowed:g}, or a higher one{saved}"
         )
 
     # Logs.
 
-    def _open_logs(self) -> None:
+    def _open_logs(self, *, restart: bool) -> None:
         """Open the run's folder and its logs; a killed run's records after the checkpoint are dropped."""
         config, step = self.config, self.progress.step
-        main = self.accelerator.is_main_process
+        main = self.accelerator.is_main_process and self.finished is None
+        identity = self.parts.whole_identity()
         with self.watchdog.first_rank_alone():
             if main:
                 with writing(CONFIG_FILE, self.output):
-                    self.output.mkdir(parents=True, exist_ok=True)
+                    if restart:
+                        set_aside(self.output)
                     clear_leftovers(self.output, finished=step == self.total_steps)
+                    write_json(self.output / IDENTITY_FILE, identity)
                     save_config(config, self.output / CONFIG_FILE)
                 drop_later(self.output, step)
         self.metrics = MetricsLog(
@@ -330,8 +427,8 @@ class Run:
             total_steps=self.total_steps,
             evaluate_first=self.evaluations is None,
         )
-        self.sample_log = SampleLog(self.output) if config.train.trace else None
-        if self.accelerator.log_with:
+        self.sample_log = SampleLog(self.output) if config.train.trace and self.finished is None else None
+        if self.accelerator.log_with and self.finished is None:
             self.accelerator.init_trackers("clipdistill", flatten(to_dict(config)))
 
     def _log(self, record: dict[str, Any]) -> None:
@@ -349,21 +446,9 @@ class Run:
 
     # Checkpoints.
 
-    def _claim_output(self, resume: str | None) -> Path | None:
-        """The checkpoint to resume from. Rank 0 finds it for all ranks."""
-        decision: Path | InputError | None = None
-        with self.watchdog.first_rank_alone():
-            if self.accelerator.is_main_process:
-                try:
-                    decision = find_start(self.config, resume)
-                except InputError as error:
-                    decision = error
-        decision = gather_objects(decision)[0]
-        if isinstance(decision, InputError):
-            raise decision
-        return decision
-
     def _save(self) -> None:
+        if self.lock is not None:
+            self.lock.check()
         self.metrics.sync()
         if self.sample_log is not None:
             self.sample_log.sync()

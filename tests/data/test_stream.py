@@ -333,19 +333,22 @@ def test_a_state_of_another_seed_is_refused(uneven):
         load(uneven, seed=6).load_state_dict([load(uneven).state_dict()])
 
 
-def test_a_state_of_moved_shards_is_that_of_the_same(tmp_path):
+def test_shards_that_were_moved_and_renamed_are_the_same(tmp_path):
     (tmp_path / "one").mkdir()
     first = load(write_shards(tmp_path / "one", [12, 12]))
     take(first, 2)
     state, expected = first.state_dict(), take(first, 5)
-    (tmp_path / "one").rename(tmp_path / "moved")
+    (tmp_path / "moved").mkdir()
+    for number, path in enumerate(sorted((tmp_path / "one").iterdir())):
+        (tmp_path / "moved" / f"part-{number}.tar").write_bytes(path.read_bytes())
     again = load(index_shards(expand_urls([str(tmp_path / "moved")]), cache_dir=None))
+    again.expect_shards(first.shards_read())
     again.load_state_dict([state])
     assert_equal(take(again, 5), expected)
 
 
-def test_a_state_of_other_shards_is_refused_and_names_them(tmp_path):
-    state = load(write_shards(tmp_path, [12, 12, 12, 12])).state_dict()
+def test_other_shards_are_refused_by_name(tmp_path):
+    before = load(write_shards(tmp_path, [12, 12, 12, 12])).shards_read()
     tars = sorted(tmp_path.glob("*.tar"))
     with wds.TarWriter(str(tars[1]), mtime=1.0) as tar:  # as many samples and bytes, written at another time
         for number in range(12, 24):
@@ -356,13 +359,38 @@ def test_a_state_of_other_shards_is_refused_and_names_them(tmp_path):
     named = "'1.tar' changed, '2.tar' is gone, '3.tar' is gone, 'other.tar' is new;"
     for loader in (load(index), load(index, num_workers=2)):
         with pytest.raises(InputError, match=named):
-            loader.load_state_dict([state])
+            loader.expect_shards(before)
 
 
-def test_a_state_of_shards_in_another_order_is_refused(tmp_path):
+def test_shards_in_another_order_are_refused(tmp_path):
     index = write_shards(tmp_path, [12, 12])
     with pytest.raises(InputError, match="their order changed"):
-        load(index[::-1]).load_state_dict([load(index).state_dict()])
+        load(index[::-1]).expect_shards(load(index).shards_read())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_shard_of_a_resampled_stream_is_checked_when_it_is_opened(tmp_path, workers):
+    """One bit of one picture, in a shard of the same name, size and time."""
+    write_shards(tmp_path, [10, 10, 10])
+    first = resampled(tmp_path, num_workers=workers)
+    assert first.shards_read() == [["0.tar", ""], ["1.tar", ""], ["2.tar", ""]]
+    take(first, 30)
+    record = first.shards_read()
+    assert all(digest for _, digest in record)
+    same = resampled(tmp_path, num_workers=workers)
+    same.expect_shards(record)
+    take(same, 30)
+    path = tmp_path / "1.tar"
+    status, content = path.stat(), bytearray(path.read_bytes())
+    content[content.index(b"IDAT") + 20] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    other = resampled(tmp_path, num_workers=workers)
+    other.expect_shards(record)
+    with pytest.raises(InputError, match=r"^data\.shards: '1\.tar' \(digest \w+\) is not the shard that the run"):
+        take(other, 30)
+    with pytest.raises(InputError, match=r"not those of the saved run: '3\.tar' is gone"):
+        other.expect_shards([*record, ["3.tar", ""]])
 
 
 LAYOUTS = [

@@ -20,7 +20,7 @@ from clipdistill.training.checkpoint import (
 )
 from tests.processes import Runs, assert_identical, until
 
-FILES = ("ema.safetensors", "manifest.json", "optimizer.pt", "rank_00000.pt", "student.safetensors")
+FILES = ("ema.safetensors", "identity.json", "manifest.json", "optimizer.pt", "rank_00000.pt", "student.safetensors")
 
 
 def save(root: Path, step: int, *, size: int = 20, keep: int = 9, keep_best: int = 0) -> Path:
@@ -31,6 +31,7 @@ def save(root: Path, step: int, *, size: int = 20, keep: int = 9, keep_best: int
         tensors={"student": {"a": torch.randn(size, 3), "b": torch.ones(())}, "ema": {"a": torch.randn(size, 3)}},
         optimizer={"state": {"a": {"exp_avg": torch.randn(size, 3)}}, "param_groups": [{"lr": 0.1}]},
         rank_state={"random": torch.get_rng_state(), "stream": {"step": step, "skipped": {}}},
+        identity={"format": 1, "prompts": None},
         keep=keep,
         keep_best=keep_best,
     )
@@ -52,6 +53,7 @@ def test_loads_what_was_saved(tmp_path: Path) -> None:
     (mine,) = state.rank_states
     assert torch.equal(mine["random"], torch.get_rng_state())
     assert mine["stream"] == {"step": 7, "skipped": {}}
+    assert state.identity == {"format": 1, "prompts": None}
     assert state.evaluations is None
 
 
@@ -86,7 +88,7 @@ def test_any_flipped_byte_is_found(tmp_path: Path, name: str) -> None:
         (path / name).write_bytes(flipped)
         damage = find_damage(path)
         assert damage is not None, f"byte {place}"
-        assert name in damage or (name == "manifest.json" and damage.startswith("format "))
+        assert name in damage
         assert "\n" not in damage
     with pytest.raises(InputError, match=r"^--resume .*step_00000001: .*; allowed: auto, or"):
         resolve_resume(str(path), tmp_path)

@@ -405,19 +405,18 @@ def test_locked_text_learns_from_captions_alone(write_config: Callable[..., Path
 
 
 def test_checkpoints_of_a_branch_that_was_left_are_set_aside(write_config: Callable[..., Path], tmp_path: Path) -> None:
-    config = load_config(write_config(), ["evaluation.folders=[]", "train.save_every=1", "train.keep=2"])
+    config = load_config(write_config(), ["evaluation.folders=[]", "train.save_every=1", "train.keep=3"])
     train(config)
     root = tmp_path / "run" / "checkpoints"
-    assert sorted(path.name for path in root.iterdir()) == ["step_00000005", "step_00000006"]
-    for path in root.iterdir():
-        (path / "optimizer.pt").write_bytes(b"")
+    assert sorted(path.name for path in root.iterdir()) == ["step_00000004", "step_00000005", "step_00000006"]
+    for step in (5, 6):
+        (root / f"step_0000000{step}" / "optimizer.pt").write_bytes(b"")
     (tmp_path / "run" / "summary.json").unlink()
-    again = load_config(write_config(), ["evaluation.folders=[]", "train.save_every=4", "train.keep=2"])
-    train(again, resume="auto")
+    train(config, resume="auto")
     names = sorted(path.name for path in root.iterdir())
-    assert names == ["abandoned_step_00000005", "abandoned_step_00000006", "step_00000004", "step_00000006"]
-    found = find_checkpoint(root)
-    assert found == root / "step_00000006"
+    steps_kept = ["step_00000004", "step_00000005", "step_00000006"]
+    assert names == ["abandoned_step_00000005", "abandoned_step_00000006", *steps_kept]
+    assert find_checkpoint(root) == root / "step_00000006"
 
 
 def test_feature_term_needs_equal_dimensions(write_config: Callable[..., Path], tmp_path: Path) -> None:
