@@ -177,9 +177,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _quickstart(args: argparse.Namespace) -> None:
+    from clipdistill.io.lock import LOCK_FILE, Lock
     from clipdistill.quickstart import quickstart
 
-    quickstart(args.output, overrides=args.overrides)
+    with Lock(args.output / LOCK_FILE, f"--output {args.output}"):
+        quickstart(args.output, overrides=args.overrides)
 
 
 def _train(args: argparse.Namespace) -> None:

@@ -1,11 +1,14 @@
 """``clipdistill evaluate``: its arguments, and the checks made before anything is loaded."""
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from clipdistill.errors import InputError
 from clipdistill.evaluation.tasks import SET_TASKS
 from clipdistill.io.arguments import positive
+from clipdistill.io.lock import LOCK_FILE, Lock
 
 TASKS = ("auto", *(task.name for task in SET_TASKS), "linear_probe", "robustness")
 
@@ -102,7 +105,19 @@ def run(args: argparse.Namespace) -> None:
     with launched(args.device) as device:
         from clipdistill.evaluation.session import evaluate_all
 
-        evaluate_all(args, device)
+        with _locked(args.output):
+            evaluate_all(args, device)
+
+
+@contextmanager
+def _locked(output: Path | None) -> Iterator[None]:
+    """Hold the lock of an output folder, on the first rank."""
+    from clipdistill.distributed.collectives import rank
+    from clipdistill.evaluation.ranks import with_shared_errors
+
+    folder = output if output is not None and output.suffix != ".json" and rank() == 0 else None
+    with with_shared_errors(lambda: Lock(folder / LOCK_FILE, f"--output {folder}") if folder else nullcontext()):
+        yield
 
 
 def _check(args: argparse.Namespace) -> None:

@@ -95,6 +95,7 @@ def run(args: argparse.Namespace) -> None:
     from clipdistill.export.card import UserMetadata, check_repo_id, read_run, write_card
     from clipdistill.export.hub import check_token, push
     from clipdistill.io.files import new_folder, writing
+    from clipdistill.io.lock import Lock
 
     if args.output.exists():
         raise InputError(f"--output {args.output}: exists; allowed: a new folder")
@@ -109,7 +110,8 @@ def run(args: argparse.Namespace) -> None:
     trained_run = read_run(args.checkpoint)
     prompts = _prompts(args.prompts, trained_run.config.get("prompts"), allow_duplicates=args.allow_duplicate_classes)
     tower = load_for_evaluation(args.checkpoint, args.pretrained)
-    with writing(f"export {args.output}", args.output), new_folder(args.output) as folder:
+    lock = Lock(args.output.with_name(f".{args.output.name}.lock"), f"--output {args.output}")
+    with lock, writing(f"export {args.output}", args.output), new_folder(args.output) as folder:
         exported = write_formats(
             tower,
             folder,

@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from clipdistill.errors import InputError, RunError
-from clipdistill.io.files import why
+from clipdistill.io.files import space_left, why
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class Lock:
     """A lock that this process holds, from its creation to `release`; forked children do not hold it.
 
     Args:
-        file: the lock file; its folder is created if necessary. It is deleted at the end.
+        file: the lock file, deleted at the end. Its folder is created if necessary, and deleted if it is empty then.
         what: what is locked, for messages, such as ``output: runs/a``.
         stale_after: see `STALE_SECONDS`.
 
@@ -63,13 +63,15 @@ class Lock:
             "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:2]]),
             "since": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
+        self._new_folder = not file.parent.exists()
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             while (handle := self._try()) is None:
                 time.sleep(0.05)
         except OSError as error:
             if error.errno in _NO_SPACE:
-                raise RunError(f"{what}: {file.name} could not be written: {why(error)}") from error
+                left = space_left(file.parent)
+                raise RunError(f"{what}: {file.name} could not be written: {why(error)} ({left})") from error
             raise InputError(f"{what}: cannot be written: {why(error)}; allowed: a folder that can be") from error
         self._handle = handle
         self._heart = threading.Thread(target=self._beat, name="lock", daemon=True)
@@ -100,6 +102,9 @@ class Lock:
         self._heart.join()
         if _is_at(self._file, self._handle):
             self._file.unlink(missing_ok=True)
+            if self._new_folder:
+                with contextlib.suppress(OSError):
+                    self._file.parent.rmdir()
         _close(self._handle)
 
     def _try(self) -> int | None:

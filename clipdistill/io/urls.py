@@ -9,6 +9,7 @@ import logging
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +26,11 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+NUMBER_FILE = "nshards.txt"
+"""In a folder of shards: their number."""
+
+_NUMBER_BYTES = 64
+_MISSING_NAMED = 5
 _BLOCK = 4 << 20
 _LEAST_BLOCK = 64 << 10
 _ETAGS = ("ETag", "etag", "blob_id")
@@ -65,7 +71,8 @@ def expand_urls(patterns: Sequence[str], *, retries: Retries = DEFAULT_RETRIES) 
 
     Args:
         patterns: Each a path or URL (`http(s)://`, `s3://`, `hf://`, any protocol of fsspec), with braces
-            (`{000..012}.tar`) or wildcards (`*.tar`), or a folder: all its `*.tar`.
+            (`{000..012}.tar`) or wildcards (`*.tar`), or a folder: all its `*.tar`, as many as its `nshards.txt`
+            says, if it has one.
         retries: Limits for listing a remote folder.
 
     Raises:
@@ -352,7 +359,12 @@ def _local(piece: str, pattern: str) -> list[str]:
     if _exists(path):
         if not path.is_dir():
             return [str(path)]
-        return _sorted([str(tar) for tar in path.glob("*.tar")], pattern, "a folder with *.tar files")
+        found = _sorted([str(tar) for tar in path.glob("*.tar")], pattern, "a folder with *.tar files")
+        listing = path / NUMBER_FILE
+        if listing.is_file():
+            with listing.open("rb") as file:
+                _check_number(found, str(path), file.read(_NUMBER_BYTES))
+        return found
     if glob.has_magic(piece):
         found = glob.glob(str(path), recursive=True)  # noqa: PTH207 (Path.glob accepts no absolute pattern)
         return _sorted(found, pattern, "a pattern that matches files")
@@ -373,15 +385,44 @@ def _remote(piece: str, pattern: str, retries: Retries) -> list[str]:
 
     def find() -> list[str]:
         errors = {"on_error": "raise"} if http else {}  # by default, an unreachable folder looks empty
-        return fs.glob(path if wild else path.rstrip("/") + "/*.tar", **errors)
+        return fs.glob(path if wild else path.rstrip("/") + "/*.t[ax][rt]", **errors)  # .tar and .txt, in one listing
+
+    def read_number() -> bytes:
+        with fs.open(listing[0], "rb") as file:
+            return file.read(_NUMBER_BYTES)
 
     try:
         if not wild and not _retried(fs, piece, retries, is_folder):
             return [piece]
         found = _retried(fs, piece, retries, find)
+        listing = [name for name in found if not wild and file_name(name) == NUMBER_FILE]
+        number = _retried(fs, piece, retries, read_number) if listing else None
     except Exception as error:  # every filesystem raises its own errors
         raise InputError(f"shards: {shown(piece)!r} cannot be listed: {one_line(error, piece)}") from error
-    return _sorted([fs.unstrip_protocol(name) for name in found], pattern, "a pattern that matches files")
+    tars = [fs.unstrip_protocol(name) for name in found if wild or name.endswith(".tar")]
+    tars = _sorted(tars, pattern, "a pattern that matches files")
+    if number is not None:
+        _check_number(tars, shown(piece), number)
+    return tars
+
+
+def _check_number(found: Sequence[str], folder: str, content: bytes) -> None:
+    """Refuse a folder that has not as many shards as its ``nshards.txt`` says."""
+    text = content.decode("ascii", "replace").strip()
+    if not re.fullmatch("[0-9]{1,18}", text):
+        raise InputError(f"data.shards: {folder}/{NUMBER_FILE}: {text!r}; allowed: the number of shards")
+    if len(found) == int(text):
+        return
+    names = {file_name(url) for url in found}
+    missing = []
+    if all(re.fullmatch(r"[0-9]+\.tar", name) for name in names):
+        numbered = (f"{number}.tar" for number in range(int(text)))
+        missing = list(islice((name for name in numbered if name not in names), _MISSING_NAMED))
+    named = f" (missing: {', '.join(missing)}{', ...' if len(missing) == _MISSING_NAMED else ''})" if missing else ""
+    raise InputError(
+        f"data.shards: {folder} holds {len(found)} shards, its {NUMBER_FILE} says {text}{named}; allowed: all of them, "
+        "or a pattern that names those to use"
+    )
 
 
 def _sorted(found: list[str], pattern: str, allowed: str) -> list[str]:

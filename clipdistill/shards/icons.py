@@ -21,11 +21,13 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from clipdistill.errors import InputError
 from clipdistill.io.files import new_folder, write_json
+from clipdistill.io.manifest import find_change, fingerprints
 from clipdistill.models.prompts import load_prompts
 from clipdistill.shards.writing import Sample, write_classification_folder, write_shards
 
@@ -68,7 +70,7 @@ SHARED_WITH = 2
 VALIDATION_SHARE = 0.2
 """Share of the (group, concept) pairs of the classes that goes to validation."""
 
-FORMAT = 1
+FORMAT = 2
 """Version of the rendered files; increased when the same settings give other files, so that older folders are not
 reused."""
 
@@ -113,6 +115,8 @@ class IconsSummary:
     """Number of samples of each family in each split."""
     empty: list[str]
     """Keys of glyphs without ink, which are left out."""
+    files: dict[str, dict[str, Any]]
+    """Size and sha256 of every other file, by its path."""
 
 
 def render_icons(output: Path, *, size: int = 64, progress: Callable[[int, int], None] | None = None) -> IconsSummary:
@@ -168,26 +172,27 @@ def render_icons(output: Path, *, size: int = 64, progress: Callable[[int, int],
     validation_images = {sample.image for sample in samples["val"]}
     samples["train"] = [sample for sample in samples["train"] if sample.image not in validation_images]
 
-    summary = IconsSummary(
-        format=FORMAT,
-        qtawesome=version,
-        size=size,
-        classes=len(classnames),
-        samples={split: len(group) for split, group in samples.items()},
-        families={split: _count_families(group) for split, group in samples.items()},
-        empty=sorted(empty),
-    )
-    with new_folder(output) as partial:
-        write_shards(samples["train"], partial / "train", samples_per_shard=2000)
+    counts: dict[str, Any] = {
+        "format": FORMAT,
+        "qtawesome": version,
+        "size": size,
+        "classes": len(classnames),
+        "samples": {split: len(group) for split, group in samples.items()},
+        "families": {split: _count_families(group) for split, group in samples.items()},
+        "empty": sorted(empty),
+    }
+    with new_folder(output) as folder:
+        write_shards(samples["train"], folder / "train", samples_per_shard=2000)
         for split in ("val", "test"):
             write_classification_folder(
                 samples[split],
-                partial / split,
+                folder / split,
                 split="test",
                 classnames=prompts.classnames,
                 templates=prompts.templates,
             )
-        write_json(partial / "icons.json", asdict(summary))
+        summary = IconsSummary(**counts, files=fingerprints(folder))
+        write_json(folder / "icons.json", asdict(summary))
     return summary
 
 
@@ -276,7 +281,7 @@ def _find_file(fonts: Path, family: str, extension: str) -> Path:
 
 
 def _reuse(output: Path, **settings: object) -> IconsSummary:
-    """The summary of an existing folder, if it was rendered with these settings."""
+    """The summary of an existing folder, if it was rendered with these settings and is as it was written."""
     file = output / "icons.json"
     if not file.is_file():
         raise InputError(f"{output}: exists and holds no icons.json; allowed: a new folder")
@@ -284,6 +289,9 @@ def _reuse(output: Path, **settings: object) -> IconsSummary:
     for name, value in settings.items():
         if found.get(name) != value:
             raise InputError(f"{output}: holds icons of {name} {found.get(name)}; allowed: {value}, or a new folder")
+    change = find_change(output, found["files"])
+    if change is not None:
+        raise InputError(f"{output}: {change}; allowed: the folder as it was written, or a new one")
     return IconsSummary(**found)
 
 

@@ -2,7 +2,9 @@
 
 import argparse
 import re
+from contextlib import nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,6 +48,8 @@ def run(args: argparse.Namespace) -> None:
         from clipdistill.distill.teacher_cache import CacheBuilder
         from clipdistill.distributed.collectives import gather_objects, rank, world_size
         from clipdistill.errors import InputError
+        from clipdistill.evaluation.ranks import with_shared_errors
+        from clipdistill.io.lock import Lock
         from clipdistill.models.loading import read_image_size
         from clipdistill.training.build import cache_content, index_all, make_decoder
 
@@ -75,7 +79,9 @@ def run(args: argparse.Namespace) -> None:
             print(_forecast(builder, estimates, shards=len(range(part - 1, len(builder.index), parts))), flush=True)
         if args.dry_run:
             return
-        done = gather_objects(_build(builder, missing, sum(estimate.samples for estimate in estimates)))
+        lock = partial(Lock, builder.folder / f".lock-{part}-of-{parts}", f"teacher_cache.folder: {builder.folder}")
+        with with_shared_errors(lambda: lock() if rank() == 0 else nullcontext()):
+            done = gather_objects(_build(builder, missing, sum(estimate.samples for estimate in estimates)))
         if rank() == 0:
             print(_result(builder, done))
 

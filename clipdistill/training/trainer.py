@@ -171,8 +171,6 @@ def _claim_output(
             except BaseException as error:
                 if lock is not None:
                     lock.release()
-                    if new:
-                        output.rmdir()
                 if not isinstance(error, InputError | RunError):
                     raise
                 decision = error
