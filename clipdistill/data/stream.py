@@ -310,7 +310,7 @@ class StreamLoader:
         timeout: Seconds without a batch after which a worker counts as hanging.
 
     Attributes:
-        on_wait: Called every second without a batch from the workers; it may raise.
+        give_up: Asked, in another thread, about every second without a batch: whether to wait no longer.
 
     Raises:
         InputError: While iterating: a label is outside the class list, or a worker finds no usable sample.
@@ -325,7 +325,7 @@ class StreamLoader:
         pin_memory: bool = False,
         timeout: float = WORKER_TIMEOUT,
     ) -> None:
-        self.on_wait: Callable[[], None] = lambda: None
+        self.give_up: Callable[[], bool] = lambda: False
         self._stream = stream
         self._prefetch = prefetch
         self._pin_memory = pin_memory
@@ -511,7 +511,7 @@ class StreamLoader:
             pin_memory=self._pin_memory,
             timeout=self._timeout,
             shards=[name for name, _ in self.shards_read()],
-            on_wait=lambda: self.on_wait(),
+            give_up=lambda: self.give_up(),
         )
         for batch in batches:
             self._count(batch)

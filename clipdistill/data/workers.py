@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ import webdataset as wds
 from PIL import Image
 from torch.utils.data import IterableDataset
 
+from clipdistill.distributed.signals import exit_now
 from clipdistill.errors import InputError, RunError
 
 WORKER_TIMEOUT = 600.0
@@ -28,6 +30,9 @@ _DYING_SECONDS = 5
 _POLL_SECONDS = 1.0
 _CLOSE_SECONDS = 2.0
 """Workers that have not ended by then are killed."""
+
+_DEAF_SECONDS = 15.0
+"""A killed worker may take this long to let go of the main thread."""
 
 
 def from_workers(
@@ -39,7 +44,7 @@ def from_workers(
     pin_memory: bool = False,
     timeout: float = WORKER_TIMEOUT,
     shards: Sequence[str] = (),
-    on_wait: Callable[[], None] = lambda: None,
+    give_up: Callable[[], bool] = lambda: False,
 ) -> Iterator[Any]:
     """Yield the items of a dataset from worker processes, run by webdataset's ``WebLoader``.
 
@@ -55,61 +60,118 @@ def from_workers(
         pin_memory: Whether to copy items into pinned memory.
         timeout: Seconds without an item after which a worker counts as hanging.
         shards: Names of the shards, for that message (`note_shard`).
-        on_wait: Called every second without an item; it may raise.
+        give_up: Asked, in another thread, about every second without an item: whether to wait no longer.
 
     Raises:
         InputError: One of the items.
-        RunError: A worker hangs; the message names it and what it reads.
+        RunError: A worker hangs, and was killed; the message names it and what it reads.
         RuntimeError: A worker has died (`dead_worker_message`).
         OSError, EOFError: A worker is alive but cannot be reached.
     """
     context = _context() if workers else None
     board = None if context is None else context.RawArray(ctypes.c_long, 2 * workers)
-    loader = wds.WebLoader(
-        dataset,
-        batch_size=None,
-        num_workers=workers,
-        timeout=_POLL_SECONDS if workers else 0,
-        prefetch_factor=prefetch if workers else None,
-        pin_memory=pin_memory,
-        multiprocessing_context=context,
-        worker_init_fn=partial(_start_worker, max_pixels=max_pixels, board=board),
-        generator=torch.Generator(),  # else DataLoader draws a seed from the global generator
-    )
     others = multiprocessing.active_children()
-    items = iter(loader.pipeline[0])  # the DataLoader: WebLoader's own iterator would end with the first time-out
-    processes = [each for each in multiprocessing.active_children() if each not in others]
-    given, since = 0, time.monotonic()
+    items = iter(
+        wds.WebLoader(
+            dataset,
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=prefetch if workers else None,
+            pin_memory=pin_memory,
+            multiprocessing_context=context,
+            worker_init_fn=partial(_start_worker, max_pixels=max_pixels, board=board),
+            generator=torch.Generator(),  # else DataLoader draws a seed from the global generator
+        )
+    )
+    patience = _Patience(board, timeout=timeout, shards=shards, give_up=give_up)
     failed = True
     try:
         while True:
-            try:
-                item = next(items)
-            except StopIteration:
-                failed = False
-                return
-            except RuntimeError as error:
-                if not str(error).startswith("DataLoader timed out"):
-                    raise
-                on_wait()
-                if time.monotonic() - since > timeout:
-                    raise RunError(_hanging(board, given % workers, shards, timeout)) from None
-                continue
+            with patience:
+                item = next(items, None)
             if isinstance(item, InputError):
                 raise item
-            given += 1
+            if item is None:
+                break
             yield item
-            since = time.monotonic()
-    except (OSError, EOFError):
-        if workers:
+        failed = False
+    except (RuntimeError, OSError, EOFError) as error:
+        if patience.fault:
+            raise RunError(patience.fault) from error
+        if workers and isinstance(error, OSError | EOFError):
             time.sleep(_DYING_SECONDS)
         raise
     except GeneratorExit:
         failed = False
         raise
     finally:
-        with _ending(processes, patience=0.0 if failed else _CLOSE_SECONDS):
-            del items
+        patience.end()
+        with _ending([each for each in multiprocessing.active_children() if each not in others], at_once=failed):
+            items.close()
+
+
+class _Patience:
+    """A thread that watches how long the main thread waits for an item, ``with patience:``, and kills the workers if
+    that is too long. The main thread may wait in the middle of receiving an item, where no time-out reaches it.
+
+    Attributes:
+        fault: why the workers were killed; empty before.
+    """
+
+    def __init__(self, board: Any, *, timeout: float, shards: Sequence[str], give_up: Callable[[], bool]) -> None:
+        self.fault = ""
+        self._board = board
+        self._timeout = timeout
+        self._shards = shards
+        self._give_up = give_up
+        self._given = 0
+        self._since: float | None = None
+        self._ended = threading.Event()
+        if board is not None:
+            threading.Thread(target=self._watch, name="data workers", daemon=True).start()
+
+    def __enter__(self) -> None:
+        self._since = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self._since = None
+        self._given += 1
+
+    def end(self) -> None:
+        """Stop watching."""
+        self._ended.set()
+
+    def _watch(self) -> None:
+        while not self._ended.wait(_POLL_SECONDS):
+            since = self._since
+            waited = 0.0 if since is None else time.monotonic() - since
+            if waited > self._timeout or (waited > _POLL_SECONDS and self._give_up()):
+                self.fault = self._describe(waited)
+                for pid in filter(None, self._board[::2]):
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                if not self._ended.wait(_DEAF_SECONDS):  # the kernel cannot end it, and the main thread waits on
+                    exit_now(RunError.exit_code, f"clipdistill: {self.fault}")
+                return
+
+    def _describe(self, waited: float) -> str:
+        """Which worker hangs: one that is stopped or waits in the kernel, or else the one whose turn it is."""
+        pids, shards = self._board[::2], self._board[1::2]
+        hanging = [number for number, pid in enumerate(pids) if pid and _state(pid) in "DTt"]
+        number = hanging[0] if hanging else self._given % len(pids)
+        shard = shards[number] - 1
+        what = f"; it was reading {self._shards[shard]}" if 0 <= shard < len(self._shards) else ""
+        return (
+            f"data worker {number} ({f'pid {pids[number]}' if pids[number] else 'not started'}) has given nothing for "
+            f"{waited:.0f} s (data.worker_timeout: {self._timeout:.0f}){what}"
+        )
+
+
+def _state(pid: int) -> str:
+    """State of a process, as ps shows it: one letter; S if unknown."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[0]
+    return "S"
 
 
 def note_shard(number: int) -> None:
@@ -123,17 +185,8 @@ _slot: tuple[Any, int] | None = None
 """Of a worker: the numbers shared with its parent, and the place of its shard's."""
 
 
-def _hanging(board: Any, worker: int, shards: Sequence[str], timeout: float) -> str:
-    pid, shard = board[2 * worker], board[2 * worker + 1] - 1
-    what = f"; it was reading {shards[shard]}" if 0 <= shard < len(shards) else ""
-    return (
-        f"data worker {worker} ({f'pid {pid}' if pid else 'not started'}) has given nothing for {timeout:.0f} s "
-        f"(data.worker_timeout){what}"
-    )
-
-
 @contextlib.contextmanager
-def _ending(processes: Sequence[BaseProcess], *, patience: float) -> Iterator[None]:
+def _ending(processes: Sequence[BaseProcess], *, at_once: bool) -> Iterator[None]:
     """A block that ends workers; those that hang are killed, as DataLoader would wait 10 seconds for each of them.
 
     PyTorch raises an error on the SIGCHLD of a killed worker, which is therefore ignored here.
@@ -142,14 +195,14 @@ def _ending(processes: Sequence[BaseProcess], *, patience: float) -> Iterator[No
         yield
         return
     handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    killing = threading.Timer(patience, _kill, [processes])
+    killing = threading.Timer(_CLOSE_SECONDS, _kill, [processes])
     try:
-        if patience:
-            killing.start()
-        else:
+        if at_once:
             _kill(processes)
             for process in processes:
                 process.join(_POLL_SECONDS)
+        else:
+            killing.start()
         yield
     finally:
         killing.cancel()

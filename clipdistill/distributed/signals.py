@@ -29,9 +29,6 @@ the launcher: a second one within this time counts as the same signal."""
 WAITING_SECONDS = 5.0
 """After a signal, data may take this long to arrive."""
 
-SAVING_SECONDS = 50.0
-"""After that, the last checkpoint may take this long: the file system may be what hangs."""
-
 PATIENCE_SECONDS = 10.0
 """The main thread may take this long to exit if there is nothing to finish; it may be blocked in a library."""
 
@@ -89,19 +86,17 @@ class Interruption:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """A part of a deferred block that waits for something that may never come: call `give_up_if_due` in it. If
-        that is not possible, the process exits once the main thread's time is up as well."""
+        """A part of a deferred block that waits for something that may never come: end it when `overdue`. If that is
+        not possible, the process exits once the main thread's time is up as well."""
         self._waiting = True
         try:
             yield
         finally:
             self._waiting = False
 
-    def give_up_if_due(self) -> None:
-        """Raise a signal that was received `WAITING_SECONDS` ago."""
-        if self._received is not None and time.monotonic() - self._received > WAITING_SECONDS:
-            self._leaving_since = time.monotonic() + SAVING_SECONDS
-            raise Interrupted(f"{stopped_by(self.number)} while waiting for data")
+    def overdue(self) -> bool:
+        """Whether a signal was received `WAITING_SECONDS` ago."""
+        return self._received is not None and time.monotonic() - self._received > WAITING_SECONDS
 
     @contextmanager
     def leaving(self) -> Iterator[None]:

@@ -244,7 +244,7 @@ class Run:
         self.evaluation_sets = open_evaluation_sets(config, cache=self.cache)
         self.parts = RunParts(config, accelerator, state, start.identity)
         self.progress, self.total_steps = self.parts.progress, self.parts.total_steps
-        self.parts.loader.on_wait = interruption.give_up_if_due
+        self.parts.loader.give_up = interruption.overdue
         self.signal_votes = AsyncMax()
         self._open_logs(restart=start.restart)
         watchdog.progress = self.describe_progress
@@ -350,13 +350,15 @@ class Run:
             with self.interruption.waiting():
                 while len(micro_batches) < self.config.train.accumulate:
                     micro_batches.append(next(batches))
-        except Interrupted as error:
-            step, saved = self.progress.step, self.output / CHECKPOINTS_FOLDER
-            alone = self.accelerator.num_processes == 1 and not micro_batches
-            if step == 0 or not alone or checkpoint_folder(saved, step).exists():
+        except RunError as error:
+            if not self.interruption.overdue():
                 raise
+            step, stopped = self.progress.step, f"{stopped_by(self.interruption.number)} while waiting for data"
+            alone = self.accelerator.num_processes == 1 and not micro_batches
+            if step == 0 or not alone or checkpoint_folder(self.output / CHECKPOINTS_FOLDER, step).exists():
+                raise Interrupted(stopped) from error
             self._save()
-            raise Interrupted(f"{error}, after step {step}; saved; --resume auto continues") from error
+            raise Interrupted(f"{stopped}, after step {step}; saved; --resume auto continues") from error
         return micro_batches
 
     def _update_weights(self) -> Tensor:

@@ -2,12 +2,14 @@
 
 import os
 import tarfile
+from contextlib import nullcontext
 
 import pytest
 import webdataset as wds
 
 from clipdistill.data import expand_urls, index_shards
 from clipdistill.errors import InputError
+from tests.servers import files, serving
 
 
 def write_shard(path, samples):
@@ -65,6 +67,28 @@ def test_patterns_without_shards_are_refused(tmp_path, pattern, message):
         index_shards(expand_urls([pattern.format(tmp_path)]), cache_dir=None)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "pwned").exists()
+
+
+@pytest.mark.parametrize("served", [False, True])
+def test_a_folder_holds_as_many_shards_as_it_says(tmp_path, served):
+    for number in (0, 1, 3, 10):
+        write_shard(tmp_path / f"{number}.tar", ["x"])
+    with serving(files(tmp_path)) if served else nullcontext(tmp_path) as place:
+        assert len(expand_urls([f"{place}/"])) == 4
+        (tmp_path / "nshards.txt").write_text("4\n")
+        assert len(expand_urls([f"{place}/"])) == 4
+        for text, expected in {
+            "11": r" holds 4 shards, its nshards.txt says 11 \(missing: 2.tar, 4.tar, 5.tar, 6.tar, 7.tar, \.\.\.\); ",
+            "3": r" holds 4 shards, its nshards.txt says 3 \(missing: 2.tar\); allowed",
+            "9" * 18: r" holds 4 shards, its nshards.txt says 9+ \(missing: 2.tar, 4",
+            "9" * 5000: r"/nshards.txt: '9+'; allowed: the number of shards",
+            "four": r"/nshards.txt: 'four'; allowed: the number of shards",
+        }.items():
+            (tmp_path / "nshards.txt").write_text(text)
+            with pytest.raises(InputError, match=rf"^data\.shards: {place}/?{expected}"):
+                expand_urls([f"{place}/"])
+            assert len(expand_urls([f"{place}/{{0,1,10}}.tar"])) == 3
+    assert len(expand_urls([f"{tmp_path}/*.tar"])) == 4
 
 
 def test_a_shard_named_twice_is_refused(tmp_path):
@@ -143,6 +167,34 @@ def test_the_cache_serves_an_unchanged_shard_and_only_that(tmp_path):
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 10**9))
     (third,) = index_shards([str(path)], cache_dir=cache)
     assert len(third) == 0
+
+
+def test_the_content_of_a_shard_is_known(tmp_path):
+    """Labels, captions and pictures, under the same headers; of a large shard some of the pictures."""
+    noise = {f"s{number:03d}": os.urandom(1 << 17) for number in range(100)}
+    path = tmp_path / "a.tar"
+
+    def digests():
+        (index,) = index_shards([str(path)], cache_dir=None)
+        return index.digest, index.content
+
+    for count, changed in ((9, ["s007"]), (100, list(noise))):
+        with wds.TarWriter(str(path), mtime=0.0) as tar:
+            for key, picture in list(noise.items())[:count]:
+                tar.write({"__key__": key, "jpg": picture, "txt": f"caption of {key}", "cls": 1})
+        before = digests()
+        content = path.read_bytes()
+        path.write_bytes(content.replace(b"caption of s004", b"caption 0f s004"))
+        captions = digests()
+        pictures = bytearray(content)
+        for key in changed:
+            pictures[content.index(noise[key]) + 60000] ^= 1
+        path.write_bytes(pictures)
+        assert len({before, captions, digests()}) == 3
+        assert before[0] == captions[0] == digests()[0]
+        path.write_bytes(content)
+        path = path.rename(tmp_path / f"moved-{count}.tar")
+        assert digests() == before
 
 
 def test_a_damaged_cache_file_is_made_anew(tmp_path):

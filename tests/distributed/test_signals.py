@@ -2,6 +2,7 @@
 resumed run is the uninterrupted one, bit for bit."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import psutil  # type: ignore[import-untyped]
 import pytest
 
-from scripts.jobs import ENVIRONMENT
+from scripts.jobs import ENVIRONMENT, Job
 from tests.processes import Runs, assert_identical, long_set, traced, until
 
 
@@ -98,6 +99,70 @@ def test_signal_during_start_up_leaves_at_once(runs: Runs, tmp_path: Path, delay
     assert "Traceback" not in stderr
     assert stderr.splitlines()[-1].startswith("clipdistill: stopped by SIGTERM")
     assert not (tmp_path / "run").exists()
+
+
+def stop_a_worker(runs: Runs, name: str, *overrides: str, ranks: int = 1) -> tuple[Job, psutil.Process]:
+    """Start a run, and suspend the last of its data workers once the run has taken some steps."""
+    job = runs.start(name, "data.workers=2", "train.steps=1000", "train.save_every=1000", *overrides, ranks=ranks)
+    until(lambda: traced(runs.folder / name) >= 3)
+    worker = job.children()[-1]
+    worker.suspend()
+    last = -1
+    while last != traced(runs.folder / name):  # what was prepared is used up
+        last = traced(runs.folder / name)
+        time.sleep(0.5)
+    return job, worker
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_signal_does_not_wait_for_a_worker_that_hangs(runs: Runs, ranks: int) -> None:
+    """One rank alone saves its last whole step: with accumulation, the wait may be in the middle of one."""
+    name = f"stuck-{ranks}"
+    job, worker = stop_a_worker(runs, name, "train.accumulate=1", ranks=ranks)
+    started = time.monotonic()
+    for pid in job.pids:
+        os.kill(pid, signal.SIGTERM)
+    assert job.wait(30) == [75] * ranks, job.text()
+    assert time.monotonic() - started < (12 if ranks == 1 else 30)
+    assert not worker.is_running()
+    assert "Traceback" not in job.text()
+    step = traced(runs.folder / name)
+    line = "clipdistill: stopped by SIGTERM while waiting for data"
+    if ranks == 1:
+        assert job.lines() == [f"{line}, after step {step}; saved; --resume auto continues"]
+        assert runs.saved_steps(name) == [step]
+    else:
+        assert job.lines()[0].startswith(line)
+    again = runs.start(name, "train.accumulate=1", "train.steps=1000", "data.workers=2", ranks=ranks)
+    until(lambda: traced(runs.folder / name) > step + 3)
+    again.kill()
+
+
+def test_a_worker_that_hangs_is_named(runs: Runs) -> None:
+    job, worker = stop_a_worker(runs, "hangs", "data.worker_timeout=2")
+    assert job.wait(30) == [1], job.text()
+    (line,) = job.lines()
+    named = rf"clipdistill: data worker 1 \(pid {worker.pid}\) has given nothing for [23] s "
+    assert re.match(
+        named + r"\(data\.worker_timeout: 2\); it was reading \d\.tar; last finished step \d+; no checkpoint yet$", line
+    ), line
+    assert "Traceback" not in job.text()
+    assert not worker.is_running()
+
+
+def test_a_second_run_on_an_output_is_refused(runs: Runs) -> None:
+    first = runs.start("shared", "train.steps=1000")
+    until(lambda: traced(runs.folder / "shared") >= 3)
+    for ranks in (1, 2):
+        log = runs.folder / f"second-{ranks}.log"
+        second = Job("--config", runs.config, "--restart", f"output={runs.folder / 'shared'}", log=log, ranks=ranks)
+        assert second.wait(60) == [2] * ranks, second.text()
+        (line,) = second.lines()
+        assert line.startswith(f"clipdistill: output: {runs.folder / 'shared'}: in use by pid {first.pids[0]} on host ")
+    step = traced(runs.folder / "shared")
+    until(lambda: traced(runs.folder / "shared") > step)
+    first.kill()
 
 
 def test_signal_during_an_evaluation_is_made_up_for(runs: Runs, colours: Path, tmp_path: Path) -> None:

@@ -159,6 +159,24 @@ def test_rendered_folder_is_reused(icons):
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == times
 
 
+def test_rendered_folder_with_a_shard_gone_or_changed_is_not_reused(icons):
+    folder, _ = icons
+    shard = folder / "train" / "3.tar"
+    content = shard.read_bytes()
+    try:
+        for damaged in (None, content[:-512], bytes([content[0] ^ 1]) + content[1:]):
+            if damaged is None:
+                shard.unlink()
+            else:
+                shard.write_bytes(damaged)
+            with pytest.raises(
+                InputError, match=r": train/3\.tar (is missing|has \d+ bytes|differs).*; allowed: the f"
+            ):
+                render_icons(folder, size=SIZE)
+    finally:
+        shard.write_bytes(content)
+
+
 def test_command(icons, capsys):
     folder, _ = icons
     parser = argparse.ArgumentParser()
