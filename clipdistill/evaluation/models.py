@@ -12,7 +12,7 @@ from clipdistill.evaluation.benchmark_format import MEAN
 from clipdistill.evaluation.sets.samples import digest
 from clipdistill.evaluation.transformers_clip import load_transformers_clip
 from clipdistill.io.jsonl import read_jsonl
-from clipdistill.io.manifest import find_damage
+from clipdistill.io.manifest import UnreadableError, find_damage
 from clipdistill.io.run_files import (
     CHECKPOINTS_FOLDER,
     CONFIG_FILE,
@@ -104,7 +104,10 @@ def _load_checkpoint(run: Path, step: int, *, precision: str, device: torch.devi
     if not checkpoint.is_dir():
         steps = sorted(int(path.name[5:]) for path in checkpoint_folders(run / CHECKPOINTS_FOLDER))
         raise InputError(f"model {run}: no checkpoint of step {step}; allowed: {', '.join(map(str, steps)) or 'none'}")
-    damage = find_damage(checkpoint)
+    try:
+        damage = find_damage(checkpoint)
+    except UnreadableError as error:
+        damage = str(error)
     if damage is not None:
         raise InputError(f"checkpoint {checkpoint}: {damage}; allowed: a complete, unchanged checkpoint")
     averaged = checkpoint / "ema.safetensors"

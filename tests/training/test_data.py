@@ -72,9 +72,7 @@ def test_missing_shards_of_a_resampled_stream_stop_the_run(write_config: Callabl
         with pytest.raises(InputError) as caught:
             train(load_config(write_config(), overrides))
         assert records(tmp_path / "run")[-1]["step"] < 10
-        message = (
-            r"data\.shards: (\d+) of (\d+) shards have no samples that can be read \(the first: shard 'http://.*\); a"
-        )
+        message = r"data\.shards: (\d+) of (\d+) shards have no samples that can be read \(the first: shard 'http.*\); "
         match = re.match(message, str(caught.value))
         assert match
         assert 0 <= int(match[2]) - int(match[1]) <= 2
