@@ -33,7 +33,7 @@ from clipdistill.data.reading import Views
 from clipdistill.data.sample import BadSampleError, Decoder, SampleReader
 from clipdistill.data.workers import dead_worker_message, from_workers
 from clipdistill.errors import InputError, RunError
-from clipdistill.io.urls import shown
+from clipdistill.io.urls import file_name, shown
 from clipdistill.models.towers import FrozenModel
 from clipdistill.settings import Settings
 
@@ -263,7 +263,12 @@ class CacheBuilder:
         return done
 
     def _chunks(self, numbers: Sequence[int], *, workers: int) -> Iterator[_Chunk]:
-        return from_workers(_Chunks(self, numbers), workers=workers, max_pixels=self.content.decoder.max_pixels)
+        return from_workers(
+            _Chunks(self, numbers),
+            workers=workers,
+            max_pixels=self.content.decoder.max_pixels,
+            shards=[file_name(shard.url) for shard in self.index],
+        )
 
     @torch.no_grad()
     def _encode(self, chunk: _Chunk) -> dict[str, Tensor]:

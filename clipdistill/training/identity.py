@@ -129,7 +129,8 @@ def read_identity(file: Path) -> Identity | None:
         return None
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file}: cannot be read: {why(error)}; allowed: the file as written, or --restart") from error
-    if not isinstance(found, dict) or not isinstance(found.get("versions"), dict):
+    parts = {"versions": dict, "shards": list}
+    if not isinstance(found, dict) or not all(isinstance(found.get(name), kind) for name, kind in parts.items()):
         raise InputError(f"{file}: no record of a run; allowed: the file as written, or --restart")
     return found
 

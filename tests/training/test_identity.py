@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from clipdistill.config import Config, load_config
 from clipdistill.errors import InputError
 from clipdistill.training.trainer import train
+from scripts.jobs import Job
 from tests.conftest import colour_samples, write_tar
 from tests.processes import assert_identical
 from tests.servers import Tagged, files, serving
@@ -305,3 +306,30 @@ def test_restart_needs_a_run_and_no_checkpoint(root: Path) -> None:
     with pytest.raises(InputError, match=r"^output: .*/other holds other files"):
         train(config_of(root, run="other"), restart=True)
     assert [path.name for path in (root / "other").iterdir()] == ["thesis.tex"]
+
+
+def test_weights_to_start_from_are_part_of_a_run(root: Path) -> None:
+    start = root / "start.safetensors"
+    shutil.copy(root / "teacher" / "open_clip_model.safetensors", start)
+    config = config_of(root, f"student.pretrained={start}", run="tuned")
+    train(config)
+    shutil.copy(root / "run" / "student" / "open_clip_model.safetensors", start)
+    with pytest.raises(InputError, match=r"^student\.image_weights: digest"):
+        train(config, resume="auto")
+
+
+@pytest.mark.slow
+def test_ranks_share_the_comparison(root: Path) -> None:
+    """Two ranks refuse and accept as one does, whatever number of them began the run."""
+    config_of(root)
+    saved = ["--config", root / "run" / "config.yaml", "--resume", "auto", f"output={root / 'run'}"]
+    places = [f"teachers.0.model=local-dir:{root / 'teacher'}", f"student.model={root / 'student.json'}"]
+    places += [f"prompts={root / 'prompts'}", f"data.shards=[{root / 'train'}]", "data.batch_size=4"]
+    job = Job(*saved, *places, log=root / "same.log", ranks=2)
+    assert job.wait(60) == [0, 0], job.text()
+    interrupt(root)
+    edit_weights(root, "visual.proj")
+    job = Job(*saved, *places, log=root / "other.log", ranks=2)
+    assert job.wait(60) == [2, 2], job.text()
+    (line,) = job.lines()
+    assert line.startswith("clipdistill: teachers.0.image_weights: digest")
