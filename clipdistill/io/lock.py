@@ -31,7 +31,13 @@ STALE_SECONDS = 60.0
 """A holder on another machine is given up when its heartbeat is this old."""
 
 _REAPED_SECONDS = 10.0
-"""A killed process of this machine may take this long to leave its lock."""
+"""A dying process of this machine may take this long to leave its lock."""
+
+_KILLED_SECONDS = 1.0
+"""A process that was just killed may seem alive for this long."""
+
+_EXITING = 0x4
+"""Linux's PF_EXITING, among the flags of a process."""
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
@@ -152,7 +158,9 @@ class Lock:
     def _wait_for_the_dead(self, holder: dict[str, Any] | None, *, alive: bool) -> None:
         """Return while the holder may have died, and be about to leave its lock."""
         self._contested_since = self._contested_since or time.monotonic()
-        if alive or time.monotonic() - self._contested_since > _REAPED_SECONDS:
+        own = holder is not None and holder["pid"] == os.getpid()
+        patience = 0.0 if own else _KILLED_SECONDS if alive else _REAPED_SECONDS
+        if time.monotonic() - self._contested_since >= patience:
             raise InputError(self._refusal(holder))
 
     def _beats(self) -> bool:
@@ -234,10 +242,10 @@ def _machine() -> list[str]:
 
 
 def _start_of(pid: int) -> str | None:
-    """When a process of this machine started, in clock ticks since the boot where known; None: it has ended."""
+    """When a process of this machine started, in clock ticks since the boot where known; None: it ends or has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-        return None if fields[0] in "ZX" else fields[19]
+        return None if fields[0] in "ZX" or int(fields[6]) & _EXITING else fields[19]
     except OSError:
         pass
     if Path("/proc/self").exists():
