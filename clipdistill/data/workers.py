@@ -70,7 +70,6 @@ def from_workers(
     """
     context = _context() if workers else None
     board = None if context is None else context.RawArray(ctypes.c_long, 2 * workers)
-    others = multiprocessing.active_children()
     items = iter(
         wds.WebLoader(
             dataset,
@@ -106,7 +105,8 @@ def from_workers(
         raise
     finally:
         patience.end()
-        with _ending([each for each in multiprocessing.active_children() if each not in others], at_once=failed):
+        pids = set(board[::2]) if board is not None else set()
+        with _ending([each for each in multiprocessing.active_children() if each.pid in pids], at_once=failed):
             items.close()
 
 
@@ -150,7 +150,8 @@ class _Patience:
                 for pid in filter(None, self._board[::2]):
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
-                if not self._ended.wait(_DEAF_SECONDS):  # the kernel cannot end it, and the main thread waits on
+                self._ended.wait(_DEAF_SECONDS)
+                if self._since == since:  # the kernel cannot end it, and the main thread waits on
                     exit_now(RunError.exit_code, f"clipdistill: {self.fault}")
                 return
 

@@ -26,8 +26,8 @@ RELAY_SECONDS = 2.0
 """Under torchrun and `accelerate launch` a signal to the process group arrives twice, from its sender and relayed by
 the launcher: a second one within this time counts as the same signal."""
 
-WAITING_SECONDS = 5.0
-"""After a signal, data may take this long to arrive."""
+WAITING_SECONDS = 10.0
+"""After a signal, what is waited for may take this long to arrive."""
 
 PATIENCE_SECONDS = 10.0
 """The main thread may take this long to exit if there is nothing to finish; it may be blocked in a library."""
@@ -45,8 +45,9 @@ class Interruption:
 
     def __init__(self) -> None:
         self.number = 0
-        self._deferring = self._waiting = False
+        self._deferring = False
         self._received: float | None = None
+        self._waiting_since: float | None = None
         self._leaving_since: float | None = None
 
     def __enter__(self) -> "Interruption":
@@ -88,15 +89,17 @@ class Interruption:
     def waiting(self) -> Iterator[None]:
         """A part of a deferred block that waits for something that may never come: end it when `overdue`. If that is
         not possible, the process exits once the main thread's time is up as well."""
-        self._waiting = True
+        self._waiting_since = time.monotonic()
         try:
             yield
         finally:
-            self._waiting = False
+            self._waiting_since = None
 
     def overdue(self) -> bool:
-        """Whether a signal was received `WAITING_SECONDS` ago."""
-        return self._received is not None and time.monotonic() - self._received > WAITING_SECONDS
+        """Whether a signal was received, and what is waited for has not arrived, for `WAITING_SECONDS`."""
+        if self._received is None:
+            return False
+        return time.monotonic() - max(self._received, self._waiting_since or 0.0) > WAITING_SECONDS
 
     @contextmanager
     def leaving(self) -> Iterator[None]:
@@ -139,8 +142,8 @@ class Interruption:
                     exit_now(128 + number)
                 first = now if first is None else first
             unhandled = first if not self.number and not self._deferring else None
-            if first is not None and self._waiting:
-                unhandled = first + WAITING_SECONDS
+            if first is not None and (waiting := self._waiting_since) is not None:
+                unhandled = max(first, waiting) + WAITING_SECONDS
             since = self._leaving_since or unhandled
             if first is not None and since is not None and now - since > PATIENCE_SECONDS:
                 exit_now(Interrupted.exit_code, "clipdistill: stopped by a signal")

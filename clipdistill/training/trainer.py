@@ -347,8 +347,8 @@ class Run:
         """The micro-batches of the next step. A signal does not wait for data that may never come."""
         micro_batches: list[Batch] = []
         try:
-            with self.interruption.waiting():
-                while len(micro_batches) < self.config.train.accumulate:
+            while len(micro_batches) < self.config.train.accumulate:
+                with self.interruption.waiting():
                     micro_batches.append(next(batches))
         except RunError as error:
             if not self.interruption.overdue():

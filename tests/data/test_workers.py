@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import islice
 from multiprocessing import resource_sharer
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from torch.utils.data import IterableDataset
 
 from clipdistill.data.workers import dead_worker_message, from_workers
+from clipdistill.errors import InputError
 from tests.processes import until
 
 
@@ -90,3 +92,26 @@ def test_a_worker_killed_while_it_checks_for_the_end_does_not_hang_its_parent() 
 
 def test_other_errors_are_not_about_workers() -> None:
     assert dead_worker_message(RuntimeError("CUDA out of memory")) is None
+
+
+def test_the_end_of_one_leaves_the_workers_of_another_alone() -> None:
+    """Even if it ends with an error."""
+
+    class Numbers(IterableDataset[int]):
+        def __init__(self, last: int) -> None:
+            super().__init__()
+            self.last = last
+
+        def __iter__(self) -> Iterator[object]:
+            yield from range(self.last)
+            yield InputError("no more")
+
+    first = from_workers(Numbers(1), workers=1, max_pixels=100)
+    assert next(first) == 0
+    second = from_workers(Numbers(10**9), workers=1, max_pixels=100)
+    assert next(second) == 0
+    with pytest.raises(InputError, match="no more"):
+        next(first)
+    assert list(islice(second, 1000)) == list(range(1, 1001))
+    second.close()
+    assert not multiprocessing.active_children()

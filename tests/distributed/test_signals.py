@@ -124,7 +124,7 @@ def test_signal_does_not_wait_for_a_worker_that_hangs(runs: Runs, ranks: int) ->
     for pid in job.pids:
         os.kill(pid, signal.SIGTERM)
     assert job.wait(30) == [75] * ranks, job.text()
-    assert time.monotonic() - started < (12 if ranks == 1 else 30)
+    assert time.monotonic() - started < 20
     assert not worker.is_running()
     assert "Traceback" not in job.text()
     step = traced(runs.folder / name)
