@@ -413,7 +413,7 @@ class Run:
         identity = self.parts.whole_identity()
         with self.watchdog.first_rank_alone():
             if main:
-                with writing(CONFIG_FILE, self.output):
+                with writing(f"{CONFIG_FILE} or {IDENTITY_FILE}", self.output):
                     if restart:
                         set_aside(self.output)
                     clear_leftovers(self.output, finished=step == self.total_steps)

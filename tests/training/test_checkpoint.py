@@ -225,11 +225,15 @@ def test_run_that_cannot_write_a_checkpoint_goes_on_later(runs: Runs, ranks: int
 def test_run_that_cannot_write_its_metrics_goes_on_later(runs: Runs) -> None:
     """Only the first rank writes them, and the other ends with it."""
     newest = stop_after_a_checkpoint(runs, 2)
-    job = runs.start("run", "train.save_every=1000", "train.steps=6", ranks=2, file_sizes={0: 3000})
+    metrics = runs.folder / "run" / "metrics.jsonl"
+    long = b'{"step": 0, "note": "' + b"x" * 7000 + b'"}\n'
+    metrics.write_bytes(long + metrics.read_bytes())
+    job = runs.start("run", "train.save_every=1000", ranks=2, file_sizes={0: 8000})
     assert job.wait(60) == [1, 1], job.text()
     (line,) = job.lines()
     assert line.startswith("clipdistill: metrics.jsonl could not be written: File too large (")
     assert line.endswith(f"checkpoint {newest.name} is complete; --resume auto continues")
+    metrics.write_bytes(metrics.read_bytes().removeprefix(long))
     again = runs.start("run", ranks=2)
     assert again.wait() == [0, 0], again.text()
     assert_identical(runs.folder / "run", runs.whole(ranks=2))
