@@ -144,7 +144,12 @@ CHANGES: dict[str, tuple[Callable[[Path], object], str]] = {
 }
 
 
-@pytest.mark.parametrize("name", CHANGES)
+FAST = ("reversed classes", "image weights", "student", "pictures", "label")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in FAST else pytest.param(name, marks=pytest.mark.slow) for name in CHANGES]
+)
 def test_other_content_under_the_same_path_is_refused(root: Path, name: str) -> None:
     """While the run is under way, and when it has finished; what it has written stays."""
     change, message = CHANGES[name]
@@ -176,6 +181,7 @@ def test_the_same_content_elsewhere_resumes(finished: Path, root: Path) -> None:
     assert_identical(root / "run", finished / "run")
 
 
+@pytest.mark.slow
 def test_another_signature_is_the_same_shard(root: Path) -> None:
     with serving(files(root / "train", Tagged)) as url:
         signed = [f"{url}/{{0..2}}.tar?signature={name}" for name in ("one", "two")]
@@ -272,13 +278,15 @@ def hide_newest(root: Path) -> None:
             r"^--resume auto: no checkpoint in .* is complete \(step_00000002: optimizer\.pt has 0 bytes, .*\)",
         ),
         (rewrite_newest_as_newer, r"^checkpoint .*step_00000002: format 999, this version reads \d; allowed: "),
-        (
+        pytest.param(
             hide_newest,
             r"^checkpoint .*step_00000002: optimizer\.pt cannot be read: Too many levels of symbolic links; ",
+            marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             lambda root: shutil.rmtree(root / "run" / "checkpoints"),
             r"^--resume auto: metrics\.jsonl in .* reaches step 4",
+            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -308,6 +316,7 @@ def test_restart_needs_a_run_and_no_checkpoint(root: Path) -> None:
     assert [path.name for path in (root / "other").iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.slow
 def test_weights_to_start_from_are_part_of_a_run(root: Path) -> None:
     start = root / "start.safetensors"
     shutil.copy(root / "teacher" / "open_clip_model.safetensors", start)
