@@ -22,6 +22,7 @@ from clipdistill.evaluation.command import run as run_evaluation
 from clipdistill.export.command import add_arguments as export_arguments
 from clipdistill.export.command import run as run_export
 from clipdistill.io.arguments import positive
+from clipdistill.io.urls import shown_text
 from clipdistill.report.command import add_arguments as report_arguments
 from clipdistill.report.command import run as run_report
 from clipdistill.shards.command import add_arguments as shard_arguments
@@ -40,29 +41,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     parser = _parser()
     args = parser.parse_args(argv)
-    logging.basicConfig(
-        level=logging.INFO if args.verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s"
-    )
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Formatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, handlers=[handler])
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     try:
         args.run(args)
         return 0
     except (InputError, RunError, FloatingPointError, Interrupted) as error:
-        sys.stderr.write(f"clipdistill: {error}\n")  # print() writes the newline apart: ranks would share lines
+        line = " ".join(shown_text(str(error)).splitlines())
+        sys.stderr.write(f"clipdistill: {line}\n")  # print() writes the newline apart: ranks would share lines
         code = getattr(error, "exit_code", 1)
     except ReportedElsewhereError as error:
         code = error.exit_code
     except KeyboardInterrupt:
         code = 130
     except Exception:
-        if not several:
-            raise
-        traceback.print_exc()
+        sys.stderr.write(shown_text(traceback.format_exc()))
         code = 1
     if several:  # the interpreter's normal exit would wait for processes that may be dead
         sys.stdout.flush()
         exit_now(code)
     return code
+
+
+class _Formatter(logging.Formatter):
+    """Formats records of this and other packages without credentials."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return shown_text(super().format(record))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -29,6 +29,7 @@ from clipdistill.errors import InputError
 from clipdistill.evaluation.settings import EvaluationSettings
 from clipdistill.io.files import write_text
 from clipdistill.io.resources import resource
+from clipdistill.io.urls import shown
 from clipdistill.losses import Term
 from clipdistill.models.loading import StudentSettings, TeacherSettings
 from clipdistill.settings import CountOrZero, Settings, check, validate
@@ -148,13 +149,22 @@ def load_saved_config(path: Path) -> Config:
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Write the resolved config as YAML."""
+    """Write the resolved config as YAML, its URLs without credentials."""
     write_text(path, OmegaConf.to_yaml(to_dict(config)))
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """The resolved config as plain dicts and lists."""
-    return config.model_dump(mode="json")
+    """The resolved config as plain dicts and lists, its URLs without credentials."""
+    public: dict[str, Any] = _public(config.model_dump(mode="json"))
+    return public
+
+
+def _public(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _public(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_public(item) for item in value]
+    return shown(value) if isinstance(value, str) else value
 
 
 _RESOURCE = re.compile(r"\$\{resource:[^${}]*\}")

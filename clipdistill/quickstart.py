@@ -22,7 +22,7 @@ from clipdistill.evaluation import (
     load_for_evaluation,
     predict,
 )
-from clipdistill.io.files import write_json
+from clipdistill.io.files import new_file, write_json
 from clipdistill.io.resources import resource
 from clipdistill.models.towers import Tower
 from clipdistill.shards.icons import render_icons
@@ -168,4 +168,5 @@ def draw_guesses(
             colour = "tab:green" if guess == label else "tab:red"
             place = (width / 2, (1.05 + 0.18 * line) * height)
             axis.text(*place, f"{mark}: {names[guess]}", color=colour, fontsize=8, ha="center", va="top")
-    figure.savefig(path, dpi=110)
+    with new_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)

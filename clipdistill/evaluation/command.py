@@ -60,6 +60,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             f"--{column}-column", metavar="NAME", help="of a Hugging Face data set (default: found by type or name)"
         )
     data.add_argument(
+        "--image-root",
+        type=Path,
+        metavar="DIR",
+        help="folder in which image cells of a Hugging Face data set may name files (default: only embedded images, "
+        "and files of the data set)",
+    )
+    data.add_argument(
         "--cache",
         type=Path,
         default=Path("~/.cache/clipdistill"),

@@ -114,7 +114,13 @@ def _results_folder(args: argparse.Namespace) -> ResultsFolder | None:
 
 def _open_sets(args: argparse.Namespace) -> list[SetEvaluation]:
     """Open all sets, with the task on each, before anything is computed."""
-    columns = Columns(image=args.image_column, label=args.label_column, caption=args.caption_column, subset=args.subset)
+    columns = Columns(
+        image=args.image_column,
+        label=args.label_column,
+        caption=args.caption_column,
+        subset=args.subset,
+        image_root=args.image_root,
+    )
     open_split = partial(
         open_set,
         prompts=args.prompts,

@@ -21,6 +21,7 @@ from typing import Any, Self
 
 from clipdistill.errors import InputError, RunError
 from clipdistill.io.files import space_left, why
+from clipdistill.io.processes import machine, start_of
 
 log = logging.getLogger(__name__)
 
@@ -35,9 +36,6 @@ _REAPED_SECONDS = 10.0
 
 _KILLED_SECONDS = 1.0
 """A process that was just killed may seem alive for this long."""
-
-_EXITING = 0x4
-"""Linux's PF_EXITING, among the flags of a process."""
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
@@ -64,8 +62,8 @@ class Lock:
         self._me = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
-            "started": _start_of(os.getpid()),
-            "machine": _machine(),
+            "started": start_of(os.getpid()),
+            "machine": machine(),
             "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:2]]),
             "since": time.strftime("%Y-%m-%d %H:%M:%S"),
         }
@@ -140,7 +138,7 @@ class Lock:
             return False
         holder = _read(handle)
         if holder is None or holder["machine"] == self._me["machine"]:
-            alive = holder is not None and _start_of(holder["pid"]) == holder["started"]
+            alive = holder is not None and start_of(holder["pid"]) == holder["started"]
             if unlocked is False:
                 self._wait_for_the_dead(holder, alive=alive)
                 return False
@@ -230,30 +228,6 @@ def _read(handle: int) -> dict[str, Any] | None:
         return holder if {"host", "pid", "started", "machine", "command", "since"} <= holder.keys() else None
     except (ValueError, AttributeError):
         return None
-
-
-def _machine() -> list[str]:
-    """What two processes have in common if they see each other's ids: host, boot, namespace of process ids."""
-    found = [socket.gethostname()]
-    with contextlib.suppress(OSError):
-        found.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
-        found.append(str(Path("/proc/self/ns/pid").readlink()))
-    return found
-
-
-def _start_of(pid: int) -> str | None:
-    """When a process of this machine started, in clock ticks since the boot where known; None: it ends or has ended."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
-        return None if fields[0] in "ZX" or int(fields[6]) & _EXITING else fields[19]
-    except OSError:
-        pass
-    if Path("/proc/self").exists():
-        return None
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(pid, 0)
-        return "unknown"
-    return None
 
 
 _handles: set[int] = set()

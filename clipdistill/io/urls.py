@@ -91,10 +91,35 @@ def expand_urls(patterns: Sequence[str], *, retries: Retries = DEFAULT_RETRIES) 
 
 
 def shown(url: str) -> str:
-    """A URL for logs: without password, key or signature."""
-    if "://" not in url:
-        return url
-    return re.sub(r"(://)[^/]*@", r"\1", url).split("?", 1)[0]
+    """A path or URL for people: without user, password, query and fragment, where keys and signatures are.
+
+    Chained URLs (``simplecache::https://...``) are known. Nothing else may name a URL that leaves the process.
+    """
+    return _LINK.sub(lambda found: found["scheme"] + _public(found["rest"]), url)
+
+
+def shown_text(text: str) -> str:
+    """A message with every URL in it as in `shown`, and control characters escaped: it stays one line per line."""
+    text = _URL_IN_TEXT.sub(lambda found: shown(found[0]), text)
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+_LINK = re.compile(r"(?P<scheme>[\w.+-]+://)(?P<rest>.*?)(?=::[a-z][\w.+-]*(?:://|::)|$)", re.IGNORECASE | re.DOTALL)
+_URL_IN_TEXT = re.compile(r"[\w.+:-]*://[^\s'\"<>]+")
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+_USER = re.compile(r"[^/]*@|[^/@]*:(?!\d*(?:[/?#]|$))[^@]*@(?:[^@]*@)*")
+"""User and password; a password with a slash is known by a colon that is not followed by a port."""
+
+
+def _public(rest: str) -> str:
+    """What follows ``scheme://``."""
+    return re.split(r"[?#]", _USER.sub("", rest, count=1) if _USER.match(rest) else rest, maxsplit=1)[0]
+
+
+def is_remote(location: str) -> bool:
+    """Whether a path, URL or name leads to another machine: ``hf-hub:OWNER/NAME``, or any URL but ``file://``."""
+    schemes = re.findall(r"([\w.+-]+)://", location)
+    return location.startswith("hf-hub:") or any(scheme.lower() not in ("file", "local") for scheme in schemes)
 
 
 def file_name(url: str) -> str:
@@ -109,7 +134,7 @@ def one_line(error: BaseException, url: str = "") -> str:
     message = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
     if url:
         message = message.replace(url, shown(url))
-    return re.sub(r"\w+://[^\s'\"]+", lambda found: shown(found[0]), message)
+    return shown_text(message)
 
 
 def locate(url: str, *, retries: Retries = DEFAULT_RETRIES) -> tuple[Any, str]:

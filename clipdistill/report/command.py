@@ -15,6 +15,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no-teacher", action="store_true", help="do not evaluate the teacher")
     parser.add_argument(
+        "--remote",
+        action="store_true",
+        help="also fetch the test sets and the teacher that the run's config names on other machines (default: the "
+        "report leaves them out; a set of --data may be anywhere)",
+    )
+    parser.add_argument(
         "--examples", type=not_negative, default=24, help="test images shown for each set (default: %(default)s)"
     )
     parser.add_argument("--batch-size", type=positive, default=256, help="images at once (default: %(default)s)")
@@ -33,6 +39,7 @@ def run(args: argparse.Namespace) -> None:
         output=args.output,
         data=args.data,
         with_teacher=not args.no_teacher,
+        remote=args.remote,
         examples=args.examples,
         batch_size=args.batch_size,
         workers=args.workers,

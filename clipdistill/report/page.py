@@ -24,9 +24,11 @@ from clipdistill.evaluation.benchmark_format import MEAN
 from clipdistill.evaluation.calibration import expected_calibration_error, reliability
 from clipdistill.evaluation.classification import Metrics, recall_per_class
 from clipdistill.evaluation.evaluate import Evaluator, zero_shot
-from clipdistill.io.files import write_text, writing
+from clipdistill.io.files import output_file, write_text, writing
 from clipdistill.io.jsonl import read_jsonl
 from clipdistill.io.run_files import CONFIG_FILE, METRICS_FILE, STUDENT_FOLDER
+from clipdistill.io.urls import is_remote
+from clipdistill.models.loading import TeacherSettings
 
 _CLASSES_SHOWN = 24
 _THUMBNAIL = 112
@@ -60,6 +62,7 @@ def write_report(
     output: Path | None = None,
     data: Sequence[str] = (),
     with_teacher: bool = True,
+    remote: bool = False,
     examples: int = 24,
     batch_size: int = 256,
     workers: int = 0,
@@ -73,6 +76,8 @@ def write_report(
         output: the file; by default ``RUN/report.html``.
         data: test sets, as for ``open_set``; by default those of the run's config.
         with_teacher: also evaluate the run's first teacher.
+        remote: also open what the run's config names on other machines. A run may come from anywhere: by default
+            nothing is fetched because its config says so, and the report lists what it leaves out.
         examples: number of test images shown for each set.
         batch_size: images at once.
         workers: threads that decode images; 0 means one.
@@ -97,16 +102,28 @@ def write_report(
     if not records or not (run / CONFIG_FILE).is_file():
         raise InputError(f"run {run}: no {CONFIG_FILE} and {METRICS_FILE} with a record; allowed: the folder of a run")
     path = output or run / "report.html"
-    if path.is_dir():
-        raise InputError(f"--output {path}: a folder; allowed: a file")
+    try:
+        output_file(path)
+    except InputError as error:
+        raise InputError(f"--output {error}") from error
     if not path.parent.is_dir():
         raise InputError(f"--output {path}: no folder {path.parent}; allowed: a file in an existing folder")
     config = load_saved_config(run / CONFIG_FILE)
     settings = config.evaluation
     cache = Path(config.data.cache).expanduser()
+    teacher = config.teachers[0] if with_teacher and config.teachers else None
+    left_out = []
+    if not remote:
+        left_out = [f"test set {folder}" for folder in settings.folders if not data and is_remote(folder)]
+        if teacher is not None and _is_fetched(teacher):
+            left_out.append(f"teacher {teacher.model} {teacher.pretrained}".strip())
+            teacher = None
+    for what in left_out:
+        progress(f"left out {what}: on another machine (--remote fetches it)")
     sets = [
         open_set(folder, split=settings.split, allow_duplicates=settings.allow_duplicate_classes, cache=cache)
         for folder in data or settings.folders
+        if data or remote or not is_remote(folder)
     ]
     steps = [record for record in records if "loss" in record]
     evaluations = [record for record in records if MEAN in record]
@@ -114,8 +131,8 @@ def write_report(
     comparisons: list[SetComparison] = []
     if sets and (run / STUDENT_FOLDER).is_dir():
         names = {"student": (str(run), "")}
-        if with_teacher and config.teachers:
-            names["teacher"] = (config.teachers[0].model, config.teachers[0].pretrained)
+        if teacher is not None:
+            names["teacher"] = (teacher.model, teacher.pretrained)
         models: dict[str, Evaluator] = {}
         for role, (model, pretrained) in names.items():
             progress(f"load the {role}")
@@ -135,6 +152,7 @@ def write_report(
         curves=_curves(steps, evaluations) if steps else [],
         sets=[_set_section(comparison, examples) for comparison in comparisons],
         why_no_sets="" if comparisons else _why_no_sets(sets, run),
+        left_out=left_out,
         config=OmegaConf.to_yaml(to_dict(config)),
         plotly=get_plotlyjs(),
     )
@@ -154,9 +172,14 @@ def _compare(data: EvaluationSet, models: Mapping[str, Evaluator]) -> SetCompari
     return SetComparison(data=data, metrics=metrics, predictions=predictions)
 
 
+def _is_fetched(teacher: TeacherSettings) -> bool:
+    """Whether open_clip may fetch a teacher's weights: from a repository, or those of a tag."""
+    return is_remote(teacher.model) or bool(teacher.pretrained and not Path(teacher.pretrained).exists())
+
+
 def _why_no_sets(sets: Sequence[EvaluationSet], run: Path) -> str:
     if not sets:
-        return "The run's config names no test set; give one with --data."
+        return "The run's config names no test set on this machine; give one with --data."
     return f"The run has not ended: {run.name} holds no student yet."
 
 

@@ -108,6 +108,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SPLIT",
         help="split to read, such as 'train[:10%%]' (default: that of --split)",
     )
+    hub.add_argument(
+        "--image-root",
+        type=Path,
+        metavar="DIR",
+        help="folder in which image cells may name files (default: only embedded images, and files of the dataset)",
+    )
     hub.add_argument("--streaming", action="store_true", help="do not download the dataset first; keeps its order")
 
 
@@ -155,7 +161,8 @@ def _open_source(args: argparse.Namespace) -> Source:
     if args.source == "csv":
         return from_csv(args.table, root=args.root, delimiter=args.delimiter, **common)
     split = args.source_split or args.split
-    return from_hf_dataset(args.name, split=split, subset=args.subset, streaming=args.streaming, **common)
+    common |= {name: getattr(args, name) for name in ("subset", "streaming", "image_root")}
+    return from_hf_dataset(args.name, split=split, **common)
 
 
 def _run_icons(args: argparse.Namespace) -> None:

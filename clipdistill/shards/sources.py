@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import unquote, urlsplit
 
 import fsspec
 from PIL import Image
@@ -153,6 +154,7 @@ def from_hf_dataset(
     caption_column: str | None = None,
     label_column: str | None = None,
     classnames: Sequence[str] | None = None,
+    image_root: Path | None = None,
     streaming: bool = False,
     shuffle_seed: int | None = None,
     skip_bad: bool = False,
@@ -170,6 +172,7 @@ def from_hf_dataset(
         label_column: a ``ClassLabel``, an index from 0, or a class name; none by default.
         classnames: names that the labels index; by default those of the ``ClassLabel``, or the sorted distinct
             values of a column of strings.
+        image_root: folder in which image cells may name files; see `ImageCells`.
         streaming: read rows as they arrive, in the source's order, without downloading the dataset first.
         shuffle_seed: shuffle the rows with this seed; by default they stay in order.
         skip_bad: skip bad rows and list them in `Source.skipped`, instead of raising.
@@ -206,11 +209,13 @@ def from_hf_dataset(
         if classnames is None and not streaming and "string" in str(getattr(feature, "dtype", "")):
             classnames = _distinct_names(value for value in dataset.unique(label_column) if value)
     labels = _Labels(classnames)
+    cells = ImageCells(name_or_path, image_root)
 
     def convert(numbered_row: tuple[int, dict[str, Any]]) -> Sample:
         index, row = numbered_row
         where = f"{name_or_path}, row {index}"
-        image, extension = _stored_image(row[image_column], where=where)
+        content, path = cells.read(row[image_column], where=where)
+        image, extension = encode_image(content, where=f"{where}: {path or 'image'}")
         return Sample(
             key=_key(index),
             image=image,
@@ -250,6 +255,59 @@ def encode_image(content: bytes, *, where: str) -> tuple[bytes, str]:
     encoded = io.BytesIO()
     image.save(encoded, format="PNG")
     return encoded.getvalue(), "png"
+
+
+class ImageCells:
+    """Reads the cells of an undecoded image column: encoded bytes, the path of a file, or a dict of both.
+
+    A path is data, and data may come from anywhere: only files of the data set itself are read, and those below
+    ``root``; links are followed before this is decided.
+
+    Args:
+        dataset: name on the Hub, or folder.
+        root: a further folder of images; paths that are not absolute start there, or else in the data set's folder.
+    """
+
+    def __init__(self, dataset: str, root: Path | None = None) -> None:
+        import datasets
+        import huggingface_hub
+
+        own = [] if root is None else [root.expanduser()]
+        own += [Path(dataset)] if Path(dataset).is_dir() else []
+        caches = (datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH)
+        self._starts = own
+        self._roots = [Path(each).resolve() for each in (*own, *caches, huggingface_hub.constants.HF_HUB_CACHE)]
+        self._repository = f"hf://datasets/{dataset}@"
+
+    def read(self, cell: Any, *, where: str) -> tuple[bytes, str]:
+        """An image file's content, and its path if it has one.
+
+        Raises:
+            InputError: no image, a file elsewhere, or one that cannot be read; begins with ``where``.
+        """
+        if not isinstance(cell, dict):
+            cell = {"bytes" if isinstance(cell, bytes) else "path": cell}
+        content, path = cell.get("bytes"), cell.get("path")
+        if isinstance(content, bytes):
+            return content, str(path or "")
+        if not isinstance(path, str) or not path:
+            raise InputError(f"{where}: no image; allowed: an image in every row")
+        return _read(self._allowed(path, where), where=where), path
+
+    def _allowed(self, path: str, where: str) -> str:
+        """The file or URL to read for a path."""
+        if path.startswith(self._repository) and "::" not in path:
+            return path
+        local = unquote(urlsplit(path).path) if path.startswith("file://") else path
+        files = [Path(local)] if Path(local).is_absolute() else [start / local for start in self._starts]
+        resolved = [Path(os.path.realpath(file)) for file in files if "://" not in local]
+        inside = [file for file in resolved if any(file.is_relative_to(root) for root in self._roots)]
+        if inside:
+            return str(next((file for file in inside if file.exists()), inside[0]))
+        raise InputError(
+            f"{where}: image {path!r} is not a file of the data set; allowed: embedded images, files in the data set's "
+            "folder, or in that of --image-root"
+        )
 
 
 class _Labels:
@@ -360,18 +418,6 @@ def _read_table(path: Path, used: Sequence[str], delimiter: str) -> list[tuple[i
             return [(reader.line_num, {name: row[name] or "" for name in used}) for row in reader]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: not a readable table ({error}); allowed: a CSV or TSV file in UTF-8") from None
-
-
-def _stored_image(value: Any, *, where: str) -> tuple[bytes, str]:
-    """File content and extension from a cell of an undecoded image column: a path, encoded bytes or a dict of both."""
-    if not isinstance(value, dict):
-        value = {"bytes" if isinstance(value, bytes) else "path": value}
-    content, path = value.get("bytes"), value.get("path")
-    if content is None:
-        if not path:
-            raise InputError(f"{where}: no image; allowed: an image in every row")
-        content = _read(path, where=where)
-    return encode_image(content, where=f"{where}: {path or 'image'}")
 
 
 def _load_hf_dataset(name_or_path: str, *, split: str, subset: str | None, streaming: bool) -> Any:

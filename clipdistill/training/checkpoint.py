@@ -26,7 +26,7 @@ from torch import Tensor
 
 from clipdistill.distributed.collectives import gather_objects, rank, world_size
 from clipdistill.errors import InputError, RunError
-from clipdistill.io.files import sync, sync_tree, why, write_json, writing
+from clipdistill.io.files import settle, sync, why, write_json, writing
 from clipdistill.io.manifest import UnreadableError, find_damage, read_manifest, write_manifest
 from clipdistill.io.run_files import IDENTITY_FILE, checkpoint_folder, checkpoint_folders
 
@@ -103,7 +103,7 @@ def save_checkpoint(
             write_json(temporary / IDENTITY_FILE, identity)
             content = {"step": step, "ranks": world_size(), "metric": None, "evaluations": None}
             write_manifest(temporary, content)
-            sync_tree(temporary)
+            settle(temporary)
             for later in [other for other in checkpoint_folders(root) if other.name >= path.name]:
                 shutil.rmtree(root / f"abandoned_{later.name}", ignore_errors=True)
                 later.rename(root / f"abandoned_{later.name}")

@@ -303,6 +303,21 @@ def _without(root: Path, name: str) -> Path:
     return folder
 
 
+def _counted(root: Path, count: str) -> Path:
+    folder = shard_set(root / "set", colour_samples(4))
+    (folder / "test" / "nshards.txt").write_text(count, encoding="utf-8")
+    return folder
+
+
+def _claim(header: str) -> bytes:
+    """A npy file whose header claims what its two bytes of content do not hold."""
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + b"\x00\x01"
+
+
+def _marked(root: Path, content: bytes) -> Path:
+    return shard_set(root / "set", [colour_samples(1)[0] | {"npy": content}], kind="multilabel")
+
+
 BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "nothing there": (lambda root: root / "none", "none: no such folder; allowed: a folder or URL in CLIP_benchmark's"),
     "an empty folder": (lambda root: root, "no test/nshards.txt, class folders or data files"),
@@ -333,10 +348,17 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
         lambda root: shard_set(root / "set", [colour_samples(1)[0] | {"npy": npy([0] * 6 + [1])}], kind="multilabel"),
         "label 6; allowed: 0 to 3",
     ),
-    "pickled marks": (
-        lambda root: shard_set(root / "set", [colour_samples(1)[0] | {"npy": b"\x80\x04K\x01."}], kind="multilabel"),
-        "npy: .*; allowed: an array of 0 and 1",
+    "pickled marks": (lambda root: _marked(root, b"\x80\x04K\x01."), "npy: .*; allowed: an array of 0 and 1"),
+    "a claim of 10^13 marks": (
+        lambda root: _marked(root, _claim("{'descr': '<f8', 'fortran_order': False, 'shape': (10000000000000,)}\n")),
+        r"npy: ValueError: shape \(10000000000000,\) in 81 bytes; allowed: an array of 0 and 1",
     ),
+    "a claim of 10^13 empty marks": (
+        lambda root: _marked(root, _claim("{'descr': '|V0', 'fortran_order': False, 'shape': (10000000000000,)}\n")),
+        "npy: ValueError: type",
+    ),
+    "more shards than any set": (lambda root: _counted(root, "300000000"), "'300000000'; allowed: a positive number"),
+    "a number of shards that is none": (lambda root: _counted(root, "²"), "'²'; allowed: a positive number"),
     "a column that is not there": (lambda root: _dataset(root, label=[0, 1]), "no column 'image'; allowed: label"),
     "classes without names": (
         lambda root: _dataset(root, image=[b"x"], label=[0]),

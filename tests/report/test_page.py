@@ -17,7 +17,7 @@ from clipdistill.config import load_config
 from clipdistill.io.jsonl import read_jsonl
 from clipdistill.training.trainer import train
 from tests.conftest import CLASSES, colour_samples, write_tar
-from tests.servers import files, serving
+from tests.servers import Ranges, files, serving
 
 
 class Page(HTMLParser):
@@ -145,6 +145,7 @@ def test_bad_arguments_are_refused_before_anything_is_loaded(
 
     assert "--device abacus: not available here" in refused("--device", "abacus")
     assert f"--output {tmp_path}: a folder; allowed: a file" in refused("--output", tmp_path)
+    assert "--output /dev/null: a special file; allowed: a file" in refused("--output", "/dev/null")
     with pytest.raises(SystemExit):
         main(["report", str(trained), "--examples", "-5"])
     assert "--examples: -5 is not allowed; allowed: a whole number, 0 or more" in capsys.readouterr().err
@@ -164,14 +165,31 @@ def test_a_report_that_cannot_be_written_is_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_remote_set_of_the_config_comes_from_its_cache(trained: Path, colours: Path, tmp_path: Path) -> None:
+def test_a_remote_set_of_the_config_is_fetched_on_demand(
+    trained: Path, colours: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run may come from anywhere: its config alone makes nobody connect to a server."""
+    requests: list[str] = []
+
+    class Noting(Ranges):
+        def log_request(self, *_: object) -> None:
+            requests.append(self.path)
+
     run = tmp_path / "run"
     shutil.copytree(trained, run)
-    with serving(files(colours / "set")) as url:
+    with serving(files(colours / "set", Noting)) as url:
         config = OmegaConf.load(run / "config.yaml")
         config.evaluation.folders = [url]
         config.data.cache = str(tmp_path / "cache")
+        config.teachers[0].model = "hf-hub:nobody/nothing"
         OmegaConf.save(config, run / "config.yaml")
-        assert main(["report", str(run), "--no-teacher", "--examples", "4"]) == 0
+        assert main(["report", str(run)]) == 0
+        told = capsys.readouterr().out
+        assert f"left out test set {url}" in told
+        assert "left out teacher hf-hub:nobody/nothing" in told
+        assert requests == []
+        assert f"Left out: test set {url}" in (run / "report.html").read_text(encoding="utf-8")
+
+        assert main(["report", str(run), "--remote", "--no-teacher", "--examples", "4"]) == 0
     assert len(list((tmp_path / "cache" / "copies").glob("*.tar"))) == 2
     assert len(Page((run / "report.html").read_text(encoding="utf-8")).pictures) == 4

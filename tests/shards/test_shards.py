@@ -13,12 +13,15 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import webdataset
 from PIL import Image, ImageOps
 from torchvision.datasets import ImageFolder
 
 from clipdistill.errors import InputError
+from clipdistill.evaluation import open_set
 from clipdistill.models.prompts import load_prompts
 from clipdistill.shards.command import add_arguments, run
 from clipdistill.shards.sources import encode_image, from_csv, from_hf_dataset, from_image_folder
@@ -548,7 +551,11 @@ def test_table_of_paths_by_datasets(datasets, pictures, tmp_path, monkeypatch, s
     rows = [["picture", "text"], [pictures / "1.png", "one"], [(pictures / "3.png").as_uri(), "three"]]
     write_table(tmp_path / "tables" / "t.csv", rows)
     source = from_hf_dataset(
-        str(tmp_path / "tables"), image_column="picture", caption_column="text", streaming=streaming
+        str(tmp_path / "tables"),
+        image_column="picture",
+        caption_column="text",
+        streaming=streaming,
+        image_root=pictures,
     )
     found = list(source.samples)
     assert [sample.caption for sample in found] == ["one", "three"]
@@ -563,7 +570,7 @@ def test_bad_rows_of_a_dataset(datasets, pictures, tmp_path):
     ]
     columns = {"image": files, "text": ["a", "b", "c", "d", None]}
     datasets.Dataset.from_dict(columns).save_to_disk(tmp_path / "d")
-    source = from_hf_dataset(str(tmp_path / "d"), caption_column="text", skip_bad=True)
+    source = from_hf_dataset(str(tmp_path / "d"), caption_column="text", skip_bad=True, image_root=pictures)
     assert [sample.key for sample in source.samples] == ["000000000"]
     reasons = [line.removeprefix(f"{tmp_path}/d, ").split(" (")[0] for line in source.skipped]
     assert reasons == [
@@ -572,6 +579,38 @@ def test_bad_rows_of_a_dataset(datasets, pictures, tmp_path):
         "row 3: no image; allowed: an image in every row",
         "row 4: caption None; allowed: a non-empty text",
     ]
+
+
+@pytest.mark.parametrize("form", ["struct", "text"])
+def test_cells_name_no_file_outside_of_the_dataset(datasets, pictures, tmp_path, form):
+    """A table from elsewhere copies no picture of this machine into shards or into an evaluation."""
+    folder = tmp_path / "received"
+    (folder / "own").mkdir(parents=True)
+    (folder / "own" / "a").write_bytes(encode(picture(0)))
+    (folder / "link").symlink_to(pictures / "1.png")
+    paths = ["own/a", str(folder / "own" / "a"), str(pictures / "1.png"), "../pictures/1.png", "link"]
+    paths += [(pictures / "1.png").as_uri(), f"local://{pictures}/1.png", f"simplecache::file://{pictures}/1.png"]
+    cells = paths if form == "text" else [{"bytes": None, "path": path} for path in paths]
+    column = pyarrow.array(cells)
+    labels = pyarrow.array([0] * len(paths))
+    pyarrow.parquet.write_table(pyarrow.table({"image": column, "label": labels}), folder / "t.parquet")
+
+    source = from_hf_dataset(str(folder), skip_bad=True)
+    assert [sample.image for sample in source.samples] == [encode(picture(0))] * 2
+    assert len(source.skipped) == 6
+    for line in source.skipped:
+        assert "is not a file of the data set; allowed: embedded images, files in the data set's folder, or " in line
+    allowed = from_hf_dataset(str(folder), skip_bad=True, image_root=pictures)
+    assert len(list(allowed.samples)) == 6
+
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts" / "classnames.txt").write_text("a\nb\n")
+    (tmp_path / "prompts" / "templates.txt").write_text("{c}\n")
+    data = open_set(folder, split="train", prompts=str(tmp_path / "prompts"))
+    assert [sample.data for sample in data.samples(range(2))] == [encode(picture(0))] * 2
+    for position in range(2, 8):
+        with pytest.raises(InputError, match="is not a file of the data set"):
+            next(data.samples(range(position, position + 1)))
 
 
 def test_errors_of_datasets(saved, tmp_path):

@@ -9,7 +9,7 @@ from clipdistill.errors import InputError
 from clipdistill.evaluation.sets.samples import EncodedSample, EvaluationSet, Kind, digest, name_classes
 from clipdistill.io.urls import one_line
 from clipdistill.models.prompts import PromptSet
-from clipdistill.shards.sources import SAVED_DATASET_FILES
+from clipdistill.shards.sources import SAVED_DATASET_FILES, ImageCells
 
 _SUFFIXES = (".parquet", ".csv", ".json", ".jsonl", ".arrow")
 _LABELS = ("label", "labels", "cls", "class", "fine_label")
@@ -25,6 +25,8 @@ class Columns:
     caption: str | None = None
     subset: str | None = None
     """Configuration, for a data set with several."""
+    image_root: Path | None = None
+    """Folder in which cells of the image column may name files; see `clipdistill.shards.sources.ImageCells`."""
 
 
 def is_dataset(folder: Path) -> bool:
@@ -64,7 +66,15 @@ def open_dataset(
         numbers = {**in_prompts, **{number: in_prompts[each] for number, each in enumerate(names)}}
     elif prompts is None:
         raise InputError(f"data {name}: classes in column {annotation!r} have no names; allowed: names from --prompts")
-    reader = DatasetReader(dataset, name=name, kind=kind, image=image, annotation=annotation, numbers=numbers)
+    reader = DatasetReader(
+        dataset,
+        name=name,
+        kind=kind,
+        image=image,
+        annotation=annotation,
+        numbers=numbers,
+        cells=ImageCells(location, columns.image_root),
+    )
     return EvaluationSet(name=name, kind=kind, prompts=prompts, reader=reader)
 
 
@@ -78,6 +88,7 @@ class DatasetReader:
         image: column of the images.
         annotation: column of labels, of lists of labels, or of captions (a string or a list of strings).
         numbers: label (name or number) -> class index; None: labels are class indices.
+        cells: reads the images.
     """
 
     def __init__(
@@ -89,6 +100,7 @@ class DatasetReader:
         image: str,
         annotation: str,
         numbers: Mapping[Any, int] | None,
+        cells: ImageCells,
     ) -> None:
         import datasets
 
@@ -101,6 +113,7 @@ class DatasetReader:
         self._image = image
         self._annotation = annotation
         self._numbers = numbers
+        self._cells = cells
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -111,7 +124,8 @@ class DatasetReader:
             row = self._dataset[position]
             where = f"{self._name}, row {position}"
             annotation = self._read_annotation(row[self._annotation], where)
-            yield EncodedSample(key=str(position), where=where, data=_file(row[self._image], where), **annotation)
+            data, _ = self._cells.read(row[self._image], where=where)
+            yield EncodedSample(key=str(position), where=where, data=data, **annotation)
 
     def identity(self) -> str:
         """Digest of the library's own fingerprint of the data set, and of the columns and labels in use."""
@@ -188,17 +202,3 @@ def _has_names(kind: Any) -> bool:
 
 def _is_list(kind: Any) -> bool:
     return hasattr(kind, "feature")
-
-
-def _file(value: Any, where: str) -> bytes:
-    """Image file content from a cell of an undecoded image column: bytes, a path, or a dict of both."""
-    if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, bytes):
-        return value
-    if not value:
-        raise InputError(f"{where}: no image; allowed: an image in every row")
-    try:
-        return Path(value).read_bytes()
-    except OSError as error:
-        raise InputError(f"{where}: {value} cannot be read: {error.strerror}; allowed: a readable file") from error

@@ -8,6 +8,7 @@ FOLDER/SPLIT/0.tar ..                           samples of webp, png, jpg or jpe
 """
 
 import io
+import math
 import re
 import tempfile
 from bisect import bisect_right
@@ -19,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.lib import format as npy
+from numpy.typing import NDArray
 
 from clipdistill.data import ShardIndex, index_shards
 from clipdistill.data.sample import RawSample, SampleReader
@@ -36,6 +39,7 @@ _IMAGES = ("webp", "png", "jpg", "jpeg")
 
 _ANNOTATION: dict[Kind, str] = {"classification": "cls", "multilabel": "npy", "retrieval": "txt"}
 _TEXT_BYTES = 64 << 20
+_MOST_SHARDS = 1_000_000
 _DOWNLOAD_BYTES = 8 << 20
 
 
@@ -151,8 +155,10 @@ def _describe(
 ) -> _Description:
     listing = f"{root}/{split}/nshards.txt"
     text = (_text(listing) or "").strip()
-    if not text.isdigit() or int(text) == 0:
-        raise InputError(f"{shown(listing)}: {text!r}; allowed: a positive number of shards")
+    if not re.fullmatch(r"[0-9]{1,7}", text) or not 1 <= int(text) <= _MOST_SHARDS:
+        raise InputError(
+            f"{shown(listing)}: {text[:40]!r}; allowed: a positive number of shards, at most {_MOST_SHARDS:,}"
+        )
     urls = tuple(f"{root}/{split}/{number}.tar" for number in range(int(text)))
     for url in urls:
         if "://" not in url and not Path(url).is_file():
@@ -196,13 +202,14 @@ def _load_remote_prompts(root: str, load_prompts: Callable[[str | Path], PromptS
 def _text(path: str) -> str | None:
     """Content of a local or remote text file; None if it does not exist."""
     try:
-        if "://" not in path:
-            return Path(path).read_text(encoding="utf-8")
         file = ShardFile(path)
         try:
-            return file.read_at(0, _TEXT_BYTES).decode("utf-8")
+            content = file.read_at(0, _TEXT_BYTES + 1)
         finally:
             file.close()
+        if len(content) > _TEXT_BYTES:
+            raise InputError(f"{shown(path)}: is too large; allowed: a text file of {_TEXT_BYTES >> 20} MiB")
+        return content.decode("utf-8")
     except InputError:
         raise
     except Exception as error:  # each filesystem raises errors of its own
@@ -253,7 +260,7 @@ def _read_annotation(kind: Kind, content: bytes, where: str) -> dict[str, Any]:
         return {"captions": captions}
     if kind == "multilabel":
         try:
-            marks_C = np.load(io.BytesIO(content), allow_pickle=False)
+            marks_C = _read_array(content)
         except (ValueError, OSError, EOFError) as error:
             raise InputError(f"{where}: npy: {one_line(error)}; allowed: an array of 0 and 1") from error
         if marks_C.ndim != 1:
@@ -263,3 +270,19 @@ def _read_annotation(kind: Kind, content: bytes, where: str) -> dict[str, Any]:
         return {"label": int(content)}
     except ValueError as error:
         raise InputError(f"{where}: label {content[:20]!r}; allowed: an integer") from error
+
+
+def _read_array(content: bytes) -> NDArray[Any]:
+    """An array in npy format; its header is believed only as far as the content goes.
+
+    Raises:
+        ValueError, EOFError: it is damaged, holds no numbers, or claims more of them than there are.
+    """
+    file = io.BytesIO(content)
+    version = npy.read_magic(file)
+    shape, _, dtype = npy.read_array_header_1_0(file) if version == (1, 0) else npy.read_array_header_2_0(file)
+    if dtype.kind not in "biuf":
+        raise ValueError(f"type {dtype}")
+    if math.prod(shape) * dtype.itemsize > len(content):
+        raise ValueError(f"shape {shape} in {len(content):,} bytes")
+    return np.load(io.BytesIO(content), allow_pickle=False)
