@@ -8,7 +8,6 @@ Shapes: H, W height and width of the source; S side of the view; C channels, 1 (
 """
 
 import importlib.util
-import io
 import math
 from typing import Any
 
@@ -18,28 +17,11 @@ from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 from pydantic import ValidationInfo, field_validator
 
+from clipdistill.io.images import FORMATS, open_image, read_orientation, to_upright
 from clipdistill.settings import Fraction, NonNegative, Settings
 
 Pixels = NDArray[np.uint8]
 
-FORMATS = ("PNG", "JPEG", "WEBP")
-
-MAX_PIXELS = 89_478_485
-"""Images of more pixels are refused before they are decoded; Pillow's own limit."""
-
-MAX_SCANS = 100
-"""Scans of a JPEG. Progressive ones have about ten; ten bytes add one, which takes 0.1 s for 80 million pixels."""
-
-_ORIENTATION = 0x0112
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 _DRAWS = (
     *("crop_scale", "crop_ratio", "crop_x", "crop_y", "flip", "rotate", "translate_x", "translate_y", "zoom"),
     *("shear", "stretch", "brightness", "contrast", "saturation"),
@@ -47,10 +29,6 @@ _DRAWS = (
 )
 """One uniform number each, drawn whether used or not: enabling one augmentation does not change the draws of
 the others."""
-
-
-class TooManyPixelsError(ValueError):
-    """The image claims more pixels than allowed; it was not decoded."""
 
 
 class Augmentation(Settings):
@@ -120,8 +98,7 @@ def render(
 ) -> Pixels:
     """Decode an image and make a view of it.
 
-    PNG, JPEG and WebP are decoded, whatever their name; of an animation, the first frame. EXIF orientation is
-    applied, transparency is composited on white, CMYK and palettes become RGB, 16 bits become 8.
+    PNG, JPEG and WebP are decoded, whatever their name, as `clipdistill.io.images` describes.
 
     Args:
         data: The encoded image.
@@ -138,13 +115,13 @@ def render(
         TooManyPixelsError: More than `max_pixels`.
         Exception: Any that Pillow raises on data that are not an image, or a broken one.
     """
-    image = _open(data, max_pixels)
-    orientation = _orientation(image)
+    image = open_image(data, max_pixels=max_pixels, formats=FORMATS)
+    orientation = read_orientation(image)
     width, height = reversed(image.size) if orientation >= 5 else image.size
     if augmentation is None:
         side = float(min(width, height))
         box: tuple[float, ...] = ((width - side) / 2, (height - side) / 2, side, side)
-        view = _resize(_decode(image, orientation), box, image_size)
+        view = _resize(to_upright(image, orientation), box, image_size)
         return _channels_first(np.asarray(view))
 
     draw = dict(zip(_DRAWS, rng.random(len(_DRAWS)).tolist(), strict=True))
@@ -158,7 +135,7 @@ def render(
         image = _decode_fast(image, data, step)
     else:
         _draft(image, step)
-    upright = _decode(image, orientation)
+    upright = to_upright(image, orientation)
     scale_x, scale_y = upright.width / width, upright.height / height
     background = _background(upright)
     if augmentation.is_affine:
@@ -172,43 +149,6 @@ def render(
         pixels = pixels[:, ::-1]
     pixels = _redraw_lines(pixels, augmentation, draw, on_white=sum(background) > 127 * len(background))
     return _channels_first(_colour_jitter(pixels, augmentation, draw))
-
-
-def _open(data: bytes, max_pixels: int) -> Image.Image:
-    try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-    except Image.DecompressionBombError as error:
-        raise TooManyPixelsError(str(error)) from error
-    if image.width * image.height > max_pixels:
-        raise TooManyPixelsError(f"{image.width} x {image.height} pixels, at most {max_pixels:,} are allowed")
-    if isinstance(image, JpegImageFile):
-        _check_scans(image, data)
-    return image
-
-
-def _check_scans(image: JpegImageFile, data: bytes) -> None:
-    """Refuse a JPEG with too many scans. A sequential one whose first scan has all components passes."""
-    components = image.layers
-    header = b"\xff\xda\x00" + bytes((6 + 2 * components, components))
-    first = image.fp.tell() - len(header) - 3 - 2 * components if image.fp else 0
-    if "progressive" not in image.info and data.startswith(header, max(first, 0)):
-        return
-    scans = data.count(b"\xff\xda")
-    if scans > MAX_SCANS:
-        raise ValueError(f"{scans} scans, at most {MAX_SCANS} are allowed")
-
-
-def _orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 to 8; 1 if missing or unreadable."""
-    if image.format == "PNG" and "exif" not in image.info:
-        image.load()  # the chunk may follow the pixels
-    if "exif" not in image.info and "Raw profile type exif" not in image.info:
-        return 1
-    try:
-        orientation = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # the pixels may still be good
-        return 1
-    return orientation if orientation in _UPRIGHT else 1
 
 
 def _draft(image: Image.Image, step: float) -> None:
@@ -231,28 +171,6 @@ def _decode_fast(image: Image.Image, data: bytes, step: float) -> Image.Image:
         min_width=least[1],
     )
     return Image.fromarray(pixels.squeeze(2) if image.mode == "L" else pixels)
-
-
-def _decode(image: Image.Image, orientation: int) -> Image.Image:
-    """Decode to an upright image of mode L or RGB."""
-    image.load()
-    if image.mode.startswith("I"):
-        grey = np.asarray(image)
-        narrow = (np.clip(grey, 0, 0xFFFF) >> 8).astype(np.uint8)
-        if "transparency" in image.info:
-            narrow[grey == image.info["transparency"]] = 255
-        image = Image.fromarray(narrow)
-    elif image.has_transparency_data:
-        opaque_mode, mode = ("L", "LA") if image.mode in ("L", "LA", "La") else ("RGB", "RGBA")
-        image = image.convert(mode)
-        white = Image.new(opaque_mode, image.size, "white")
-        white.paste(image.convert(opaque_mode), mask=image.getchannel("A"))
-        image = white
-    elif image.mode == "1":
-        image = image.convert("L")
-    elif image.mode not in ("L", "RGB"):
-        image = image.convert("RGB")
-    return image.transpose(_UPRIGHT[orientation]) if orientation > 1 else image
 
 
 def _crop_box(width: int, height: int, augmentation: Augmentation, draw: dict[str, float]) -> tuple[float, ...]:

@@ -1,6 +1,8 @@
 """Read one sample's members from its shard, and decode image, caption and label. A bad sample gets a reason."""
 
+import functools
 import json
+import logging
 import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,18 +10,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import UnidentifiedImageError
+from torch.utils.data import get_worker_info
 
 from clipdistill.data.formats import format_of
-from clipdistill.data.image import MAX_PIXELS, Augmentation, Pixels, TooManyPixelsError, render
+from clipdistill.data.image import Augmentation, Pixels, render
 from clipdistill.data.index import ShardIndex
 from clipdistill.data.shard_format import MAX_SAMPLE_BYTES, BadSampleError, RawSample
 from clipdistill.data.workers import note_shard
 from clipdistill.errors import InputError
+from clipdistill.io.images import MAX_PIXELS, TooManyPixelsError
 from clipdistill.io.urls import ShardFile, one_line, shown
 
-IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
-"""Members that are decoded as images; the first present is used. Apart from images, only text and json are
-decoded."""
+log = logging.getLogger(__name__)
+
+IMAGE_EXTENSIONS = ("webp", "png", "jpg", "jpeg")
+"""Members that are decoded as images; of several in a sample, the first in this order, which is CLIP_benchmark's. Apart
+from images, only text and json are decoded."""
 
 MAX_TEXT_BYTES = 64 << 10
 MAX_JSON_BYTES = 16 << 20
@@ -32,6 +38,30 @@ class DecodedSample(NamedTuple):
     pixels: Pixels
     caption: str
     label: int
+
+
+def find_image(raw: RawSample) -> bytes:
+    """A sample's encoded image. That others are not used is logged once, by the first worker.
+
+    Raises:
+        BadSampleError: it has none.
+    """
+    found = [name for name in IMAGE_EXTENSIONS if name in raw.members]
+    if not found:
+        holds = ", ".join(_shown(name) for name in raw.extensions[:10]) or "nothing"
+        raise BadSampleError(
+            "no image", f"holds {holds}, none of {', '.join(IMAGE_EXTENSIONS)} (a key ends at the first dot)"
+        )
+    if len(found) > 1:
+        _note_images(tuple(found))
+    return raw.members[found[0]]
+
+
+@functools.cache
+def _note_images(found: tuple[str, ...]) -> None:
+    worker = get_worker_info()
+    if worker is None or worker.id == 0:
+        log.warning("samples with several images (%s): %s is used", ", ".join(found), found[0])
 
 
 class SampleReader:
@@ -119,9 +149,7 @@ class Decoder:
         """
         if raw.fault:
             raise raw.fault
-        image = next((raw.members[name] for name in IMAGE_EXTENSIONS if name in raw.members), None)
-        if image is None:
-            raise BadSampleError("no image", f"none of {', '.join(IMAGE_EXTENSIONS)}")
+        image = find_image(raw)
         try:
             caption = _caption(raw.members, self.caption_key)
         except BadSampleError:

@@ -4,8 +4,9 @@ from typing import Annotated
 
 from pydantic import Field
 
-from clipdistill.data.image import MAX_PIXELS, Augmentation
+from clipdistill.data.image import Augmentation
 from clipdistill.data.workers import WORKER_TIMEOUT
+from clipdistill.io.images import MAX_PIXELS
 from clipdistill.settings import Count, CountOrZero, Fraction, Settings
 
 

@@ -48,6 +48,8 @@ class RawSample:
     key: str
     members: dict[str, bytes] = field(default_factory=dict)
     """Content of the wanted members by extension."""
+    extensions: list[str] = field(default_factory=list)
+    """Extensions of all members."""
     fault: BadSampleError | None = None
 
 

@@ -42,7 +42,6 @@ class TarShards:
     def read_sample(self, data: bytes, wanted: frozenset[str], raw: RawSample) -> None:
         """Fill in key and wanted members of a sample."""
         key = None
-        seen = set()
         for entry in walk(lambda at, size: data[at : at + size], len(data)):
             if isinstance(entry, Damage):
                 cut = split_name(entry.name) if entry.name is not None else None
@@ -58,9 +57,9 @@ class TarShards:
                 break
             key, extension = named
             raw.key = key
-            if extension in seen:
+            if extension in raw.extensions:
                 raise BadSampleError("duplicate member", f"{extension!r} twice")
-            seen.add(extension)
+            raw.extensions.append(extension)
             if extension in wanted:
                 raw.members[extension] = data[entry.start : entry.start + entry.size]
         if key is None:

@@ -60,6 +60,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             f"--{column}-column", metavar="NAME", help="of a Hugging Face data set (default: found by type or name)"
         )
     data.add_argument(
+        "--decoding",
+        choices=("standard", "clip-benchmark"),
+        default="standard",
+        help="of images: as in training (EXIF orientation applied, transparency on white, 16 bits to 8), or as in "
+        'CLIP_benchmark, with Pillow\'s convert("RGB") alone (default: %(default)s)',
+    )
+    data.add_argument(
+        "--max-pixels",
+        type=positive,
+        metavar="N",
+        help="an image that claims more pixels is not decoded, and counts as wrong (default: 89478485, as in training)",
+    )
+    data.add_argument(
         "--image-root",
         type=Path,
         metavar="DIR",

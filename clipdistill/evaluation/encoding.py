@@ -46,6 +46,7 @@ class SetFeatures:
         keys: of the samples.
         labels_N: class indices; -1 in sets of other kinds.
         classes: class indices of each sample of a multi-label set.
+        ambiguous: number of images that the other way of decoding (`DecodingSettings`) makes others of.
     """
 
     kind: Kind
@@ -57,6 +58,7 @@ class SetFeatures:
     keys: tuple[str, ...]
     labels_N: Tensor
     classes: tuple[tuple[int, ...], ...]
+    ambiguous: int
 
 
 @torch.no_grad()
@@ -113,6 +115,15 @@ def encode_set(
             len(data),
             features.unreadable[0],
         )
+    if features.ambiguous and number == 0:
+        log.warning(
+            "data %s: %d of its %d images (turned by EXIF, transparent, or of more than 8 bits) differ between the "
+            "decodings standard and clip-benchmark: its figures depend on --decoding, which is %s",
+            data.name,
+            features.ambiguous,
+            len(data),
+            data.decoding.decoding,
+        )
     _check_finite(tower, f"images of {data.name}", features.image_ND, features.keys)
     _check_finite(tower, f"captions of {data.name}", features.text_MD, [features.keys[n] for n in features.owner_M])
     return features
@@ -136,14 +147,26 @@ def encode_classes(
     return bank_CD
 
 
+@dataclass(frozen=True)
+class _Decoded:
+    """An image after open_clip's transform (3, H, W), or why it is unreadable; whether its pixels depend on the
+    decoding."""
+
+    pixels: Tensor | None = None
+    ambiguous: bool = False
+    fault: str | None = None
+
+
 @dataclass
 class _Batch:
-    """Features of one batch, and its samples without their image data; ``faults`` holds why an image is unreadable."""
+    """Features of one batch, and its samples without their image data; ``faults`` holds why an image is unreadable,
+    ``ambiguous`` the number of images whose pixels depend on the decoding."""
 
     samples: list[EncodedSample]
     faults: list[str | None]
     image_BD: Tensor
     text_MD: Tensor
+    ambiguous: int
 
 
 def _encode(
@@ -157,37 +180,39 @@ def _encode(
 ) -> Iterator[_Batch]:
     transform = evaluation_transform(tower)
 
-    def decode(sample: EncodedSample) -> Tensor | str:
+    def decode(sample: EncodedSample) -> _Decoded:
         try:
-            return transform(sample.image())
+            image, ambiguous = sample.decode()
+            return _Decoded(transform(image), ambiguous)
         except UnreadableImageError as error:
-            return str(error)
+            return _Decoded(fault=str(error))
 
     done = 0
     with ThreadPoolExecutor(max_workers=max(1, workers)) as pool:
         batches = _decode_ahead(data.samples(positions), batch_size, lambda sample: pool.submit(decode, sample))
         for samples, decoded in batches:
-            pixels = [image for image in decoded if isinstance(image, Tensor)]
+            pixels = [each.pixels for each in decoded if each.pixels is not None]
             image_BD = torch.zeros(len(samples), tower.embed_dim)
             if pixels:
-                readable_B = torch.tensor([isinstance(image, Tensor) for image in decoded])
+                readable_B = torch.tensor([each.pixels is not None for each in decoded])
                 image_BD[readable_B] = _encode_pixels(tower, torch.stack(pixels).to(device)).cpu()
             captions = [caption for sample in samples for caption in sample.captions]
             text_MD = torch.zeros(0, tower.embed_dim)
             if captions:
                 text_MD = tower.encode_tokens(tower.tokenize(captions).to(device)).cpu()
-            faults = [image if isinstance(image, str) else None for image in decoded]
-            yield _Batch([replace(sample, data=b"") for sample in samples], faults, image_BD, text_MD)
+            faults = [each.fault for each in decoded]
+            ambiguous = sum(each.ambiguous for each in decoded)
+            yield _Batch([replace(sample, data=b"") for sample in samples], faults, image_BD, text_MD, ambiguous)
             done += len(samples)
             if progress is not None:
                 progress(done)
 
 
 def _decode_ahead(
-    samples: Iterator[EncodedSample], size: int, submit: Callable[[EncodedSample], "Future[Tensor | str]"]
-) -> Iterator[tuple[list[EncodedSample], list[Tensor | str]]]:
+    samples: Iterator[EncodedSample], size: int, submit: Callable[[EncodedSample], "Future[_Decoded]"]
+) -> Iterator[tuple[list[EncodedSample], "list[_Decoded]"]]:
     """Batches of samples with their decoded images, or why these are unreadable; the next batches decode meanwhile."""
-    waiting: deque[tuple[list[EncodedSample], list[Future[Tensor | str]]]] = deque()
+    waiting: deque[tuple[list[EncodedSample], list[Future[_Decoded]]]] = deque()
     while True:
         while len(waiting) <= _BATCHES_AHEAD and (batch := list(islice(samples, size))):
             waiting.append((batch, [submit(sample) for sample in batch]))
@@ -217,6 +242,7 @@ def _concatenate(kind: Kind, batches: Sequence[_Batch]) -> SetFeatures:
         unreadable=tuple(fault for fault in faults if fault is not None),
         text_MD=torch.cat([batch.text_MD for batch in batches]),
         owner_M=torch.arange(len(samples)).repeat_interleave(captions),
+        ambiguous=sum(batch.ambiguous for batch in batches),
         keys=tuple(sample.key for sample in samples),
         labels_N=torch.tensor([sample.label for sample in samples]),
         classes=tuple(sample.classes for sample in samples),

@@ -32,6 +32,7 @@ from clipdistill.evaluation.sets.open import open_set
 from clipdistill.evaluation.sets.samples import EvaluationSet, digest
 from clipdistill.evaluation.tasks import SET_TASKS, tasks_for
 from clipdistill.io.files import write_json, writing
+from clipdistill.io.images import MAX_PIXELS, DecodingSettings
 from clipdistill.io.urls import shown
 from clipdistill.models.towers import Tower
 
@@ -126,6 +127,7 @@ def _open_sets(args: argparse.Namespace) -> list[SetEvaluation]:
         prompts=args.prompts,
         allow_duplicates=args.allow_duplicate_classes,
         columns=columns,
+        decoding=DecodingSettings(decoding=args.decoding, max_pixels=args.max_pixels or MAX_PIXELS),
         cache=args.cache.expanduser(),
     )
     sets = [open_split(location, split=args.split) for location in args.data]
@@ -244,6 +246,7 @@ def _settings(args: argparse.Namespace, device: str, evaluation: SetEvaluation) 
         "data": shown(evaluation.location),
         "split": args.split,
         "prompts": args.prompts,
+        "decoding": args.decoding,
         "templates": evaluation.data.prompts.num_templates,
         "teacher": args.teacher,
         "precision": args.precision,

@@ -2,10 +2,11 @@
 
 from pydantic import Field
 
-from clipdistill.settings import Count, CountOrZero, Settings
+from clipdistill.io.images import DecodingSettings
+from clipdistill.settings import Count, CountOrZero
 
 
-class EvaluationSettings(Settings):
+class EvaluationSettings(DecodingSettings):
     """Zero-shot evaluation during and after training."""
 
     folders: list[str] = Field(default_factory=list)
@@ -18,3 +19,8 @@ class EvaluationSettings(Settings):
     """Images encoded at once."""
     workers: CountOrZero = 0
     """Decoding threads; 0 means one."""
+
+    @property
+    def images(self) -> DecodingSettings:
+        """How images are decoded, alone."""
+        return DecodingSettings(decoding=self.decoding, max_pixels=self.max_pixels)

@@ -121,7 +121,13 @@ def write_report(
     for what in left_out:
         progress(f"left out {what}: on another machine (--remote fetches it)")
     sets = [
-        open_set(folder, split=settings.split, allow_duplicates=settings.allow_duplicate_classes, cache=cache)
+        open_set(
+            folder,
+            split=settings.split,
+            allow_duplicates=settings.allow_duplicate_classes,
+            decoding=settings.images,
+            cache=cache,
+        )
         for folder in data or settings.folders
         if data or remote or not is_remote(folder)
     ]

@@ -4,7 +4,6 @@ import csv
 import io
 import os
 import random
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,13 +11,10 @@ from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
 
 import fsspec
-from PIL import Image
 
 from clipdistill.errors import InputError
+from clipdistill.io.images import MAX_PIXELS, READABLE_FORMATS, open_image, read_orientation, to_upright
 from clipdistill.shards.writing import Sample
-
-READABLE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
-"""Formats that Pillow may open; none of them runs an external program, as its EPS reader does."""
 
 FOLDER_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 """Suffixes of images in an image folder, as in torchvision's ImageFolder."""
@@ -233,27 +229,25 @@ def from_hf_dataset(
 def encode_image(content: bytes, *, where: str) -> tuple[bytes, str]:
     """The file content for a shard, and its extension: JPEG, PNG and WebP unchanged, other formats as PNG.
 
-    The image is fully decoded, so that damaged files are found here rather than in training.
+    The image is fully decoded, so that damaged files are found here rather than in training. A PNG made from another
+    format decodes to the same pixels.
 
     Raises:
-        InputError: not a readable image, or one that Pillow considers a decompression bomb; begins with
-            ``where``.
+        InputError: not a readable image, or one of too many pixels; begins with ``where``.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image: Image.Image = Image.open(io.BytesIO(content), formats=READABLE_FORMATS)
-            image.load()
+        image = open_image(content, max_pixels=MAX_PIXELS, formats=READABLE_FORMATS)
+        orientation = read_orientation(image)
+        upright = to_upright(image, orientation)
     except Exception as error:  # Pillow's decoders raise many types
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{where}: not a readable image ({reason}); allowed: {', '.join(READABLE_FORMATS)}") from None
     extension = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}.get(image.format or "")
     if extension is not None:
         return content, extension
-    if image.mode not in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"):
-        image = image.convert("RGB")
+    kept = orientation == 1 and image.mode in ("1", "L", "LA", "P", "RGB", "RGBA")
     encoded = io.BytesIO()
-    image.save(encoded, format="PNG")
+    (image if kept else upright).save(encoded, format="PNG")
     return encoded.getvalue(), "png"
 
 

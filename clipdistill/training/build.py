@@ -44,7 +44,13 @@ def open_evaluation_sets(config: Config, *, cache: Path) -> list[EvaluationSet]:
     """
     settings = config.evaluation
     sets = [
-        open_set(folder, split=settings.split, allow_duplicates=settings.allow_duplicate_classes, cache=cache)
+        open_set(
+            folder,
+            split=settings.split,
+            allow_duplicates=settings.allow_duplicate_classes,
+            decoding=settings.images,
+            cache=cache,
+        )
         for folder in settings.folders
     ]
     names = [data.name for data in sets]

@@ -12,7 +12,8 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from torchvision.transforms import v2
 
-from clipdistill.data.image import Augmentation, TooManyPixelsError, render
+from clipdistill.data.image import Augmentation, render
+from clipdistill.io.images import TooManyPixelsError
 
 WHOLE = {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0)}
 

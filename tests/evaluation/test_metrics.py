@@ -64,6 +64,7 @@ def features(
         keys=tuple(map(str, range(count))),
         labels_N=torch.zeros(count, dtype=torch.long) if labels_N is None else labels_N,
         classes=((),) * count,
+        ambiguous=0,
     )
 
 

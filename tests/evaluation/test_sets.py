@@ -332,7 +332,7 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "a label of words": (lambda root: _one(root, cls="red"), "label b'red'; allowed: an integer"),
     "no image": (
         lambda root: shard_set(root / "set", [{"key": "a", "cls": 1}]),
-        r"has \['cls'\]; allowed: an image and cls",
+        r"holds 'cls', none of webp, png, jpg, jpeg \(a key ends at the first dot\); allowed: an image and cls",
     ),
     "no readable image": (_all_unreadable, "no image of 3 can be read; first .*s00000: unreadable image: not an image"),
     "no sample": (lambda root: shard_set(root / "set", []), "no sample"),

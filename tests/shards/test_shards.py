@@ -281,7 +281,7 @@ def test_a_turned_tiff_is_turned_upright():
     ids=["empty", "svg", "eps", "tga", "truncated jpeg", "truncated png", "bomb"],
 )
 def test_unreadable_images(content):
-    with pytest.raises(InputError, match=r"^row 3: not a readable image \(.+\); allowed: JPEG, PNG, WEBP") as caught:
+    with pytest.raises(InputError, match=r"^row 3: not a readable image \(.+\); allowed: PNG, JPEG, WEBP") as caught:
         encode_image(content, where="row 3")
     assert "\n" not in str(caught.value)
 

@@ -5,6 +5,7 @@ folders of class folders ──────────── images.py ─┼�
 Hugging Face data sets ────────────── hub.py ────┘
 """
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from clipdistill.evaluation.sets.hub import Columns, is_dataset, open_dataset
 from clipdistill.evaluation.sets.images import find_class_folders, open_image_set
 from clipdistill.evaluation.sets.samples import EvaluationSet
 from clipdistill.evaluation.sets.shards import is_shard_set, open_shard_set
+from clipdistill.io.images import STANDARD_DECODING, DecodingSettings
 from clipdistill.models.prompts import load_prompts
 
 HUB = "hf-hub:"
@@ -32,6 +34,7 @@ def open_set(
     prompts: str | None = None,
     allow_duplicates: bool = False,
     columns: Columns | None = None,
+    decoding: DecodingSettings = STANDARD_DECODING,
     cache: Path | None = None,
 ) -> EvaluationSet:
     """Open a test set; with several ranks, all call this together.
@@ -44,11 +47,27 @@ def open_set(
         prompts: prompt set, by name or folder, that replaces the set's own.
         allow_duplicates: accept a class list that names a class twice.
         columns: of a Hugging Face data set.
+        decoding: of the images.
         cache: folder for indexes and copies of remote shards; None: neither is cached.
 
     Raises:
         InputError: on every rank: no such set, a missing or damaged part, or a bad class list.
     """
+    opened = _open_set(
+        location, split=split, prompts=prompts, allow_duplicates=allow_duplicates, columns=columns, cache=cache
+    )
+    return replace(opened, decoding=decoding)
+
+
+def _open_set(
+    location: str | Path,
+    *,
+    split: str,
+    prompts: str | None,
+    allow_duplicates: bool,
+    columns: Columns | None,
+    cache: Path | None,
+) -> EvaluationSet:
     text = str(location)
     load = partial(load_prompts, allow_duplicates=allow_duplicates)
     chosen_prompts = load(prompts) if prompts else None

@@ -1,18 +1,17 @@
 """A labelled test set and its samples, independent of the storage."""
 
 import hashlib
-import io
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 from PIL import Image
 
 from clipdistill.errors import InputError
+from clipdistill.io.images import STANDARD_DECODING, DecodingSettings
 from clipdistill.io.urls import one_line
 from clipdistill.models.prompts import PromptSet
-from clipdistill.shards.sources import READABLE_FORMATS
 from clipdistill.shards.writing import DEFAULT_TEMPLATES
 
 Kind = Literal["classification", "multilabel", "retrieval"]
@@ -34,6 +33,7 @@ class EncodedSample:
         label: its class; -1 in sets of other kinds.
         classes: class indices, in a multi-label set.
         captions: in a retrieval set.
+        decoding: of its image.
     """
 
     key: str
@@ -42,15 +42,20 @@ class EncodedSample:
     label: int = -1
     classes: tuple[int, ...] = ()
     captions: tuple[str, ...] = ()
+    decoding: DecodingSettings = STANDARD_DECODING
 
     def image(self) -> Image.Image:
-        """Decode the image and convert it to RGB before any resizing, as CLIP_benchmark's reader does.
+        """The image in RGB; see `decode`."""
+        return self.decode()[0]
+
+    def decode(self) -> tuple[Image.Image, bool]:
+        """Decode the image to RGB; returns it, and whether the other way of decoding gives other pixels.
 
         Raises:
             UnreadableImageError: it cannot be decoded.
         """
         try:
-            return Image.open(io.BytesIO(self.data), formats=READABLE_FORMATS).convert("RGB")
+            return self.decoding.decode(self.data)
         except Exception as error:  # Pillow's decoders raise many types
             reason = "not an image" if "cannot identify" in str(error) else one_line(error)
             raise UnreadableImageError(f"{self.where}: unreadable image: {reason}") from error
@@ -83,12 +88,14 @@ class EvaluationSet:
         kind: of its annotations.
         prompts: class names and templates; empty for retrieval.
         reader: its samples.
+        decoding: of its images.
     """
 
     name: str
     kind: Kind
     prompts: PromptSet
     reader: Reader
+    decoding: DecodingSettings = STANDARD_DECODING
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -106,11 +113,12 @@ class EvaluationSet:
                         f"{sample.where}: label {label}; allowed: 0 to {self.prompts.num_classes - 1} "
                         f"(there are {self.prompts.num_classes} class names)"
                     )
-            yield sample
+            yield replace(sample, decoding=self.decoding)
 
     def identity(self) -> str:
-        """Digest that changes with the samples, class names or templates."""
-        return digest([self.kind, self.prompts.classnames, self.prompts.templates, self.reader.identity()])
+        """Digest that changes with the samples, their decoding, class names or templates."""
+        decoding = [self.decoding.decoding, self.decoding.max_pixels]
+        return digest([self.kind, self.prompts.classnames, self.prompts.templates, self.reader.identity(), decoding])
 
 
 def digest(value: Any) -> str:

@@ -24,7 +24,8 @@ from numpy.lib import format as npy
 from numpy.typing import NDArray
 
 from clipdistill.data import ShardIndex, index_shards
-from clipdistill.data.sample import RawSample, SampleReader
+from clipdistill.data.sample import IMAGE_EXTENSIONS, RawSample, SampleReader, find_image
+from clipdistill.data.shard_format import BadSampleError
 from clipdistill.distributed.collectives import rank, world_size
 from clipdistill.errors import InputError
 from clipdistill.evaluation.ranks import on_all_ranks, with_shared_errors
@@ -33,9 +34,6 @@ from clipdistill.io.files import new_file
 from clipdistill.io.retries import may_pass
 from clipdistill.io.urls import ShardFile, Stat, one_line, shown, stat
 from clipdistill.models.prompts import CLASSNAMES_FILE, TEMPLATE_FILES, PromptSet
-
-_IMAGES = ("webp", "png", "jpg", "jpeg")
-"""Image members; a sample's first one is used, as in CLIP_benchmark."""
 
 _ANNOTATION: dict[Kind, str] = {"classification": "cls", "multilabel": "npy", "retrieval": "txt"}
 _TEXT_BYTES = 64 << 20
@@ -100,7 +98,7 @@ class ShardReader:
     def read(self, positions: range) -> Iterator[EncodedSample]:
         """The samples of a range."""
         shards = list(self._shards)
-        reader = SampleReader(shards, frozenset((*_IMAGES, _ANNOTATION[self._kind])))
+        reader = SampleReader(shards, frozenset((*IMAGE_EXTENSIONS, _ANNOTATION[self._kind])))
         number = -1
         try:
             for position in positions:
@@ -134,12 +132,15 @@ class ShardReader:
     def _sample(self, raw: RawSample, where: str) -> EncodedSample:
         if raw.fault is not None:
             raise InputError(f"{where}: {raw.fault.reason}: {raw.fault.detail}")
-        image = next((name for name in _IMAGES if name in raw.members), None)
         member = _ANNOTATION[self._kind]
-        if image is None or member not in raw.members:
-            raise InputError(f"{where}: has {sorted(raw.members)}; allowed: an image and {member}")
+        if member not in raw.members:
+            raise InputError(f"{where}: has {raw.extensions}; allowed: an image and {member}")
         annotation = _read_annotation(self._kind, raw.members[member], where)
-        return EncodedSample(key=raw.key, where=where, data=raw.members[image], **annotation)
+        try:
+            data = find_image(raw)
+        except BadSampleError as bad:
+            raise InputError(f"{where}: {bad.detail}; allowed: an image and {member}") from bad
+        return EncodedSample(key=raw.key, where=where, data=data, **annotation)
 
 
 @dataclass(frozen=True)
