@@ -35,7 +35,7 @@ from clipdistill.models.outputs import ModelOutputs
 EMBEDDING_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 """Storage formats of embeddings."""
 
-_FORMAT = 1
+_FORMAT = 2
 _OPEN_FILES = 64
 
 
@@ -60,10 +60,11 @@ def bytes_per_sample(dimensions: Sequence[int], *, views: int, captions: bool, p
     return numbers * EMBEDDING_DTYPES[precision].itemsize + (4 * rows if precision == "int8" else 0) + 17
 
 
-def content_digest(raw: RawSample, caption_key: str) -> int:
-    """A 63-bit digest of a sample's image and caption as stored in the shard."""
+def content_digest(raw: RawSample, *, caption_key: str, label_key: str) -> int:
+    """A 63-bit digest of a sample's image, caption and label as stored in the shard."""
     digest = hashlib.blake2b(digest_size=8)
-    for name in (*IMAGE_EXTENSIONS, "txt" if caption_key == "txt" else "json"):
+    texts = ("txt" if caption_key == "txt" else "json", "cls" if label_key == "cls" else "json")
+    for name in (*IMAGE_EXTENSIONS, *dict.fromkeys(texts)):
         if name in raw.members:
             digest.update(f"{name}:{len(raw.members[name])}:".encode())
             digest.update(raw.members[name])
@@ -76,28 +77,35 @@ def embedding_file(folder: Path, shard: ShardIndex) -> Path:
     return folder / f"{stem}-{shard.digest}.safetensors"
 
 
-def write_embeddings(path: Path, tensors: Mapping[str, Tensor], key: Mapping[str, Any]) -> None:
-    """Write a shard's file atomically.
+def write_embeddings(folder: Path, shard: ShardIndex, tensors: Mapping[str, Tensor], key: Mapping[str, Any]) -> None:
+    """Write a shard's file atomically, with what identifies the shard's content.
 
     Raises:
         RunError: The disk is full...
     """
-    header = {"format": str(_FORMAT), "key": json.dumps(key, sort_keys=True), "digest": _digest(tensors)}
+    path = embedding_file(folder, shard)
+    header = {
+        "format": str(_FORMAT),
+        "key": json.dumps(key, sort_keys=True),
+        "shard": shard.content,
+        "digest": _digest(tensors),
+    }
     with writing(f"teacher cache {path.name}", path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         with new_file(path) as temporary:
             save_file(dict(tensors), temporary, metadata=header)
 
 
-def find_fault(path: Path, key: Mapping[str, Any], *, samples: int, thorough: bool) -> str | None:
+def find_fault(folder: Path, shard: ShardIndex, key: Mapping[str, Any], *, thorough: bool) -> str | None:
     """Reason why a shard's file cannot be used, None if it can.
 
     Args:
-        path: The file.
+        folder: The folder of the files.
+        shard: The shard, whose labels, captions and images must be those that the file was made from.
         key: The key that its header must hold.
-        samples: N of the shard.
         thorough: Also read the entire file and verify its digest.
     """
+    path, samples = embedding_file(folder, shard), len(shard)
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
@@ -106,6 +114,8 @@ def find_fault(path: Path, key: Mapping[str, Any], *, samples: int, thorough: bo
             difference = _difference(json.loads(header["key"]), json.loads(json.dumps(key)))
             if difference:
                 return f"stale: {difference}"
+            if header["shard"] != shard.content:
+                return "stale: the shard's labels, captions or images have changed"
             if file.get_slice("valid").get_shape() != [samples]:
                 return f"stale: it holds {file.get_slice('valid').get_shape()[0]} samples, the shard {samples}"
             if thorough and _digest(_tensors(file)) != header["digest"]:
@@ -124,14 +134,12 @@ class EmbeddingReader:
         folder: Folder of the files.
         index: All shards.
         key: The key that every file's header must hold.
-        caption_key: As for the stream.
     """
 
-    def __init__(self, folder: Path, index: Sequence[ShardIndex], key: Mapping[str, Any], *, caption_key: str) -> None:
+    def __init__(self, folder: Path, index: Sequence[ShardIndex], key: Mapping[str, Any]) -> None:
         self._folder = folder
         self._index = index
         self._key = key
-        self._caption_key = caption_key
         self._files: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
 
     def check(self) -> None:
@@ -142,10 +150,9 @@ class EmbeddingReader:
         """
         faults = []
         for shard in self._index:
-            path = embedding_file(self._folder, shard)
-            fault = find_fault(path, self._key, samples=len(shard), thorough=False)
+            fault = find_fault(self._folder, shard, self._key, thorough=False)
             if fault:
-                faults.append(f"{path.name} {fault}")
+                faults.append(f"{embedding_file(self._folder, shard).name} {fault}")
         if faults:
             raise InputError(
                 f"teacher_cache.folder: {self._folder} cannot serve {len(faults)} of {len(self._index)} shards, "
@@ -159,10 +166,11 @@ class EmbeddingReader:
             InputError: The file is damaged, or was computed from other content of the shard.
         """
         tensors = self._open(shard)
-        if not tensors["valid"][sample] or int(tensors["content"][sample]) != content_digest(raw, self._caption_key):
+        keys = {name: self._key[name] for name in ("caption_key", "label_key")}
+        if not tensors["valid"][sample] or int(tensors["content"][sample]) != content_digest(raw, **keys):
             raise InputError(
                 f"teacher_cache.folder: sample {raw.key!r} of {shown(raw.url)} is not what {self._path(shard).name} "
-                "was made from; allowed: the same shards, or a rebuilt cache"
+                "was made from; allowed: the same shards, or `clipdistill cache --rebuild`"
             )
 
         def row(name: str, *at: int) -> Tensor:
@@ -198,7 +206,7 @@ class EmbeddingReader:
     def _open(self, shard: int) -> dict[str, Tensor]:
         if shard not in self._files:
             path = self._path(shard)
-            fault = find_fault(path, self._key, samples=len(self._index[shard]), thorough=True)
+            fault = find_fault(self._folder, self._index[shard], self._key, thorough=True)
             if fault:
                 raise InputError(
                     f"teacher_cache.folder: {path} {fault}; allowed: a file rebuilt by `clipdistill cache`"

@@ -179,15 +179,15 @@ class CacheBuilder:
         self.key = content.key(teachers)
 
     def missing(self, numbers: Sequence[int] | None = None) -> list[int]:
-        """Those of the numbered shards (None: of all) that have no complete file with this key; stale and damaged
-        files are logged."""
+        """Those of the numbered shards (None: of all) that have no complete file with this key and the shard's content;
+        stale and damaged files are logged."""
         missing = []
         for number in range(len(self.index)) if numbers is None else numbers:
             shard = self.index[number]
-            path = embedding_file(self.folder, shard)
-            fault = find_fault(path, self.key, samples=len(shard), thorough=True)
+            fault = find_fault(self.folder, shard, self.key, thorough=True)
             if fault:
                 missing.append(number)
+                path = embedding_file(self.folder, shard)
                 if path.exists():
                     log.warning("%s is %s: it will be replaced", path, fault)
         return missing
@@ -258,7 +258,7 @@ class CacheBuilder:
             if not parts:
                 parts = [self._encode(_no_samples(number, self.content))]
             tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-            write_embeddings(embedding_file(self.folder, shard), tensors, self.key)
+            write_embeddings(self.folder, shard, tensors, self.key)
             done.written += 1
         return done
 
@@ -336,7 +336,8 @@ class _Chunks(IterableDataset["_Chunk | InputError"]):
                     ) from bad
                 skips.append((raw.key, bad.reason, bad.detail))
                 continue
-            valid[at], content[at], labels[at] = 1, content_digest(raw, decoder.caption_key), decoded.label
+            valid[at], labels[at] = 1, decoded.label
+            content[at] = content_digest(raw, caption_key=decoder.caption_key, label_key=decoder.label_key)
             captions[at] = decoded.caption
         return _Chunk(
             shard=number,

@@ -112,7 +112,8 @@ def _restricted(predictions: Predictions, names: Sequence[str], kept: Sequence[s
     """Predictions restricted to some classes and their samples; unchanged if one of them is not among the names."""
     if len(kept) >= len(names) or not set(kept) <= set(names):
         return predictions
-    classes_K = torch.tensor([names.index(name) for name in kept])
+    number_of = {name: number for number, name in enumerate(names)}
+    classes_K = torch.tensor([number_of[name] for name in kept])
     new_label_C = torch.full((len(names),), -1)
     new_label_C[classes_K] = torch.arange(len(kept))
     labels_N = new_label_C[predictions.labels_N]

@@ -4,20 +4,24 @@ Shapes: B images, C classes, T templates, L tokens, D features.
 """
 
 import hashlib
+import json
 import logging
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from clipdistill.errors import InputError
 from clipdistill.io.files import new_file
 from clipdistill.models.prompts import PromptSet
 from clipdistill.models.towers import Tower
 
 log = logging.getLogger(__name__)
+
+_FORMAT = 1
 
 
 def similarity_logits(image_BD: Tensor, text_CD: Tensor, scale: Tensor | float, bias: Tensor | float | None) -> Tensor:
@@ -40,21 +44,29 @@ def class_embeddings(
     Args:
         tower: encodes the prompts, without gradient.
         prompts: classes and templates.
-        cache: folder for the result, keyed by the text tower's weights and the prompts' tokens; None: not cached.
+        cache: folder for the result, keyed by the text tower's weights, its tokenizer and the prompts, and verified
+            when it is read; None: not cached.
         device: of the tower and of the result.
         batch_size: texts encoded at once.
+
+    Raises:
+        InputError: as ``class_prompt_tokens``.
     """
-    tokens_NL = tower.tokenize(prompts.texts())
-    path = None
+    path = key = None
+    tokens_NL: Tensor | None = None
     if cache is not None:
-        digest = hashlib.sha256(tower.text_fingerprint().encode())
-        digest.update(f"{prompts.num_templates}:{tuple(tokens_NL.shape)}".encode())
-        digest.update(tokens_NL.numpy().tobytes())
-        path = cache / "class_embeddings" / f"{digest.hexdigest()}.safetensors"
-        try:
-            return load_file(path)["embeddings"].to(device)
-        except (OSError, SafetensorError, KeyError):
-            pass  # missing, or damaged and about to be replaced
+        tokenizer = tower.text_tokenizer.digest()
+        if tokenizer is None:
+            tokens_NL = _tokenize(tower, prompts)
+            tokenizer = hashlib.sha256(tokens_NL.numpy().tobytes()).hexdigest()
+        made_of = [_FORMAT, tower.text_fingerprint(), tokenizer, prompts.classnames, prompts.templates]
+        key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
+        path = cache / "class_embeddings" / f"{key}.safetensors"
+        stored_CD = _load(path, key, shape=(prompts.num_classes, tower.embed_dim))
+        if stored_CD is not None:
+            return stored_CD.to(device)
+    if tokens_NL is None:
+        tokens_NL = _tokenize(tower, prompts)
     was_training = tower.training
     tower.eval()
     with torch.no_grad():
@@ -62,17 +74,73 @@ def class_embeddings(
     tower.train(was_training)
     text_CTD = text_ND.view(prompts.num_classes, prompts.num_templates, -1)
     class_CD = F.normalize(text_CTD.mean(1), dim=-1)
-    if path is not None:
+    if path is not None and key is not None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            stored_CD = class_CD.contiguous().cpu()
             with new_file(path) as temporary:
-                save_file({"embeddings": class_CD.contiguous().cpu()}, temporary)
+                save_file({"embeddings": stored_CD}, temporary, metadata={"key": key, "digest": _digest(stored_CD)})
         except (OSError, SafetensorError) as error:  # they are computed again in the next run
             log.warning("class features are not cached in %s: %s", path.parent, error)
     return class_CD
 
 
 def class_prompt_tokens(tower: Tower, prompts: PromptSet) -> Tensor:
-    """Token ids (C, T, L) of every class in every template, trimmed if that does not change the features."""
+    """Token ids (C, T, L) of every class in every template, trimmed if that does not change the features.
+
+    Raises:
+        InputError: two classes have the same tokens in all templates: the tower cannot tell them apart. (Unless the
+            prompt set accepts duplicates.)
+    """
+    return _tokenize(tower, prompts).view(prompts.num_classes, prompts.num_templates, -1)
+
+
+def _tokenize(tower: Tower, prompts: PromptSet) -> Tensor:
+    """Token ids (C * T, L), checked."""
     tokens_NL = tower.tokenize(prompts.texts())
-    return tokens_NL.view(prompts.num_classes, prompts.num_templates, -1)
+    context = tower.tokenizer.context_length
+    full = 0
+    if tokens_NL.shape[1] == context:
+        padding = tower.tokenizer([""])[0, -1]
+        full = int((tokens_NL[:, -1] != padding).sum())
+    if full:
+        log.warning(
+            "model %s, prompts %s: %d of %d prompts fill the context of %d tokens, where longer ones are cut",
+            tower.name,
+            prompts.name,
+            full,
+            len(tokens_NL),
+            context,
+        )
+    first: dict[bytes, int] = {}
+    for number, tokens_TL in enumerate(tokens_NL.view(prompts.num_classes, -1).numpy()):
+        earlier = first.setdefault(hashlib.blake2b(tokens_TL.tobytes(), digest_size=16).digest(), number)
+        if earlier != number and not prompts.duplicates:
+            names = prompts.classnames
+            raise InputError(
+                f"prompts {prompts.name}: classes {names[earlier]!r} ({earlier}) and {names[number]!r} ({number}) have "
+                f"the same tokens for model {tower.name}; allowed: names that differ in more than case, blanks, "
+                "characters unknown to it, or what follows the context length"
+            )
+    return tokens_NL
+
+
+def _load(path: Path, key: str, *, shape: tuple[int, int]) -> Tensor | None:
+    """The features in a file; None if it is missing, or not what was written under this key."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            class_CD: Tensor = file.get_tensor("embeddings")
+    except FileNotFoundError:
+        return None
+    except (OSError, SafetensorError) as error:
+        log.warning("%s is damaged, and replaced: %s", path, " ".join(str(error).split()))
+        return None
+    if class_CD.shape != shape or metadata != {"key": key, "digest": _digest(class_CD)}:
+        log.warning("%s is not what was written, and is replaced", path)
+        return None
+    return class_CD
+
+
+def _digest(class_CD: Tensor) -> str:
+    return hashlib.sha256(f"{class_CD.dtype}".encode() + class_CD.numpy().tobytes()).hexdigest()

@@ -24,6 +24,8 @@ class PromptSet:
     name: str
     classnames: tuple[str, ...]
     templates: tuple[str, ...]
+    duplicates: bool = False
+    """Whether classes may share a name, or the tokens of their names."""
 
     @property
     def num_classes(self) -> int:
@@ -73,7 +75,12 @@ def load_prompts(name_or_folder: str | Path, *, allow_duplicates: bool = False) 
     template_file = _first_file(folder, *TEMPLATE_FILES)
     templates = _read_lines(template_file, what="template")
     _check_placeholders(template_file, templates)
-    return PromptSet(name=folder.resolve().name, classnames=tuple(classnames), templates=tuple(templates))
+    return PromptSet(
+        name=folder.resolve().name,
+        classnames=tuple(classnames),
+        templates=tuple(templates),
+        duplicates=allow_duplicates,
+    )
 
 
 def shipped_prompt_sets() -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import open_clip
 import torch
 import torch.nn.functional as F
+from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -85,6 +86,26 @@ class TextTokenizer:
         if self.pooling != other.pooling:
             return False
         return self.tokenizer is other.tokenizer or pickle.dumps(self.tokenizer) == pickle.dumps(other.tokenizer)
+
+    def digest(self) -> str | None:
+        """sha256 of vocabulary and settings, which alone determine the tokens of a text; None: of unknown make."""
+        tokenizer = self.tokenizer
+        if type(tokenizer) not in (SimpleTokenizer, HFTokenizer) or not hasattr(tokenizer.clean_fn, "__qualname__"):
+            return None
+        settings = [type(tokenizer).__name__, self.pooling, tokenizer.context_length, tokenizer.clean_fn.__qualname__]
+        if isinstance(tokenizer, SimpleTokenizer):
+            if tokenizer.reduction_fn is not None:
+                return None
+            settings += [tokenizer.encoder, list(tokenizer.bpe_ranks)]
+        else:
+            own = tokenizer.tokenizer
+            if not own.is_fast:
+                return None
+            model = json.loads(own.backend_tokenizer.to_str())
+            settings += [{**model, "truncation": None, "padding": None}]  # set anew by each call
+            settings += [tokenizer.strip_sep_token, tokenizer.tokenizer_mode, getattr(own, "src_lang", None)]
+            settings += [own.padding_side, own.truncation_side, own.pad_token_id]
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def find_pooling(text: Any) -> Literal["argmax"] | int | None:

@@ -214,7 +214,7 @@ def open_stream(
     embeddings = None
     if config.teacher_cache.folder:
         key = cache_content(config, decoder).key(teachers)
-        embeddings = EmbeddingReader(Path(config.teacher_cache.folder), index, key, caption_key=data.caption_key)
+        embeddings = EmbeddingReader(Path(config.teacher_cache.folder), index, key)
         if data.samples_per_epoch is None:
             embeddings.check()
     stream = ImageTextStream(

@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``run``."""
     parser.add_argument("--config", required=True, type=Path, help="the config that will train from the cache")
     parser.add_argument("--dry-run", action="store_true", help="print disk and time of the build; build nothing")
+    parser.add_argument("--rebuild", action="store_true", help="replace all files, not only missing and stale ones")
     parser.add_argument(
         "--part",
         type=_part,
@@ -73,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
         )
         part, parts = args.part
         mine = range(part - 1, len(builder.index), parts)[rank() :: world_size()]
-        missing = builder.missing(mine)
+        missing = list(mine) if args.rebuild else builder.missing(mine)
         estimates = gather_objects(builder.estimate(missing))
         if rank() == 0:
             print(_forecast(builder, estimates, shards=len(range(part - 1, len(builder.index), parts))), flush=True)

@@ -45,7 +45,7 @@ def make_builder(colours: Path, teacher_folder: Path, tmp_path: Path) -> Callabl
 
 def stream(builder: CacheBuilder, index=None, **settings) -> StreamLoader:
     index = builder.index if index is None else index
-    embeddings = EmbeddingReader(builder.folder, index, builder.key, caption_key="txt")
+    embeddings = EmbeddingReader(builder.folder, index, builder.key)
     common = {"batch_size": 5, "image_size": 16, "augmentation": CHANGES, "seed": 5, "shuffle": 20, "views": 3}
     return StreamLoader(make_stream(index, embeddings=embeddings, **(common | settings)))
 
@@ -128,7 +128,7 @@ def test_a_stale_file_is_named_and_never_used(make_builder, change, named):
     builder = make_builder()
     builder.build(builder.missing())
     other = make_builder(**change)
-    reader = EmbeddingReader(other.folder, other.index, other.key, caption_key="txt")
+    reader = EmbeddingReader(other.folder, other.index, other.key)
     with pytest.raises(InputError, match=f"cannot serve 3 of 3 shards, the first for 0-.* stale: {named}"):
         reader.check()
     assert other.missing() == [0, 1, 2]
@@ -148,7 +148,7 @@ def test_another_teacher_makes_a_file_stale(make_builder):
         workers=0,
         device="cpu",
     )
-    fault = find_fault(embedding_file(other.folder, other.index[0]), other.key, samples=20, thorough=False)
+    fault = find_fault(other.folder, other.index[0], other.key, thorough=False)
     assert fault is not None
     assert fault.startswith("stale: teachers")
 
@@ -163,6 +163,39 @@ def test_a_shard_whose_pixels_changed_under_its_headers_is_noticed(make_builder,
     (shards / "0.tar").write_bytes(content[:at] + b"a GREEN picture" + content[at + 15 :])
     with pytest.raises(InputError, match=r"sample 's00001' of .*0\.tar is not what 0-.* was made from"):
         list(islice(stream(builder), 3))
+
+
+@pytest.mark.parametrize("changed", ["label", "caption", "image"])
+def test_a_shard_with_other_content_under_equal_headers_makes_its_file_stale(make_builder, tmp_path, changed):
+    """For training and for `clipdistill cache` alike."""
+    shards = tmp_path / "shards"
+    samples = colour_samples(12)
+    write_tar(shards / "0.tar", samples)
+    builder = make_builder(shards)
+    builder.build(builder.missing())
+    before = stored_labels(builder)
+    headers = builder.index[0].digest
+    if changed == "label":
+        samples = [sample | {"cls": (sample["cls"] + 1) % 4} for sample in samples]
+    elif changed == "caption":
+        samples[5]["txt"] = samples[5]["txt"].upper()
+    else:
+        samples[5]["png"] = samples[5]["png"][:-20] + bytes(8) + samples[5]["png"][-12:]
+    write_tar(shards / "0.tar", samples)
+    other = make_builder(shards)
+    assert other.index[0].digest == headers
+    with pytest.raises(InputError, match="stale: the shard's labels, captions or images have changed"):
+        EmbeddingReader(other.folder, other.index, other.key).check()
+    assert other.missing() == [0]
+    other.build([0])
+    assert other.missing() == []
+    if changed == "label":
+        assert stored_labels(other) == [(label + 1) % 4 for label in before]
+
+
+def stored_labels(builder):
+    reader = EmbeddingReader(builder.folder, builder.index, builder.key)
+    return reader.everything(0)[1].tolist()
 
 
 def test_bad_samples_are_counted_and_never_served(make_builder, tmp_path):
@@ -210,7 +243,7 @@ def test_an_empty_shard_has_a_file_too(make_builder, tmp_path):
     builder = make_builder(tmp_path / "shards")
     builder.build(builder.missing())
     assert builder.missing() == []
-    EmbeddingReader(builder.folder, builder.index, builder.key, caption_key="txt").check()
+    EmbeddingReader(builder.folder, builder.index, builder.key).check()
 
 
 def test_int8_rows_are_within_half_a_step():

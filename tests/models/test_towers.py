@@ -1,13 +1,16 @@
 """Towers against open_clip's own paths: transforms, trimming, freezing, text modes, loading errors."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import open_clip
 import pytest
 import torch
+from open_clip.tokenizer import SimpleTokenizer
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -15,7 +18,7 @@ from clipdistill.errors import InputError
 from clipdistill.models.class_embeddings import class_embeddings, class_prompt_tokens
 from clipdistill.models.loading import load_frozen_model, load_student
 from clipdistill.models.prompts import PromptSet
-from clipdistill.models.towers import PixelTransform, Student
+from clipdistill.models.towers import PixelTransform, Student, TextTokenizer
 from tests.conftest import TINY_MODEL
 
 
@@ -169,6 +172,70 @@ def test_bank_cache_follows_weights_and_prompts_and_survives_damage(tiny_model: 
         student.clip.text_projection.add_(1.0)
     assert not torch.equal(class_embeddings(student, prompts, cache=tmp_path), first)
     assert len(list((tmp_path / "class_embeddings").iterdir())) == 2
+
+
+@pytest.mark.parametrize("change", ["reversed rows", "another shape", "no digest"])
+def test_a_bank_that_is_not_what_was_written_is_replaced(
+    change: str, tiny_model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    prompts = PromptSet(name="t", classnames=("red", "green", "blue"), templates=("{c}",))
+    student = load_student(str(tiny_model)).eval()
+    expected = class_embeddings(student, prompts, cache=tmp_path)
+    (file,) = (tmp_path / "class_embeddings").iterdir()
+    with safe_open(file, framework="pt") as stored:
+        metadata = stored.metadata()
+    rows = {"reversed rows": expected.flip(0), "another shape": expected[:2], "no digest": expected}[change]
+    save_file({"embeddings": rows.contiguous()}, file, metadata=None if change == "no digest" else metadata)
+    assert torch.equal(class_embeddings(student, prompts, cache=tmp_path), expected)
+    assert f"{file} is not what was written, and is replaced" in caplog.text
+    caplog.clear()
+    assert torch.equal(class_embeddings(student, prompts, cache=tmp_path), expected)
+    assert caplog.text == ""
+
+
+def test_a_stored_bank_needs_no_tokens(tiny_model: Path, tmp_path: Path) -> None:
+    """Tokens of 100,000 names in 80 templates take minutes, at every start."""
+    prompts = PromptSet(name="t", classnames=("red", "green"), templates=("{c}",))
+    student = load_student(str(tiny_model)).eval()
+    stored = class_embeddings(student, prompts, cache=tmp_path)
+    student.tokenizer.encode = None  # SimpleTokenizer calls it for every text
+    assert torch.equal(class_embeddings(student, prompts, cache=tmp_path), stored)
+    with pytest.raises(TypeError):
+        class_embeddings(student, PromptSet(name="t", classnames=("a", "b"), templates=("{c}",)), cache=tmp_path)
+
+
+def test_the_digest_of_a_tokenizer_is_that_of_its_vocabulary_and_settings(tiny: Student) -> None:
+    digests = set()
+    for settings in ({}, {"context_length": 8}, {"clean": "whitespace"}, {"additional_special_tokens": ["<a>"]}):
+        first, second = (TextTokenizer(SimpleTokenizer(**settings), "argmax") for _ in range(2))
+        first(["words that enter its cache"])
+        assert first.digest() == second.digest() is not None
+        digests.add(first.digest())
+    assert len(digests) == 4
+    assert TextTokenizer(SimpleTokenizer(reduction_mask="random", context_length=8), "argmax").digest() is None
+    assert TextTokenizer(str.split, None).digest() is None
+
+
+@pytest.mark.parametrize(
+    ("names", "twins"),
+    [
+        (("red", "blue", "Red"), ("red", "Red")),
+        (("grey  cat", "grey cat"), ("grey  cat", "grey cat")),
+        (("a " * 20 + "dog", "a " * 20 + "cat"), None),
+    ],
+)
+def test_classes_that_the_tokenizer_cannot_tell_apart_are_refused(
+    tiny: Student, names: tuple[str, ...], twins: tuple[str, str] | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    prompts = PromptSet(name="t", classnames=names, templates=("{c}", "a {c} picture"))
+    first, second = twins or names
+    for use in (class_embeddings, class_prompt_tokens):
+        with pytest.raises(InputError) as caught:
+            use(tiny, prompts)
+        assert f"classes {first!r} (0) and {second!r} (" in str(caught.value)
+        assert "\n" not in str(caught.value)
+    assert ("4 of 4 prompts fill the context of 12 tokens" in caplog.text) == (twins is None)
+    assert len(class_embeddings(tiny, replace(prompts, duplicates=True))) == len(names)
 
 
 @pytest.mark.parametrize(
