@@ -21,7 +21,7 @@ from clipdistill.io.urls import ShardFile, Stat, file_name, locate, one_line, sh
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 4
+_FORMAT = 5
 _KEPT = 16
 _DIGEST = 12
 
@@ -71,7 +71,7 @@ def index_shards(
     Args:
         urls: Shards, as returned by `expand_urls`.
         cache_dir: Folder for finished indexes; they are reused while URL, size and modification time (or ETag)
-            are unchanged. None: no cache.
+            are unchanged; that of a shard with neither time nor ETag is not kept. None: no cache.
         threads: Number of shards read at once.
         progress: Called with the number of indexed shards and the total.
 
@@ -212,7 +212,7 @@ def _scan(file: ShardFile, *, url: str, version: Stat) -> ShardIndex:
 
 
 def _cache_file(cache_dir: str | Path | None, *, url: str, version: Stat) -> Path | None:
-    if cache_dir is None:
+    if cache_dir is None or not version.is_known:
         return None
     fs, path = locate(url)
     place = fs.unstrip_protocol(path)
@@ -224,6 +224,8 @@ def _load(path: Path, *, url: str, version: Stat) -> ShardIndex | None:
     """The index in a cache file; None if it is missing or damaged."""
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
+        if saved.pop("sha256") != _digest_of(saved):
+            raise ValueError
         return ShardIndex(
             url=url,
             offsets=np.array(saved["offsets"], np.int64),
@@ -234,7 +236,10 @@ def _load(path: Path, *, url: str, version: Stat) -> ShardIndex | None:
             repeats=frozenset(saved["repeats"]),
             problems=tuple(saved["problems"]),
         )
-    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
+        logger.warning("index %s is damaged: shard %s is indexed again", path, shown(url))
         return None
 
 
@@ -247,6 +252,10 @@ def _save(path: Path, index: ShardIndex) -> None:
         "digest": index.digest,
         "content": index.content,
         "repeats": sorted(index.repeats),
-        "problems": index.problems,
+        "problems": list(index.problems),
     }
-    write_text(path, json.dumps(saved))
+    write_text(path, json.dumps({**saved, "sha256": _digest_of(saved)}))
+
+
+def _digest_of(saved: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(saved, sort_keys=True).encode()).hexdigest()

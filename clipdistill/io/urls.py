@@ -57,6 +57,11 @@ class Stat:
     modified: str | None = None
     """Modification time, if known."""
 
+    @property
+    def is_known(self) -> bool:
+        """Whether a rewritten shard of equal size would differ."""
+        return bool(self.etag or self.modified)
+
     def agrees(self, other: "Stat") -> bool:
         """Whether both may be the same version; times are compared only if there are no ETags."""
         if self.size != other.size:

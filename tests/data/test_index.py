@@ -9,7 +9,7 @@ import webdataset as wds
 
 from clipdistill.data import expand_urls, index_shards
 from clipdistill.errors import InputError
-from tests.servers import files, serving
+from tests.servers import Ranges, files, serving
 
 
 def write_shard(path, samples):
@@ -207,6 +207,34 @@ def test_a_damaged_cache_file_is_made_anew(tmp_path):
     (index,) = index_shards([str(path)], cache_dir=cache)
     assert len(index) == 3
     assert saved.read_text() == good
+
+
+def test_an_edited_cache_file_is_made_anew(tmp_path, caplog):
+    write_shard(tmp_path / "0.tar", ["a", "b"])
+    cache = tmp_path / "cache"
+    (first,) = index_shards([str(tmp_path / "0.tar")], cache_dir=cache)
+    (file,) = (cache / "shards").iterdir()
+    file.write_text(file.read_text().replace(f'"end": {first.end}', f'"end": {first.end - 512}'))
+    (again,) = index_shards([str(tmp_path / "0.tar")], cache_dir=cache)
+    assert again.end == first.end
+    assert f"index {file} is damaged" in caplog.text
+
+
+def test_a_shard_that_a_server_gives_no_version_of_is_indexed_anew(tmp_path):
+    """With neither ETag nor time, a rewritten shard of equal size looks the same."""
+
+    class Nameless(Ranges):
+        def send_header(self, keyword, value):
+            if keyword != "Last-Modified":
+                super().send_header(keyword, value)
+
+    with serving(files(tmp_path, Nameless)) as url:
+        contents = []
+        for key in "ab":
+            write_shard(tmp_path / "0.tar", [key])
+            (index,) = index_shards([f"{url}/0.tar"], cache_dir=tmp_path / "cache")
+            contents.append(index.content)
+    assert contents[0] != contents[1]
 
 
 def test_order_and_progress_with_many_threads(tmp_path):

@@ -234,7 +234,7 @@ def _copy(url: str, version: Stat, cache: Path) -> Path:
     """The cached copy of this version of a remote shard; downloaded if missing."""
     name = digest([url, version.size, version.etag or version.modified])
     target = cache.expanduser() / "copies" / f"{name[:32]}.tar"
-    if target.is_file():
+    if version.is_known and target.is_file() and target.stat().st_size == version.size:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     shard = ShardFile(url, stat=version)
