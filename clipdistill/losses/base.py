@@ -20,7 +20,7 @@ from clipdistill.settings import NonNegative, Settings
 
 Implementation = Literal["auto", "plain", "tiled", "triton"]
 """Implementation of gkl and kl. plain: from the logit matrices; tiled, triton: from the features, without these
-matrices; auto: the faster one for the size."""
+matrices; auto: plain or tiled, the faster one for the size."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -93,7 +93,7 @@ def gkl_loss_from_features(
             micro-batches and ranks. With them, labels on a GPU are checked without synchronisation, as in
             ``gkl_sums``. Without them, and with ``0 < gamma < 1`` and no prior, the tiled implementation computes
             the teacher's logits twice.
-        implementation: ``auto`` selects ``triton`` on CUDA if installed, else ``tiled``. (The losses from logits are
+        implementation: ``auto`` is ``tiled``, as the kernels have not been timed on a GPU. (The losses from logits are
             faster below ``FUSED_FROM``.)
 
     Returns:

@@ -32,6 +32,8 @@ from clipdistill.losses.fused_common import FeaturePair, Gradients, Needs, Probl
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _SHARE_STEP = 32 if _INTERPRETED else 128
 _CHUNK_ELEMENTS = 2**10 if _INTERPRETED else 2**23
+_VECTOR = 16
+"""Rows of a chunk start at multiples of it: with other strides, Triton loads its elements one by one."""
 
 
 class _RowSums(NamedTuple):
@@ -94,16 +96,16 @@ def backward(
     factor = peak * features.student_scale.float() / problem.temperature
 
     step = max(_CHUNK_ELEMENTS, (rows + classes) * width // 2) // rows // _SHARE_STEP * _SHARE_STEP
-    step = min(max(step, _SHARE_STEP), classes)
-    chunk = image_BD.new_empty(rows * step)
+    step = min(max(step, _SHARE_STEP), triton.cdiv(classes, _VECTOR) * _VECTOR)
+    chunk_Bc = image_BD.new_empty(rows, step)
     grad_image_BD = torch.zeros_like(image_BD, dtype=torch.float32) if needs[0] or needs[2] else None
     grad_text_CD = torch.empty_like(text_CD) if needs[1] else None
     operands, options = _operands(features, problem), _options(problem)
     with torch.cuda.device_of(image_BD):
         for start in range(0, classes, step):
             columns = slice(start, min(start + step, classes))
-            grad_Bc = chunk[: rows * (columns.stop - start)].view(rows, -1)
-            _gradient_kernel[_tiles(*grad_Bc.shape)](*operands, terms_NB, grad_Bc, start, columns.stop, **options)
+            grad_Bc = chunk_Bc[:, : columns.stop - start]
+            _gradient_kernel[_tiles(*grad_Bc.shape)](*operands, terms_NB, grad_Bc, start, columns.stop, step, **options)
             if grad_image_BD is not None:
                 _multiply(grad_Bc, text_CD[columns], None, grad_image_BD, add=True)
             if grad_text_CD is not None:
@@ -271,23 +273,31 @@ def _autotuned(key: list[str], *sizes: tuple[int, int, int, int, int], **setting
         triton.Config({"BLOCK_B": b, "BLOCK_C": c, "BLOCK_D": d}, num_warps=warps, num_stages=stages)
         for b, c, d, warps, stages in sizes
     ]
-    return triton.autotune(configs, key, prune_configs_by={"early_config_prune": _of_depth}, **settings)
+    return triton.autotune(configs, key, prune_configs_by={"early_config_prune": _suitable}, **settings)
 
 
-def _of_depth(configs: list[triton.Config], arguments: dict[str, Any], **_: Any) -> list[triton.Config]:
-    """Steps of 128 bytes along the sum: 32 deep in float32, 64 in half precision."""
-    operand = next(value for value in arguments.values() if isinstance(value, Tensor))
-    return [config for config in configs if config.kwargs["BLOCK_D"] * operand.element_size() == 128]
+def _suitable(configs: list[triton.Config], arguments: dict[str, Any], **options: Any) -> list[triton.Config]:
+    """Steps of 128 bytes along the sum, 32 deep in float32 and 64 in half precision; with a prior, tiles of at most 64
+    bytes a thread, which leave registers for its weights."""
+    width = next(value for value in arguments.values() if isinstance(value, Tensor)).element_size()
+    tile_bytes = 64 if options.get("PRIOR") else 256
+    return [
+        config
+        for config in configs
+        if config.kwargs["BLOCK_D"] * width == 128
+        and config.kwargs["BLOCK_B"] * config.kwargs["BLOCK_C"] * width <= tile_bytes * 32 * config.num_warps
+    ]
 
 
-_LOGIT_TILES = (
-    (128, 128, 64, 8, 3),
+_SUM_TILES = (
     (64, 128, 64, 8, 3),
     (128, 64, 64, 8, 3),
     (64, 64, 64, 4, 3),
     (128, 64, 32, 8, 3),
     (64, 64, 32, 4, 3),
+    (64, 64, 32, 8, 3),
 )
+_GRADIENT_TILES = ((128, 128, 64, 8, 3), *_SUM_TILES)
 _PRODUCT_TILES = (
     (128, 256, 64, 8, 3),
     (128, 128, 64, 8, 3),
@@ -337,7 +347,7 @@ def _prior_weights(prior, label_B, columns_C, valid_BC, classes, gamma, POWER: t
     return tl.exp2(gamma * tl.log2(prior_BC)) if POWER else prior_BC
 
 
-@_autotuned(["classes", "student_width", "teacher_width", "STUDENT"], *_LOGIT_TILES)
+@_autotuned(["classes", "student_width", "teacher_width", "STUDENT", "PRIOR"], *_SUM_TILES)
 @triton.jit
 def _row_sums_kernel(
     student_image, student_text, teacher_image, teacher_text, scales, prior, labels,
@@ -429,16 +439,16 @@ def _row_sums_kernel(
     tl.store(out + 8 * step, squares_B, mask=stored_B)
 
 
-@_autotuned(["classes", "student_width", "teacher_width"], *_LOGIT_TILES)
+@_autotuned(["classes", "student_width", "teacher_width", "PRIOR"], *_GRADIENT_TILES)
 @triton.jit
 def _gradient_kernel(
     student_image, student_text, teacher_image, teacher_text, scales, prior, labels,
     rows, classes, student_width, teacher_width, ratio, gamma,
-    terms, out, first, last,
+    terms, out, first, last, out_row,
     PRIOR: tl.constexpr, SMOOTH: tl.constexpr, POWER: tl.constexpr, WMSE: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of a tile of the student's logits, columns ``first`` to ``last``."""
+    """The gradient of a tile of the student's logits, columns ``first`` to ``last``; ``out_row``: row stride of out."""
     row_B = (tl.program_id(0) * BLOCK_B + tl.arange(0, BLOCK_B)).to(tl.int64)
     column_C = (first + tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
     valid_BC = (column_C < last)[None, :] & (row_B < rows)[:, None]
@@ -476,7 +486,7 @@ def _gradient_kernel(
             weight_BC = teacher_exp_BC
         delta_BC = teacher_BC - student_BC - mean_B[:, None]
         grad_BC -= weight_BC * delta_BC * (wmse_B / weight_sum_B)[:, None]
-    out += row_B[:, None] * (last - first) + (column_C - first)[None, :]
+    out += row_B[:, None] * out_row + (column_C - first)[None, :]
     tl.store(out, grad_BC.to(out.dtype.element_ty), mask=valid_BC)
 
 

@@ -24,7 +24,7 @@ class TrainSettings(Settings):
     """fp32, or bf16 (autocast of the student; losses and weights stay float32)."""
     loss_implementation: Implementation = "auto"
     """Implementation of gkl and kl. plain: from the logit matrices; tiled, triton: directly from the features, without
-    these matrices, in PyTorch and in CUDA kernels; auto: the faster one for the size."""
+    these matrices, in PyTorch and in CUDA kernels; auto: plain or tiled, the faster one for the size."""
     channels_last: bool = True
     """NHWC memory layout of convolutions: faster on most devices, correct on all."""
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None
