@@ -11,8 +11,9 @@ shipped file; no other interpolation is resolved, as a config from elsewhere cou
     evaluation             evaluation/settings.py
 """
 
+import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -28,10 +29,12 @@ from clipdistill.distill.teacher_cache import TeacherCacheSettings
 from clipdistill.errors import InputError
 from clipdistill.evaluation.settings import EvaluationSettings
 from clipdistill.io.files import write_text
+from clipdistill.io.paths import expand
 from clipdistill.io.resources import resource
-from clipdistill.io.urls import shown
+from clipdistill.io.urls import is_remote, shown
 from clipdistill.losses import Term
 from clipdistill.models.loading import StudentSettings, TeacherSettings
+from clipdistill.models.prompts import shipped_prompt_sets
 from clipdistill.settings import CountOrZero, Settings, check, validate
 from clipdistill.training.optimizer import AdamW, AnyOptimizer
 from clipdistill.training.settings import TrainSettings
@@ -149,22 +152,44 @@ def load_saved_config(path: Path) -> Config:
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Write the resolved config as YAML, its URLs without credentials."""
-    write_text(path, OmegaConf.to_yaml(to_dict(config)))
+    """Write the resolved config as YAML, its URLs without credentials, and its local paths absolute: it means the same
+    in every working directory."""
+    write_text(path, OmegaConf.to_yaml(_map_texts(to_dict(config), _absolute)))
 
 
 def to_dict(config: Config) -> dict[str, Any]:
     """The resolved config as plain dicts and lists, its URLs without credentials."""
-    public: dict[str, Any] = _public(config.model_dump(mode="json"))
+    public: dict[str, Any] = _map_texts(config.model_dump(mode="json"), lambda _, text: shown(text))
     return public
 
 
-def _public(value: Any) -> Any:
+def _map_texts(value: Any, change: Callable[[str, str], str], key: str = "") -> Any:
+    """Plain values with each text changed, given its dotted key; items of a list have their list's."""
     if isinstance(value, dict):
-        return {name: _public(item) for name, item in value.items()}
+        return {name: _map_texts(item, change, f"{key}.{name}" if key else name) for name, item in value.items()}
     if isinstance(value, list):
-        return [_public(item) for item in value]
-    return shown(value) if isinstance(value, str) else value
+        return [_map_texts(item, change, key) for item in value]
+    return change(key, value) if isinstance(value, str) else value
+
+
+_NAMES_OR_PATHS = frozenset(("prompts", "teachers.model", "teachers.pretrained", "student.model", "student.pretrained"))
+_PATHS = _NAMES_OR_PATHS | {"output", "data.shards", "data.cache", "teacher_cache.folder", "evaluation.folders"}
+
+
+def _absolute(key: str, text: str) -> str:
+    """A local path as an absolute one; other texts unchanged."""
+    if key not in _PATHS or not text or is_remote(text) or "://" in text:
+        return text
+    prefix, _, rest = text.partition(":")
+    if prefix == "local-dir":
+        return f"local-dir:{_from_root(rest)}"
+    if key in _NAMES_OR_PATHS and (text in shipped_prompt_sets() or not expand(text).exists()):
+        return text
+    return _from_root(text)
+
+
+def _from_root(path: str) -> str:
+    return os.path.abspath(expand(path))  # noqa: PTH100 (Path.resolve would follow links)
 
 
 _RESOURCE = re.compile(r"\$\{resource:[^${}]*\}")

@@ -31,6 +31,33 @@ def test_saved_config_reads_back_equal(write_config: Callable[..., Path], tmp_pa
     assert load_saved_config(tmp_path / "saved.yaml") == config
 
 
+def test_a_saved_config_means_the_same_in_every_folder(
+    write_config: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a,b").mkdir()
+    (tmp_path / "labels").mkdir()
+    monkeypatch.chdir(tmp_path)
+    config = load_config(
+        write_config(
+            teachers=[{"model": "local-dir:a,b"}, {"model": "ViT-B-32", "pretrained": "laion2b_s34b_b79k"}],
+            student={"model": "ViT-S-32"},
+            prompts="labels",
+            data={"shards": ["data/{0..2}.tar", "https://host/{0..2}.tar", "s3://bucket/a"], "cache": "../cache"},
+            evaluation={"folders": ["set", "hf-hub:owner/name"]},
+        ),
+        ["output=run", "objective=[{loss: gkl}]"],
+    )
+    save_config(config, tmp_path / "saved.yaml")
+    monkeypatch.chdir("/")
+    saved = load_saved_config(tmp_path / "saved.yaml")
+    assert [teacher.model for teacher in saved.teachers] == [f"local-dir:{tmp_path}/a,b", "ViT-B-32"]
+    assert saved.teachers[1].pretrained == "laion2b_s34b_b79k"
+    assert (saved.student.model, saved.prompts, saved.output) == ("ViT-S-32", f"{tmp_path}/labels", f"{tmp_path}/run")
+    assert saved.data.shards == [f"{tmp_path}/data/{{0..2}}.tar", "https://host/{0..2}.tar", "s3://bucket/a"]
+    assert saved.data.cache == str(tmp_path.parent / "cache")
+    assert saved.evaluation.folders == [f"{tmp_path}/set", "hf-hub:owner/name"]
+
+
 INTERPOLATIONS = (
     "http://host/${oc.env:CLIPDISTILL_SECRET}",
     "${resource:${oc.env:CLIPDISTILL_SECRET}}",

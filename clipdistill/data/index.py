@@ -17,6 +17,7 @@ from clipdistill.data.formats import format_of
 from clipdistill.data.workers import note_shard
 from clipdistill.errors import InputError
 from clipdistill.io.files import write_text
+from clipdistill.io.paths import expand
 from clipdistill.io.urls import ShardFile, Stat, file_name, locate, one_line, shown, stat
 
 logger = logging.getLogger(__name__)
@@ -217,7 +218,7 @@ def _cache_file(cache_dir: str | Path | None, *, url: str, version: Stat) -> Pat
     fs, path = locate(url)
     place = fs.unstrip_protocol(path)
     key = hashlib.sha256(json.dumps([_FORMAT, place, *astuple(version)]).encode()).hexdigest()[:32]
-    return Path(cache_dir).expanduser() / "shards" / f"{key}.json"
+    return expand(cache_dir) / "shards" / f"{key}.json"
 
 
 def _load(path: Path, *, url: str, version: Stat) -> ShardIndex | None:

@@ -24,6 +24,7 @@ from clipdistill.io.run_files import (
 from clipdistill.io.urls import one_line
 from clipdistill.models.loading import load_frozen_model, load_student
 from clipdistill.models.towers import FrozenModel, Tower
+from clipdistill.models.weights import describe_mismatch
 
 ALLOWED = (
     "a run's folder, an export, a transformers CLIP folder, hf-hub:OWNER/NAME, local-dir:FOLDER, or an open_clip name"
@@ -124,7 +125,8 @@ def _load_checkpoint(run: Path, step: int, *, precision: str, device: torch.devi
     except (SafetensorError, OSError) as error:
         raise InputError(f"checkpoint {weights}: cannot be loaded: {one_line(error)[:300]}") from error
     except RuntimeError as error:
-        detail = " ".join(str(error).split())[:300]
-        raise InputError(f"checkpoint {weights}: weights do not match the architecture: {detail}") from error
+        raise InputError(
+            f"checkpoint {weights}: weights do not match the architecture: {describe_mismatch(error)}"
+        ) from error
     name = f"{run}, step {step}"
     return FrozenModel(name, student.clip, student.model_config, student.tokenizer, precision=precision).to(device)

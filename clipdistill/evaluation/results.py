@@ -8,6 +8,7 @@ ROOT/MODEL/details/SET.TASK.json         the record, per-class results, unreadab
 The details are written first, atomically; all other files are derived from them.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ from clipdistill.evaluation.benchmark_format import Record, main_metric
 from clipdistill.evaluation.datacomp import datacomp_line
 from clipdistill.evaluation.robustness import TASK as ROBUSTNESS
 from clipdistill.io.files import write_json, write_text, writing
+
+_NAME_CHARACTERS = 150
 
 FORMAT = 1
 """Version of the details; increased when results under the same key may differ."""
@@ -81,8 +84,13 @@ class ResultsFolder:
 
 
 def slug(text: str) -> str:
-    """A file name made from a path, URL or model name."""
-    return re.sub(r"[^A-Za-z0-9.@-]+", "_", text).strip("_.") or "_"
+    """A file name for a path, URL or model name: the text itself if it can be one, else what is left of it and a
+    digest; different texts have different names."""
+    if re.fullmatch(r"[A-Za-z0-9@-][A-Za-z0-9.@_-]*", text) and len(text) <= _NAME_CHARACTERS:
+        return text
+    plain = re.sub(r"[^A-Za-z0-9.@-]+", "_", text)[-_NAME_CHARACTERS:].strip("_.")
+    digest = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:8]
+    return f"{plain}-{digest}" if plain else digest
 
 
 def load_results(paths: list[Path]) -> list[Record]:

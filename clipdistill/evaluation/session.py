@@ -33,6 +33,7 @@ from clipdistill.evaluation.sets.samples import EvaluationSet, digest
 from clipdistill.evaluation.tasks import SET_TASKS, tasks_for
 from clipdistill.io.files import write_json, writing
 from clipdistill.io.images import MAX_PIXELS, DecodingSettings
+from clipdistill.io.paths import expand
 from clipdistill.io.urls import shown
 from clipdistill.models.towers import Tower
 
@@ -88,7 +89,7 @@ def evaluate_all(args: argparse.Namespace, device: str) -> None:
             batch_size=args.batch_size,
             workers=args.workers,
             device=device,
-            cache=args.cache.expanduser(),
+            cache=expand(args.cache),
             progress=report,
         )
         teacher_evaluator = None
@@ -128,7 +129,7 @@ def _open_sets(args: argparse.Namespace) -> list[SetEvaluation]:
         allow_duplicates=args.allow_duplicate_classes,
         columns=columns,
         decoding=DecodingSettings(decoding=args.decoding, max_pixels=args.max_pixels or MAX_PIXELS),
-        cache=args.cache.expanduser(),
+        cache=expand(args.cache),
     )
     sets = [open_split(location, split=args.split) for location in args.data]
     if args.task == "robustness":
@@ -162,8 +163,8 @@ def _fit_lines(args: argparse.Namespace, evaluations: Sequence[SetEvaluation]) -
 
 def _load(args: argparse.Namespace, name: str, pretrained: str, device: str, *, of_run: bool = False) -> EvaluatedModel:
     """Load a model; ``of_run``: from the run's checkpoint that ``--step`` or ``--best`` choose, if given."""
-    if "," in name and not Path(name).exists():
-        name, pretrained = name.split(",", 1)
+    name, tag = _split_tag(name)
+    pretrained = tag or pretrained
     if Path(name).is_dir():
         pretrained = ""
     step = None
@@ -173,6 +174,15 @@ def _load(args: argparse.Namespace, name: str, pretrained: str, device: str, *, 
     tower = load_for_evaluation(name, pretrained, step=step, precision=args.precision, device=device)
     digest_of_model = "" if _results_folder(args) is None else from_first_rank(partial(fingerprint, tower))
     return EvaluatedModel(tower=tower, name=name, pretrained=pretrained, fingerprint=digest_of_model)
+
+
+def _split_tag(name: str) -> tuple[str, str]:
+    """Model and tag of ``NAME,TAG``; a path may have commas of its own."""
+    if name.startswith(("hf-hub:", "local-dir:")) or Path(name).exists():
+        return name, ""
+    commas = [at for at, character in enumerate(name) if character == ","]
+    at = next((at for at in reversed(commas) if Path(name[:at]).exists()), commas[0] if commas else len(name))
+    return name[:at], name[at + 1 :]
 
 
 def _key(
@@ -199,7 +209,7 @@ def _complete(
     try:
         for evaluation, key in keys.items():
             name = ResultName(
-                model=slug(f"{model.name} {model.pretrained}"),
+                model=slug(f"{model.name} {model.pretrained}".strip()),
                 data=slug(shown(evaluation.location)),
                 task=evaluation.task,
             )

@@ -1,5 +1,7 @@
 """Load a CLIP model of transformers as the equivalent open_clip model."""
 
+import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,11 @@ from clipdistill.errors import InputError
 from clipdistill.io.urls import one_line
 from clipdistill.models.custom_code import load_folder_tokenizer
 from clipdistill.models.towers import FrozenModel
+from clipdistill.models.weights import describe_mismatch
 
-_WEIGHTS = "model.safetensors"
+_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+"""Files of weights, in the order in which transformers looks for them; or, for each, an index of its parts."""
+
 _ACTIVATIONS: dict[str, dict[str, str]] = {
     "quick_gelu": {},
     "gelu": {},
@@ -63,8 +68,8 @@ def load_transformers_clip(folder: Path, *, precision: str = "fp32", device: tor
 
     try:
         config: Any = CLIPConfig.from_pretrained(folder)
-        state = load_file(folder / _WEIGHTS)
-    except (OSError, ValueError, SafetensorError) as error:
+        state = _read_weights(folder)
+    except (OSError, ValueError, SafetensorError, pickle.UnpicklingError) as error:
         raise InputError(f"model {folder}: cannot be loaded: {one_line(error)[:300]}") from error
     model_config = _model_config(folder, config)
     clip = open_clip.CLIP(**model_config, output_dict=True)
@@ -72,12 +77,39 @@ def load_transformers_clip(folder: Path, *, precision: str = "fp32", device: tor
     try:
         clip.load_state_dict(mapped)
     except RuntimeError as error:
-        detail = " ".join(str(error).split())[:300]
-        raise InputError(f"model {folder}: weights do not match the architecture: {detail}") from error
+        raise InputError(
+            f"model {folder}: weights do not match the architecture: {describe_mismatch(error)}"
+        ) from error
     set_model_preprocess_cfg(clip, _preprocess_config(folder, config.vision_config.image_size))
     tokenizer = _load_tokenizer(folder, config.text_config.max_position_embeddings)
     model_config["text_cfg"]["hf_tokenizer_name"] = str(folder.resolve())
     return FrozenModel(str(folder), clip, model_config, tokenizer, precision=precision).to(device)
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights in a folder: one file, or the parts that an index lists."""
+    for name in _WEIGHTS:
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return _read_file(folder / name)
+        if index.is_file():
+            parts = json.loads(index.read_text(encoding="utf-8")).get("weight_map", {})
+            state: dict[str, Tensor] = {}
+            for part in sorted(set(parts.values())):
+                if Path(part).name != part:
+                    raise ValueError(f"{index.name} names {part!r}, which is not a file beside it")
+                state |= _read_file(folder / part)
+            return {name: state[name] for name in parts}
+    raise InputError(
+        f"model {folder}: has no weights; allowed: {' or '.join(_WEIGHTS)}, whole or in parts with an index"
+    )
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+    return state
 
 
 def _load_tokenizer(folder: Path, context_length: int) -> Any:
@@ -165,17 +197,26 @@ def _preprocess_config(folder: Path, image_size: int) -> dict[str, Any]:
     config = PreprocessCfg(size=image_size)
     if (folder / "preprocessor_config.json").is_file() or (folder / "processor_config.json").is_file():
         processor = CLIPImageProcessor.from_pretrained(folder)
-        shortest, crop = processor.size["shortest_edge"], processor.crop_size["height"]
+        size = dict(processor.size)
         interpolation = _INTERPOLATIONS.get(int(processor.resample))
-        if not shortest == crop == image_size or interpolation is None:
+        crop = dict(processor.crop_size) if processor.do_center_crop else None
+        squash = size == {"height": image_size, "width": image_size}
+        shortest = size == {"shortest_edge": image_size} and crop is not None
+        cropped = crop in (None, {"height": image_size, "width": image_size})
+        if not (processor.do_resize and (squash or shortest) and cropped and interpolation):
+            resized = f"resized to {size} ({processor.resample})" if processor.do_resize else "not resized"
             raise InputError(
-                f"model {folder}: images resized to {shortest} ({processor.resample}) and cropped to {crop}; allowed: "
-                f"both {image_size}, the model's input size, with bicubic or bilinear resizing"
+                f"model {folder}: images {resized} and {f'cropped to {crop}' if crop else 'not cropped'}; allowed: the "
+                f"model's input size of {image_size}, as the shortest edge with a crop or as height and width, with "
+                "bicubic or bilinear resizing"
             )
+        factor = processor.rescale_factor if processor.do_rescale else 1
+        mean, std = (processor.image_mean, processor.image_std) if processor.do_normalize else ([0.0] * 3, [1.0] * 3)
         config = PreprocessCfg(
             size=image_size,
-            mean=tuple(processor.image_mean),
-            std=tuple(processor.image_std),
+            mean=tuple(value / (255 * factor) for value in mean),  # open_clip's pixels are divided by 255
+            std=tuple(value / (255 * factor) for value in std),
             interpolation=interpolation,
+            resize_mode="squash" if squash else "shortest",
         )
     return vars(config)

@@ -30,7 +30,7 @@ from clipdistill.evaluation.tasks import ZeroShotClassification, ZeroShotRetriev
 from clipdistill.export.build import Exported
 from clipdistill.io.files import write_text
 from clipdistill.io.jsonl import read_jsonl
-from clipdistill.io.run_files import CONFIG_FILE, METRICS_FILE, STUDENT_FOLDER, SUMMARY_FILE
+from clipdistill.io.run_files import CONFIG_FILE, IDENTITY_FILE, METRICS_FILE, STUDENT_FOLDER, SUMMARY_FILE
 from clipdistill.losses import Loss, Paper, Term
 from clipdistill.models.prompts import PromptSet, load_prompts
 from clipdistill.models.towers import Tower
@@ -56,12 +56,14 @@ class TrainedRun:
     Attributes:
         name: of the run's folder, or of the model if there is no run.
         config: the resolved config.
+        prompts: its class names and templates.
         summary: ``summary.json``.
         records: of ``metrics.jsonl``.
     """
 
     name: str
     config: Mapping[str, Any] = field(default_factory=dict)
+    prompts: PromptSet | None = None
     summary: Mapping[str, Any] = field(default_factory=dict)
     records: Sequence[Mapping[str, Any]] = ()
 
@@ -94,14 +96,32 @@ def read_run(checkpoint: str) -> TrainedRun:
         config = yaml.safe_load((found / CONFIG_FILE).read_text(encoding="utf-8"))
         summary_file = found / SUMMARY_FILE
         summary = json.loads(summary_file.read_text(encoding="utf-8")) if summary_file.is_file() else {}
+        identity_file = found / IDENTITY_FILE
+        identity = json.loads(identity_file.read_text(encoding="utf-8")) if identity_file.is_file() else {}
     except (ValueError, yaml.YAMLError) as error:
         detail = " ".join(str(error).split())
-        raise InputError(f"checkpoint {checkpoint}: config.yaml or summary.json is damaged: {detail}") from error
+        raise InputError(
+            f"checkpoint {checkpoint}: config.yaml, identity.json or summary.json is damaged: {detail}"
+        ) from error
     return TrainedRun(
         name=found.resolve().name,
         config=config if isinstance(config, dict) else {},
+        prompts=_recorded_prompts(identity),
         summary=summary,
         records=read_jsonl(found / METRICS_FILE),
+    )
+
+
+def _recorded_prompts(identity: Any) -> PromptSet | None:
+    """The prompts in a run's record of what it was made of."""
+    prompts = identity.get("prompts") if isinstance(identity, dict) else None
+    if not isinstance(prompts, dict):
+        return None
+    return PromptSet(
+        name="of the run",
+        classnames=tuple(prompts["classnames"]),
+        templates=tuple(prompts["templates"]),
+        duplicates=True,
     )
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from clipdistill.io.arguments import positive
 
 if TYPE_CHECKING:
+    from clipdistill.export.card import TrainedRun
     from clipdistill.models.prompts import PromptSet
 
 _FORMATS = "open_clip, transformers, onnx"
@@ -96,6 +97,7 @@ def run(args: argparse.Namespace) -> None:
     from clipdistill.export.hub import check_token, push
     from clipdistill.io.files import new_folder, writing
     from clipdistill.io.lock import Lock
+    from clipdistill.io.paths import expand
 
     if args.output.exists():
         raise InputError(f"--output {args.output}: exists; allowed: a new folder")
@@ -108,7 +110,7 @@ def run(args: argparse.Namespace) -> None:
 
     transformers.utils.logging.disable_progress_bar()
     trained_run = read_run(args.checkpoint)
-    prompts = _prompts(args.prompts, trained_run.config.get("prompts"), allow_duplicates=args.allow_duplicate_classes)
+    prompts = _choose_prompts(args.prompts, trained_run, allow_duplicates=args.allow_duplicate_classes)
     tower = load_for_evaluation(args.checkpoint, args.pretrained)
     lock = Lock(args.output.with_name(f".{args.output.name}.lock"), f"--output {args.output}")
     with lock, writing(f"export {args.output}", args.output), new_folder(args.output) as folder:
@@ -123,7 +125,7 @@ def run(args: argparse.Namespace) -> None:
             half=args.half,
             int8=args.int8,
             bound=args.parity_bound,
-            cache=args.cache.expanduser(),
+            cache=expand(args.cache),
         )
         write_card(
             folder,
@@ -142,20 +144,19 @@ def run(args: argparse.Namespace) -> None:
         print(f"pushed: {push(args.output, args.push_to_hub, private=args.private)}")
 
 
-def _prompts(chosen: str | None, of_run: str | None, *, allow_duplicates: bool) -> "PromptSet | None":
-    """The prompt set chosen by the user; else the run's, if it still exists."""
+def _choose_prompts(chosen: str | None, run: "TrainedRun", *, allow_duplicates: bool) -> "PromptSet | None":
+    """The prompt set chosen by the user; else the run's: as it was recorded, or else from where its config says."""
     from clipdistill.errors import InputError
     from clipdistill.models.prompts import load_prompts
 
     if chosen:
         return load_prompts(chosen, allow_duplicates=allow_duplicates)
-    if not of_run:
-        return None
+    if run.prompts is not None or not run.config.get("prompts"):
+        return run.prompts
     try:
-        return load_prompts(of_run, allow_duplicates=allow_duplicates)
+        return load_prompts(run.config["prompts"], allow_duplicates=allow_duplicates)
     except InputError as error:
-        print(f"the run's prompt set is left out: {error}")
-        return None
+        raise InputError(f"--prompts: not given, and the run's are not there: {error}") from error
 
 
 def _benchmarks(arguments: list[str]) -> dict[str, str]:

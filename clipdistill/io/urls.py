@@ -20,6 +20,7 @@ from fsspec.implementations.http import HTTPFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from clipdistill.errors import InputError
+from clipdistill.io.paths import expand
 from clipdistill.io.retries import DEFAULT_RETRIES, Retries, status_of
 
 logger = logging.getLogger(__name__)
@@ -363,7 +364,7 @@ def _look(fs: Any, path: str, url: str) -> Stat:
 
 
 def _expand(pattern: str, retries: Retries) -> list[str]:
-    if "://" not in pattern and _exists(Path(pattern).expanduser()):
+    if "://" not in pattern and _exists(expand(pattern)):
         return _local(pattern, pattern)
     try:
         pieces = list(braceexpand(pattern))
@@ -385,7 +386,7 @@ def _exists(path: Path) -> bool:
 
 
 def _local(piece: str, pattern: str) -> list[str]:
-    path = Path(piece).expanduser()
+    path = expand(piece)
     if _exists(path):
         if not path.is_dir():
             return [str(path)]

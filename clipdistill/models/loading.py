@@ -18,6 +18,7 @@ from clipdistill.io.resources import resource
 from clipdistill.models.custom_code import load_tokenizer, refuse_code
 from clipdistill.models.initialisation import AnyInitialisation, OwnWeights
 from clipdistill.models.towers import MAX_LOGIT_SCALE, FrozenModel, Student, is_text, text_state
+from clipdistill.models.weights import describe_mismatch, plain_weights
 from clipdistill.settings import Positive, Settings
 
 
@@ -233,16 +234,17 @@ def create_clip(
             raise InputError(f"model {model}: a captioning model (CoCa); allowed: a model with two towers")
         refuse_code(model, config)
         load_weights = device != "meta" and overrides is None and bool(pretrained or schema)
-        clip = open_clip.create_model(
-            name,
-            pretrained=pretrained or None,
-            load_weights=load_weights,
-            require_pretrained=load_weights,
-            force_custom_text=custom_text,
-            device=device,
-            output_dict=True,
-            **(overrides or {}),
-        )
+        with plain_weights(pretrained if load_weights else "") as weights:
+            clip = open_clip.create_model(
+                name,
+                pretrained=weights or pretrained or None,
+                load_weights=load_weights,
+                require_pretrained=load_weights,
+                force_custom_text=custom_text,
+                device=device,
+                output_dict=True,
+                **(overrides or {}),
+            )
         tokenizer = load_tokenizer(name, config)
     return clip, config, tokenizer
 
@@ -290,8 +292,8 @@ def _input_errors(model: str, pretrained: str) -> Iterator[None]:
     except Exception as error:
         detail = " ".join(str(error).split())
         mismatch = ("size mismatch", "Missing key", "Unexpected key", "width changed")
-        if any(symptom in detail for symptom in mismatch):
-            raise InputError(f"{source}: weights do not match the architecture: {detail[:300]}") from error
+        if isinstance(error, RuntimeError) and any(symptom in detail for symptom in mismatch):
+            raise InputError(f"{source}: weights do not match the architecture: {describe_mismatch(error)}") from error
         raise InputError(f"{source}: cannot be loaded: {type(error).__name__}: {detail[:300]}") from error
     finally:
         logging.disable(logging.NOTSET)

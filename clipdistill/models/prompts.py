@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clipdistill.errors import InputError
+from clipdistill.io.paths import expand
 from clipdistill.io.resources import resource
 
 PLACEHOLDER = "{c}"
@@ -64,7 +65,7 @@ def load_prompts(name_or_folder: str | Path, *, allow_duplicates: bool = False) 
     if isinstance(name_or_folder, str) and name_or_folder in shipped:
         folder = resource("prompts", name_or_folder)
     else:
-        folder = Path(name_or_folder).expanduser()
+        folder = expand(name_or_folder)
     if not folder.is_dir():
         raise InputError(_no_such_set(name_or_folder, shipped))
 

@@ -26,6 +26,7 @@ from clipdistill.evaluation.classification import Metrics, recall_per_class
 from clipdistill.evaluation.evaluate import Evaluator, zero_shot
 from clipdistill.io.files import output_file, write_text, writing
 from clipdistill.io.jsonl import read_jsonl
+from clipdistill.io.paths import expand
 from clipdistill.io.run_files import CONFIG_FILE, METRICS_FILE, STUDENT_FOLDER
 from clipdistill.io.urls import is_remote
 from clipdistill.models.loading import TeacherSettings
@@ -110,7 +111,7 @@ def write_report(
         raise InputError(f"--output {path}: no folder {path.parent}; allowed: a file in an existing folder")
     config = load_saved_config(run / CONFIG_FILE)
     settings = config.evaluation
-    cache = Path(config.data.cache).expanduser()
+    cache = expand(config.data.cache)
     teacher = config.teachers[0] if with_teacher and config.teachers else None
     left_out = []
     if not remote:

@@ -14,6 +14,7 @@ import fsspec
 
 from clipdistill.errors import InputError
 from clipdistill.io.images import MAX_PIXELS, READABLE_FORMATS, open_image, read_orientation, to_upright
+from clipdistill.io.paths import expand
 from clipdistill.shards.writing import Sample
 
 FOLDER_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
@@ -266,7 +267,7 @@ class ImageCells:
         import datasets
         import huggingface_hub
 
-        own = [] if root is None else [root.expanduser()]
+        own = [] if root is None else [expand(root)]
         own += [Path(dataset)] if Path(dataset).is_dir() else []
         caches = (datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH)
         self._starts = own

@@ -22,6 +22,7 @@ from clipdistill.distributed.collectives import gather_objects, rank, world_size
 from clipdistill.errors import InputError
 from clipdistill.evaluation import EvaluationSet, open_set
 from clipdistill.evaluation.benchmark_format import MEAN, RISING
+from clipdistill.io.paths import expand
 from clipdistill.io.urls import shown
 from clipdistill.models.class_embeddings import class_embeddings, class_prompt_tokens
 from clipdistill.models.prompts import PromptSet, load_prompts
@@ -133,7 +134,7 @@ def index_all(config: Config) -> list[ShardIndex]:
         InputError: a shard is missing, or more than the allowed share of them hold no samples.
     """
     urls = expand_urls(config.data.shards)
-    cache = Path(config.data.cache).expanduser()
+    cache = expand(config.data.cache)
     parts = gather_objects(index_shards(urls[rank() :: world_size()], cache_dir=cache))
     index = [parts[number % len(parts)][number // len(parts)] for number in range(len(urls))]
     unusable = [f"shard {shown(shard.url)}: {shard.unusable}" for shard in index if shard.unusable]
@@ -210,7 +211,7 @@ def open_stream(
     if data.samples_per_epoch is None:
         index = index_all(config)
     else:
-        index = LazyIndex(expand_urls(data.shards), cache_dir=Path(data.cache).expanduser())
+        index = LazyIndex(expand_urls(data.shards), cache_dir=expand(data.cache))
     embeddings = None
     if config.teacher_cache.folder:
         key = cache_content(config, decoder).key(teachers)

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol
 
 from accelerate import Accelerator
@@ -17,6 +16,7 @@ from clipdistill.distill.stored_views import observe_stored_views
 from clipdistill.distill.teachers import Teachers
 from clipdistill.distributed.collectives import gather_objects
 from clipdistill.distributed.random_state import RandomState
+from clipdistill.io.paths import expand
 from clipdistill.models.prompts import PromptSet
 from clipdistill.models.towers import FrozenModel, Student
 from clipdistill.training.build import (
@@ -93,7 +93,7 @@ class RunParts:
         self._config = config
         self._accelerator = accelerator
         self._device = accelerator.device
-        self._encoding = {"cache": Path(config.data.cache).expanduser(), "device": self._device}
+        self._encoding = {"cache": expand(config.data.cache), "device": self._device}
         prompts = open_prompts(config)
         num_classes = prompts.num_classes if prompts else 0
         frozen = [settings.load() for settings in config.teachers]

@@ -35,6 +35,7 @@ from clipdistill.export import export_open_clip
 from clipdistill.io.files import write_json, writing
 from clipdistill.io.lock import LOCK_FILE, Lock
 from clipdistill.io.machine import keep_freed_memory
+from clipdistill.io.paths import expand
 from clipdistill.io.run_files import (
     CHECKPOINTS_FOLDER,
     CONFIG_FILE,
@@ -238,7 +239,7 @@ class Run:
         self.watchdog = watchdog
         self.interruption = interruption
         self.device = accelerator.device
-        self.cache = Path(config.data.cache).expanduser()
+        self.cache = expand(config.data.cache)
         state = None if start.checkpoint is None else load_checkpoint(start.checkpoint)
         self.evaluations = None if state is None else state.evaluations
         self.evaluation_sets = open_evaluation_sets(config, cache=self.cache)

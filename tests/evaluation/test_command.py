@@ -127,7 +127,7 @@ def test_a_folder_of_results_that_other_tools_read(
     printed = capsys.readouterr().out
     assert "6 new results, 0 already there" in printed
     folders = sorted(path for path in output.iterdir() if path.is_dir())
-    assert [folder.name.rpartition("_")[2] for folder in folders] == ["other", "tiny"]
+    assert [re.split("[_-]", folder.name)[-2] for folder in folders] == ["other", "tiny"]
     for folder in folders:
         records = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
         assert sorted(record["dataset"] for record in records) == ["marks", "texts", "wds_vtab-pets_test"]
@@ -505,3 +505,37 @@ def test_help_needs_no_heavy_import() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_different_names_have_different_files() -> None:
+    names = [
+        "a",
+        "A",
+        "a/b",
+        "a_b",
+        "a b",
+        "猫",
+        "犬",
+        "é",
+        "runs/猫",
+        "x" * 300,
+        "x" * 299 + "y",
+        "..",
+        ".",
+        "a.",
+        "a:b",
+    ]
+    slugs = [slug(name) for name in names]
+    assert len(set(slugs)) == len(names)
+    for found in slugs:
+        assert re.fullmatch(r"[A-Za-z0-9@-][A-Za-z0-9.@_-]{0,200}", found), found
+    assert slug("ViT-B-32") == "ViT-B-32"
+
+
+def test_a_comma_in_a_path_is_no_tag(teacher_folder: Path, colours: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "a,b [1] #x=%20" / "é,c"
+    shutil.copytree(teacher_folder, folder)
+    data = tmp_path / "set,1 [2]"
+    shutil.copytree(colours / "set", data)
+    for model in (folder, f"local-dir:{folder}"):
+        evaluate("--model", model, "--data", data)

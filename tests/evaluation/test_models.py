@@ -6,14 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from clipdistill.config import load_config
 from clipdistill.errors import InputError
 from clipdistill.evaluation import evaluate_sets, load_for_evaluation, open_set, predict
+from clipdistill.evaluation.encoding import evaluation_transform
 from clipdistill.evaluation.models import best_step, fingerprint
 from clipdistill.io.resources import resource
 from clipdistill.models.towers import Tower
@@ -196,6 +199,104 @@ def test_a_clip_of_transformers_is_evaluated(
     with torch.no_grad():
         expected = model(input_ids=words.input_ids, pixel_values=pixels).logits_per_image
     torch.testing.assert_close(found.logits_NC, expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("form", ["safetensors in parts", "bin", "bin in parts"])
+def test_weights_of_transformers_in_every_form(
+    save_clip: Callable[..., tuple[Path, transformers.CLIPModel]], tmp_path: Path, form: str
+) -> None:
+    folder, model = save_clip()
+    expected = load_for_evaluation(str(folder))
+    (folder / "model.safetensors").unlink()
+    if form == "safetensors in parts":
+        model.save_pretrained(folder, max_shard_size="20KB")
+        assert len(list(folder.glob("model-*.safetensors"))) > 1
+    elif form == "bin":
+        torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    else:
+        names = list(model.state_dict())
+        parts = {name: f"pytorch_model-{number % 2}.bin" for number, name in enumerate(names)}
+        for part in set(parts.values()):
+            torch.save({n: t for n, t in model.state_dict().items() if parts[n] == part}, folder / part)
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": parts}))
+    assert_same(load_for_evaluation(str(folder)), expected)
+
+
+def test_parts_of_weights_are_beside_their_index(
+    save_clip: Callable[..., tuple[Path, transformers.CLIPModel]], tmp_path: Path
+) -> None:
+    folder, _ = save_clip()
+    (folder / "model.safetensors").rename(folder.parent / "stray.safetensors")
+    with pytest.raises(InputError, match=r"has no weights; allowed: model.safetensors or pytorch_model.bin, whole or"):
+        load_for_evaluation(str(folder))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../stray.safetensors"}}))
+    with pytest.raises(InputError, match=r"names '../stray.safetensors', which is not a file beside it"):
+        load_for_evaluation(str(folder))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"size": {"height": 32, "width": 32}, "do_center_crop": False},
+        {"size": {"height": 32, "width": 32}},
+        {"do_normalize": False},
+        {"do_rescale": False},
+        {"rescale_factor": 1 / 127.5},
+    ],
+)
+def test_the_switches_of_an_image_processor_count(
+    save_clip: Callable[..., tuple[Path, transformers.CLIPModel]], settings: dict[str, Any]
+) -> None:
+    folder, _ = save_clip()
+    transformers.CLIPImageProcessor.from_pretrained(folder, **settings).save_pretrained(folder)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (60, 40, 3), np.uint8))
+    expected = transformers.CLIPImageProcessor.from_pretrained(folder)(image, return_tensors="pt").pixel_values[0]
+    ours = evaluation_transform(load_for_evaluation(str(folder)))(image)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=0.05 * float(expected.std()))
+
+
+@pytest.mark.parametrize("settings", [{"do_resize": False}, {"do_center_crop": False}, {"size": {"shortest_edge": 40}}])
+def test_an_image_processor_that_open_clip_cannot_express_is_refused(
+    save_clip: Callable[..., tuple[Path, transformers.CLIPModel]], settings: dict[str, Any]
+) -> None:
+    folder, _ = save_clip()
+    transformers.CLIPImageProcessor.from_pretrained(folder, **settings).save_pretrained(folder)
+    with pytest.raises(InputError, match=r"images .* allowed: the model's input size of 32"):
+        load_for_evaluation(str(folder))
+
+
+@pytest.mark.parametrize("wrapper", ["", "state_dict", "model"])
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("kind", ["pt", "safetensors"])
+def test_weights_of_other_trainers(
+    teacher_folder: Path, tiny_model: Path, tmp_path: Path, kind: str, prefix: str, wrapper: str
+) -> None:
+    state = load_file(teacher_folder / "open_clip_model.safetensors")
+    state = {prefix + name: tensor for name, tensor in state.items()}
+    file = tmp_path / f"weights.{kind}"
+    if kind == "pt":
+        torch.save({wrapper: state, "epoch": 3} if wrapper else state, file)
+    elif wrapper:
+        pytest.skip("safetensors holds tensors alone")
+    else:
+        save_file(state, file)
+    assert_same(load_for_evaluation(str(tiny_model), str(file)), load_for_evaluation(f"local-dir:{teacher_folder}"))
+
+
+def test_weights_that_do_not_fit_are_named_on_both_sides(
+    tiny_model: Path, teacher_folder: Path, tmp_path: Path
+) -> None:
+    state = load_file(teacher_folder / "open_clip_model.safetensors")
+    state["visual.projection"] = state.pop("visual.proj")
+    save_file(state, tmp_path / "weights.safetensors")
+    message = (
+        "weights do not match the architecture: 1 missing, such as visual.proj; 1 unexpected, such as visual.projection"
+    )
+    with pytest.raises(InputError, match=f"{message}$"):
+        load_for_evaluation(str(tiny_model), str(tmp_path / "weights.safetensors"))
+    torch.save({"model": state, "ema": state}, tmp_path / "two.pt")
+    with pytest.raises(InputError, match="holds model and ema; allowed: one set of weights"):
+        load_for_evaluation(str(tiny_model), str(tmp_path / "two.pt"))
 
 
 def _other_depth(folder: Path) -> str:

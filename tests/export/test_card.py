@@ -113,9 +113,14 @@ def test_card_of_a_run_with_public_teachers_and_private_paths(
     evaluation = {"dataset": "photos", "task": "zeroshot_classification", "metrics": {"acc1": 0.25}}
     (run / "summary.json").write_text(json.dumps({"evaluations": [evaluation]}))
     (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    result = export("--checkpoint", run, "--output", tmp_path / "out", "--formats", "open_clip", "--images", 2)
+    command = ("--checkpoint", run, "--output", tmp_path / "out", "--formats", "open_clip", "--images", 2)
+    result = export(*command)
+    assert result.returncode == 2
+    assert "--prompts: not given, and the run's are not there: " in result.stderr
+    prompts = {"classnames": ["red", "blue"], "templates": ["a {c} picture"]}
+    (run / "identity.json").write_text(json.dumps({"prompts": prompts}))
+    result = export(*command)
     assert result.returncode == 0, result.stderr
-    assert "the run's prompt set is left out: " in result.stdout
     text = (tmp_path / "out" / "README.md").read_text()
     data = ModelCard(text).data
     assert data.base_model == ["laion/CLIP-ViT-L-14-laion2B-s32B-b82K", "someone/big-clip"]

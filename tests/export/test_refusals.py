@@ -61,7 +61,7 @@ BAD_CHECKPOINTS: dict[str, tuple[Callable[[Path, Path], Path], tuple[str, ...]]]
     "not a number": (not_a_number, ("copy", "image features are not finite")),
     "other architecture": (other_architecture, ("copy", "weights do not match the architecture")),
     "no student": (without_student, ("empty", "no open_clip_config.json")),
-    "damaged config": (damaged_config, ("copy", "config.yaml or summary.json is damaged")),
+    "damaged config": (damaged_config, ("copy", "config.yaml, identity.json or summary.json is damaged")),
     "nothing": (lambda root, _: root / "none", ("none", "unknown")),
 }
 

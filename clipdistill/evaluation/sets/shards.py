@@ -31,6 +31,7 @@ from clipdistill.errors import InputError
 from clipdistill.evaluation.ranks import on_all_ranks, with_shared_errors
 from clipdistill.evaluation.sets.samples import EncodedSample, EvaluationSet, Kind, digest
 from clipdistill.io.files import new_file
+from clipdistill.io.paths import expand
 from clipdistill.io.retries import may_pass
 from clipdistill.io.urls import ShardFile, Stat, one_line, shown, stat
 from clipdistill.models.prompts import CLASSNAMES_FILE, TEMPLATE_FILES, PromptSet
@@ -233,7 +234,7 @@ def _shard_errors(url: str) -> Iterator[None]:
 def _copy(url: str, version: Stat, cache: Path) -> Path:
     """The cached copy of this version of a remote shard; downloaded if missing."""
     name = digest([url, version.size, version.etag or version.modified])
-    target = cache.expanduser() / "copies" / f"{name[:32]}.tar"
+    target = expand(cache) / "copies" / f"{name[:32]}.tar"
     if version.is_known and target.is_file() and target.stat().st_size == version.size:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
