@@ -37,7 +37,7 @@ FORMATS: dict[str, Literal[0, 1, 2]] = {
     "gnu": tarfile.GNU_FORMAT,
     "pax": tarfile.PAX_FORMAT,
 }
-IMAGES = ("png", "jpg", "jpeg", "webp")
+IMAGES = ("webp", "png", "jpg", "jpeg")
 WORDS = ("red fox", "Größe", "café", "猫の写真", "собака", "صورة", "🦊🏳️‍🌈", "2½ km²", "a/b\\c", "<b>", "e\u0301")
 
 KEYS = {

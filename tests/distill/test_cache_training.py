@@ -66,6 +66,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(checkpoint / "student.safetensors")
 
 
+@pytest.mark.slow
 def test_training_from_the_cache_is_training_online(
     write_config: Callable[..., Path], cached: Callable[..., list[str]], tmp_path: Path
 ) -> None:

@@ -289,6 +289,7 @@ def codes(processes: Sequence[ForkServerProcess]) -> list[int | None]:
     return [process.exitcode for process in processes]
 
 
+@pytest.mark.slow
 def test_a_killed_command_goes_on_where_it_was(sets: Path, models: Sequence[Path], tmp_path: Path) -> None:
     command = ["--model", *models, "--data", sets / "labels", sets / "marks", sets / "texts", "--batch-size", 1]
     evaluate(*command, "--output", tmp_path / "whole")
@@ -310,7 +311,7 @@ def test_a_killed_command_goes_on_where_it_was(sets: Path, models: Sequence[Path
     assert_same_results({name: left[name] for name in expected}, expected)
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_processes_share_a_set_out(sets: Path, models: Sequence[Path], tmp_path: Path, ranks: int) -> None:
     """26 samples in 7 batches: the same results, each sample counted once."""
     data = [sets / name for name in ("labels", "marks", "texts")]

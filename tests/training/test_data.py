@@ -18,6 +18,7 @@ def records(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_too_many_bad_samples_stop_the_run_which_can_go_on(write_config: Callable[..., Path], tmp_path: Path) -> None:
     samples = colour_samples(200)
     for number in range(0, 200, 40):

@@ -348,6 +348,7 @@ def test_step_with_a_loss_that_is_not_finite_is_named(write_config: Callable[...
     assert not (tmp_path / "run" / "checkpoints" / "step_00000006").exists()
 
 
+@pytest.mark.slow
 def test_both_passes_over_a_micro_batch_meet_the_same_dropout(
     write_config: Callable[..., Path], tmp_path: Path
 ) -> None:
