@@ -2,7 +2,7 @@
 
     valid        (N,)         uint8: 0 for an unusable sample
     content      (N,)         int64: digest of the sample's image and caption as stored in the shard
-    label        (N,)         int64: -1 for a sample without one
+    label        (N,)         int64: -1 for a sample without one, -2 for one that is a name
     image.T      (N, K, D)    of teacher T: unit-norm image embedding of each stored view
     captions.T   (N, D)       of teacher T: unit-norm text embedding of the caption, where captions are stored
     *.scale      (N[, K])     float32: factor of an int8 row
@@ -34,6 +34,9 @@ from clipdistill.models.outputs import ModelOutputs
 
 EMBEDDING_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 """Storage formats of embeddings."""
+
+NAMED = -2
+"""Stored label of a sample whose own label is a class name."""
 
 _FORMAT = 2
 _OPEN_FILES = 64
@@ -199,6 +202,10 @@ class EmbeddingReader:
             image_NKD = unpack(tensors[f"image.{teacher}"][usable_N], None if scale is None else scale[usable_N])
             images.append(image_NKD.flatten(0, 1))
         return images, tensors["label"][usable_N].repeat_interleave(self._key["views"])
+
+    def url(self, shard: int) -> str:
+        """The shard itself."""
+        return self._index[shard].url
 
     def _path(self, shard: int) -> Path:
         return embedding_file(self._folder, self._index[shard])

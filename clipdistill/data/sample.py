@@ -12,6 +12,7 @@ import numpy as np
 from PIL import UnidentifiedImageError
 from torch.utils.data import get_worker_info
 
+from clipdistill.data.class_lists import ClassLists
 from clipdistill.data.formats import format_of
 from clipdistill.data.image import Augmentation, Pixels, render
 from clipdistill.data.index import ShardIndex
@@ -129,8 +130,8 @@ class Decoder:
     """`cls`, or a field of the sample's json."""
     require_captions: bool = False
     require_labels: bool = False
-    num_classes: int | None = None
-    """A label outside 0 to num_classes - 1 raises InputError; None: not checked."""
+    class_lists: ClassLists | None = None
+    """Classes of the labels; a label that is none of them raises InputError. None: labels are any numbers."""
     max_pixels: int = MAX_PIXELS
 
     @property
@@ -178,26 +179,32 @@ class Decoder:
             raise BadSampleError("broken image", one_line(error)) from error
         return DecodedSample(pixels, caption, label)
 
+    def has_named_label(self, raw: RawSample) -> bool:
+        """Whether the sample's label may be a class name, which only a class list makes a number."""
+        try:
+            value = _member(raw.members, self.label_key, own="cls")
+        except BadSampleError:
+            return False
+        return _number(value) is None and _name(value) is not None
+
     def _label(self, raw: RawSample) -> int:
         value = _member(raw.members, self.label_key, own="cls")
         if value is None:
             raise BadSampleError("no label")
-        try:
-            if type(value) not in (int, str, bytes):
-                raise ValueError
-            text = value if isinstance(value, bytes) else str(value).encode()
-            if not text.strip().removeprefix(b"-").isdigit():
-                raise ValueError
-            label = int(text)
-        except ValueError as error:
-            raise BadSampleError("label not a class number", _shown(value)) from error
-        if self.num_classes is not None and not 0 <= label < self.num_classes:
+        number = _number(value)
+        name = _name(value) if number is None else None
+        if self.class_lists is None and number is not None and 0 <= number < 1 << 63:
+            return number
+        if self.class_lists is None or (number is None and name is None):
+            raise BadSampleError("label not a class number", _shown(value))
+        classes = self.class_lists.of(raw.url)
+        label = classes.named(name) if name is not None else classes.numbered(number or 0)
+        if label is None:
+            count = len(classes.names or ())
             raise InputError(
-                f"shard {shown(raw.url)}: sample {raw.key!r} has {self.label_key} {str(label)[:80]}, "
-                f"allowed: 0 to {self.num_classes - 1} (the class list has {self.num_classes} names)"
+                f"shard {shown(raw.url)}: sample {raw.key!r} has {self.label_key} {str(name or number)[:80]}, "
+                f"allowed: 0 to {count - 1} (the class list has {count} names), or one of the names"
             )
-        if not 0 <= label < 1 << 63:
-            raise BadSampleError("label not a class number", str(label)[:80])
         return label
 
 
@@ -217,6 +224,29 @@ def _caption(members: dict[str, bytes], key: str) -> str:
     if not caption:
         raise BadSampleError("empty caption")
     return caption
+
+
+def _number(value: Any) -> int | None:
+    """A label as a number; None if it is none."""
+    if type(value) is float and value.is_integer():
+        return int(value)
+    if type(value) not in (int, str, bytes):
+        return None
+    text = value if isinstance(value, bytes) else str(value).encode(errors="replace")
+    try:
+        return int(text) if text.strip().removeprefix(b"-").isdigit() else None
+    except ValueError:  # thousands of digits
+        return None
+
+
+def _name(value: Any) -> str | None:
+    """A label as a class name; None if it cannot be one."""
+    try:
+        text = value.decode("utf-8-sig") if isinstance(value, bytes) else value
+    except UnicodeDecodeError:
+        return None
+    text = str(text).strip() if isinstance(text, str | bool) else ""
+    return text if text.isprintable() and any(map(str.isalpha, text)) else None
 
 
 def _member(members: dict[str, bytes], key: str, *, own: str) -> Any:

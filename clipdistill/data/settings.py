@@ -32,7 +32,9 @@ class DataSettings(Settings):
     caption_key: str = "txt"
     """Source of the caption: ``txt``, or a field of the sample's json."""
     label_key: str = "cls"
-    """Source of the label: ``cls``, or a field of the sample's json."""
+    """Source of the label, a class number or name: ``cls``, or a field of the sample's json."""
+    labels_by_order: bool = False
+    """Match the classes of a ``classnames.txt`` beside the shards with the prompts by order; default: by name."""
     samples_per_epoch: Count | None = None
     """For sets too large for epochs: draw shards at random with replacement; an epoch is this many samples.
     Empty: an epoch is every sample once."""

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
+from clipdistill.data.class_lists import ClassLists
 from clipdistill.data.embeddings import EmbeddingReader
 from clipdistill.data.index import LazyIndex, ShardIndex
 from clipdistill.data.plan import Layout, Plan, PreviousLayout, ResampledPlan
@@ -343,6 +344,11 @@ class StreamLoader:
     def embeddings(self) -> EmbeddingReader | None:
         """Reader of the stored teachers' embeddings, None if there are none."""
         return self._stream.embeddings
+
+    @property
+    def class_lists(self) -> ClassLists | None:
+        """Classes of the shards' labels, None if they are any numbers."""
+        return self._stream.decoder.class_lists
 
     @property
     def shards(self) -> int:

@@ -21,6 +21,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from clipdistill.data import ShardIndex
 from clipdistill.data.embeddings import (
+    NAMED,
     bytes_per_sample,
     content_digest,
     embedding_file,
@@ -338,6 +339,8 @@ class _Chunks(IterableDataset["_Chunk | InputError"]):
                 continue
             valid[at], labels[at] = 1, decoded.label
             content[at] = content_digest(raw, caption_key=decoder.caption_key, label_key=decoder.label_key)
+            if decoded.label < 0 and decoder.has_named_label(raw):
+                labels[at] = NAMED
             captions[at] = decoded.caption
         return _Chunk(
             shard=number,

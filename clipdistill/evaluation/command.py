@@ -9,6 +9,7 @@ from clipdistill.errors import InputError
 from clipdistill.evaluation.tasks import SET_TASKS
 from clipdistill.io.arguments import positive
 from clipdistill.io.lock import LOCK_FILE, Lock
+from clipdistill.models.class_matching import BY_ORDER_FLAG
 
 TASKS = ("auto", *(task.name for task in SET_TASKS), "linear_probe", "robustness")
 
@@ -48,7 +49,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "library datasets loads, hf-hub:OWNER/NAME",
     )
     data.add_argument("--split", default="test", help="default: %(default)s")
-    data.add_argument("--prompts", metavar="SET", help="a prompt set (name or folder) in place of the data sets' own")
+    data.add_argument(
+        "--prompts",
+        metavar="SET",
+        help="a prompt set (name or folder) in place of the data sets' own; their classes are matched with it by name",
+    )
+    data.add_argument(
+        BY_ORDER_FLAG,
+        action="store_true",
+        help="match the data sets' classes with the prompts by their order (default: by name; names that are all "
+        "numbers are indices)",
+    )
     data.add_argument(
         "--allow-duplicate-classes",
         action="store_true",

@@ -126,6 +126,7 @@ def _open_sets(args: argparse.Namespace) -> list[SetEvaluation]:
     open_split = partial(
         open_set,
         prompts=args.prompts,
+        by_order=args.labels_by_order,
         allow_duplicates=args.allow_duplicate_classes,
         columns=columns,
         decoding=DecodingSettings(decoding=args.decoding, max_pixels=args.max_pixels or MAX_PIXELS),
@@ -142,6 +143,11 @@ def _open_sets(args: argparse.Namespace) -> list[SetEvaluation]:
     for location, data in zip(args.data, sets, strict=True):
         if args.task == "linear_probe":
             train = open_split(location, split=args.train_split)
+            if args.split != args.train_split and _same_place(train, data):
+                raise InputError(
+                    f"data {location}: --split {args.split} and --train-split {args.train_split} are the same samples; "
+                    "allowed: a set with both splits"
+                )
             evaluations.append(SetEvaluation(task=args.task, location=location, data=data, others=(train,)))
         else:
             names = [task.name for task in tasks_for(data.kind)]
@@ -150,6 +156,12 @@ def _open_sets(args: argparse.Namespace) -> list[SetEvaluation]:
             task = names[0] if args.task == "auto" else args.task
             evaluations.append(SetEvaluation(task=task, location=location, data=data))
     return evaluations
+
+
+def _same_place(one: EvaluationSet, other: EvaluationSet) -> bool:
+    """Whether two splits are the same files or rows, as in a folder without splits."""
+    firsts = [next((sample.where for sample in data.samples(range(min(1, len(data))))), None) for data in (one, other)]
+    return firsts[0] == firsts[1] and one.identity() == other.identity()
 
 
 def _fit_lines(args: argparse.Namespace, evaluations: Sequence[SetEvaluation]) -> dict[str, BaselineLine]:
@@ -257,6 +269,7 @@ def _settings(args: argparse.Namespace, device: str, evaluation: SetEvaluation) 
         "split": args.split,
         "prompts": args.prompts,
         "decoding": args.decoding,
+        "labels_by_order": args.labels_by_order,
         "templates": evaluation.data.prompts.num_templates,
         "teacher": args.teacher,
         "precision": args.precision,

@@ -6,6 +6,7 @@ data set folders, whose second file is ``zeroshot_classification_templates.txt``
 """
 
 import difflib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,7 +49,9 @@ class PromptSet:
         return [_fill(template, name) for name in self.classnames]
 
 
-def load_prompts(name_or_folder: str | Path, *, allow_duplicates: bool = False) -> PromptSet:
+def load_prompts(
+    name_or_folder: str | Path, *, allow_duplicates: bool = False, default_templates: Sequence[str] = ()
+) -> PromptSet:
     """Read a shipped prompt set by its name, or any prompt set by its folder.
 
     Args:
@@ -57,6 +60,7 @@ def load_prompts(name_or_folder: str | Path, *, allow_duplicates: bool = False) 
         allow_duplicates: accept classes that share a name. They also share their text features, so no student
             can distinguish them; this is for reproducing published evaluations, as the usual ImageNet names
             contain "missile" and "sunglasses" twice.
+        default_templates: used if the set has no file of templates; none: such a set is refused.
 
     Raises:
         InputError: no such set, or a missing, empty or malformed file; names file, line and what is allowed.
@@ -70,18 +74,44 @@ def load_prompts(name_or_folder: str | Path, *, allow_duplicates: bool = False) 
         raise InputError(_no_such_set(name_or_folder, shipped))
 
     class_file = _first_file(folder, CLASSNAMES_FILE)
-    classnames = _read_lines(class_file, what="class name")
+    classnames = parse_classnames(class_file.read_bytes(), where=class_file)
     if not allow_duplicates:
         _check_distinct(class_file, classnames)
-    template_file = _first_file(folder, *TEMPLATE_FILES)
-    templates = _read_lines(template_file, what="template")
-    _check_placeholders(template_file, templates)
+    if default_templates and not any((folder / name).is_file() for name in TEMPLATE_FILES):
+        templates = list(default_templates)
+    else:
+        template_file = _first_file(folder, *TEMPLATE_FILES)
+        templates = _parse_lines(template_file.read_bytes(), where=template_file, what="template")
+        _check_placeholders(template_file, templates)
     return PromptSet(
         name=folder.resolve().name,
         classnames=tuple(classnames),
         templates=tuple(templates),
         duplicates=allow_duplicates,
     )
+
+
+def load_own_prompts(
+    folders: Iterable[Path], *, default_templates: Sequence[str], allow_duplicates: bool = False
+) -> PromptSet | None:
+    """The prompt set of the first folder that holds a ``classnames.txt``; None if there is none.
+
+    Raises:
+        InputError: as ``load_prompts``.
+    """
+    own = next((folder for folder in folders if (folder / CLASSNAMES_FILE).is_file()), None)
+    if own is None:
+        return None
+    return load_prompts(own, allow_duplicates=allow_duplicates, default_templates=default_templates)
+
+
+def parse_classnames(content: bytes, *, where: object) -> list[str]:
+    """The class names in the content of a ``classnames.txt``, one a line.
+
+    Raises:
+        InputError: empty, an empty line, or not UTF-8; names ``where``, the file or URL.
+    """
+    return _parse_lines(content, where=where, what="class name")
 
 
 def shipped_prompt_sets() -> list[str]:
@@ -100,19 +130,18 @@ def _first_file(folder: Path, *names: str) -> Path:
     raise InputError(f"{folder}: a prompt set needs the file {' or '.join(names)}, which is missing")
 
 
-def _read_lines(path: Path, *, what: str) -> list[str]:
-    """The lines of a UTF-8 file, stripped; a byte order mark and Windows line endings are accepted."""
-    content = path.read_bytes()
+def _parse_lines(content: bytes, *, where: object, what: str) -> list[str]:
+    """The lines of a UTF-8 text, stripped; a byte order mark and Windows line endings are accepted."""
     try:
         text = content.decode("utf-8-sig").removesuffix("\n")
     except UnicodeDecodeError as error:
         number = error.object[: error.start].count(b"\n") + 1
-        raise InputError(f"{path}:{number}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
+        raise InputError(f"{where}:{number}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
     if not text.strip():
-        raise InputError(f"{path}: empty; allowed: one {what} per line, at least one")
+        raise InputError(f"{where}: empty; allowed: one {what} per line, at least one")
     lines = [line.strip() for line in text.split("\n")]
     if "" in lines:
-        raise InputError(f"{path}:{lines.index('') + 1}: empty line; every line is one {what}")
+        raise InputError(f"{where}:{lines.index('') + 1}: empty line; every line is one {what}")
     return lines
 
 

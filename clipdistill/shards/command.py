@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from clipdistill.errors import InputError
+from clipdistill.models.class_matching import BY_ORDER_FLAG
 from clipdistill.models.prompts import load_prompts
 from clipdistill.shards.icons import render_icons
 from clipdistill.shards.sources import Source, from_csv, from_hf_dataset, from_image_folder
@@ -52,6 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"and templates.txt (default: the source's own names, and {DEFAULT_TEMPLATES[0]!r})",
     )
     common.add_argument(
+        BY_ORDER_FLAG,
+        action="store_true",
+        help="match the source's classes with those of --prompts by their order (default: by name; names that are all "
+        "numbers are indices)",
+    )
+    common.add_argument(
         "--keep-order",
         action="store_true",
         help="keep the order of the source (default: a fixed shuffle, so that each shard is a mixture)",
@@ -67,16 +74,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     columns.add_argument("--caption-column", metavar="NAME", help="column of the captions (default: no captions)")
     columns.add_argument(
-        "--label-column", metavar="NAME", help="column of class names or indices from 0 (default: no labels)"
+        "--label-column", metavar="NAME", help="column of class names, or of indices from 0 (default: no labels)"
     )
 
     folder = sources.add_parser(
         "folder",
         parents=[common],
         help="an image folder with one folder per class",
-        description="Make shards of ROOT/<class>/**/<image>, as torchvision's ImageFolder reads it.",
+        description="Make shards of ROOT/<class>/**/<image>, as torchvision's ImageFolder reads it. Links are "
+        "followed, hidden names skipped. ROOT/classnames.txt, if there is one, lists the classes by name.",
     )
-    folder.add_argument("root", type=Path, metavar="ROOT", help="the image folder")
+    folder.add_argument(
+        "root", type=Path, metavar="ROOT", help="the image folder; if it has splits, that of --split is read"
+    )
 
     table = sources.add_parser(
         "csv",
@@ -130,7 +140,7 @@ def run(args: argparse.Namespace) -> None:
         "progress": _show if sys.stderr.isatty() else None,
     }
     if source.classnames is not None:
-        templates = load_prompts(args.prompts).templates if args.prompts else DEFAULT_TEMPLATES
+        templates = load_prompts(args.prompts).templates if args.prompts else source.templates
         summary = write_classification_folder(
             source.samples, args.output, classnames=source.classnames, templates=templates, **options
         )
@@ -144,17 +154,21 @@ def run(args: argparse.Namespace) -> None:
     for line in source.skipped:
         print(f"skipped: {line}", file=sys.stderr)
     skipped = f"; {len(source.skipped)} bad rows skipped" if source.skipped else ""
-    print(f"{summary.folder}: {summary.samples} samples in {summary.shards} shards{content}{skipped}")
+    notes = "".join(f"; {note}" for note in source.notes)
+    print(f"{summary.folder}: {summary.samples} samples in {summary.shards} shards{content}{skipped}{notes}")
 
 
 def _open_source(args: argparse.Namespace) -> Source:
     common: dict[str, Any] = {
         "classnames": load_prompts(args.prompts).classnames if args.prompts else None,
+        "by_order": args.labels_by_order,
         "shuffle_seed": None if args.keep_order or getattr(args, "streaming", False) else 0,
         "skip_bad": args.skip_bad,
     }
     if args.source == "folder":
-        return from_image_folder(args.root, **common)
+        return from_image_folder(args.root, split=args.split, **common)
+    if args.labels_by_order and not args.prompts:
+        raise InputError(f"{BY_ORDER_FLAG}: given without --prompts; allowed: only together with --prompts")
     if args.prompts and args.label_column is None:
         raise InputError("--prompts: given without --label-column; allowed: only together with --label-column")
     common |= {name: getattr(args, name) for name in ("image_column", "caption_column", "label_column")}

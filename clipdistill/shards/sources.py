@@ -4,8 +4,9 @@ import csv
 import io
 import os
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -13,15 +14,24 @@ from urllib.parse import unquote, urlsplit
 import fsspec
 
 from clipdistill.errors import InputError
+from clipdistill.io.image_folders import IMAGE_SUFFIXES, find_image_folder
 from clipdistill.io.images import MAX_PIXELS, READABLE_FORMATS, open_image, read_orientation, to_upright
 from clipdistill.io.paths import expand
-from clipdistill.shards.writing import Sample
-
-FOLDER_SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-"""Suffixes of images in an image folder, as in torchvision's ImageFolder."""
+from clipdistill.models.class_matching import (
+    BOOL_NAMES,
+    ClassLabels,
+    are_numbers,
+    in_class_order,
+    match_classes,
+    match_through,
+)
+from clipdistill.models.prompts import load_own_prompts
+from clipdistill.shards.writing import DEFAULT_TEMPLATES, Sample
 
 SAVED_DATASET_FILES = ("state.json", "dataset_dict.json")
 """Files of which a folder written by ``datasets``' ``save_to_disk`` has one."""
+
+_PROMPTS = "the prompt set"
 
 Row = TypeVar("Row")
 
@@ -33,6 +43,10 @@ class Source:
     samples: Iterator[Sample]
     classnames: list[str] | None = None
     """Names that the labels index; None if there are no labels, or only indices."""
+    templates: Sequence[str] = DEFAULT_TEMPLATES
+    """Prompt templates: those beside the source's own class list, if it has both."""
+    notes: Sequence[str] = ()
+    """Where in the source the samples are, and what it holds beside them; in words."""
     skipped: list[str] = field(default_factory=list)
     """With ``skip_bad``: one line for each skipped row, with row and file. Grows as samples are read."""
 
@@ -40,38 +54,46 @@ class Source:
 def from_image_folder(
     root: Path,
     *,
+    split: str | None = None,
     classnames: Sequence[str] | None = None,
+    by_order: bool = False,
     shuffle_seed: int | None = None,
     skip_bad: bool = False,
 ) -> Source:
-    """Samples of ``root/<class>/**/<image>``, with the classes and the order of torchvision's ImageFolder.
+    """Samples of ``root/<class>/**/<image>``, in the order of torchvision's ImageFolder.
+
+    The folders are the classes: sorted as numbers if all are whole numbers, else as text. A ``classnames.txt`` in
+    ``root``, or beside it if it is a split, is the list of classes; the folders have its names or its numbers.
 
     Args:
-        root: its folders, sorted, are the classes.
-        classnames: names of the classes in that order; by default the folders' own.
+        root: the image folder; or one of splits, each with folders of classes.
+        split: which split, if ``root`` has splits; None: it must have none.
+        classnames: the classes that labels index, matched by name as in `match_classes`; by default the folder's own.
+        by_order: match the classes by their order in place of their names.
         shuffle_seed: shuffle the images with this seed; by default they stay sorted, so a shard may hold a single
             class.
         skip_bad: skip unreadable images and list them in `Source.skipped`, instead of raising.
 
-    A key is the image's number in ImageFolder's order; the metadata holds its path below ``root``.
+    A key is the image's number in this order; the metadata holds its path below ``root``.
 
     Raises:
-        InputError: no such folder, no class in it, a class without images, or a wrong number of class names;
-            while samples are read, an unreadable image.
+        InputError: no such folder, no class in it, a class without images, splits in place of classes, or classes that
+            are not among the class names; while samples are read, an unreadable image.
     """
     if not root.is_dir():
         raise InputError(f"{root}: no such folder; allowed: an image folder")
-    folders = sorted(path.name for path in root.iterdir() if path.is_dir())
-    if not folders:
-        raise InputError(f"{root}: no folder in it; allowed: an image folder, with one folder per class")
-    if classnames is not None and len(classnames) != len(folders):
-        raise InputError(f"{root}: {len(classnames)} class names; allowed: {len(folders)}, one per class folder")
-    images: list[tuple[Path, int]] = []
-    for label, name in enumerate(folders):
-        files = _image_files(root / name)
-        if not files:
-            raise InputError(f"{root / name}: no image in this class; allowed: {', '.join(FOLDER_SUFFIXES)}")
-        images += [(file, label) for file in files]
+    found = find_image_folder(root, split=split)
+    if found is None:
+        raise InputError(
+            f"{root}: no folder with images in it; allowed: an image folder, with one folder per class "
+            f"({', '.join(IMAGE_SUFFIXES)})"
+        )
+    names = in_class_order(found.names)
+    own = load_own_prompts(found.places_of_class_list, default_templates=DEFAULT_TEMPLATES)
+    own_names = own.classnames if own else None
+    indices = match_through(names, own_names, classnames, of=str(root), to=_PROMPTS, by_order=by_order)
+    files = {each.path.name: each.images for each in found.classes}
+    images = [(image, label) for name, label in zip(names, indices, strict=True) for image in files[name]]
 
     def convert(index: int) -> Sample:
         file, label = images[index]
@@ -80,7 +102,10 @@ def from_image_folder(
         return Sample(key=_key(index), image=image, image_extension=extension, label=label, metadata={"path": path})
 
     order = _order(len(images), shuffle_seed)
-    return _source(order, convert, classnames=list(classnames or folders), skip_bad=skip_bad)
+    source = _source(order, convert, classnames=list(classnames or own_names or names), skip_bad=skip_bad)
+    notes = [f"from {found.root}"] if found.root != root else []
+    notes += [found.notes] if found.ignored else []
+    return replace(source, notes=notes, templates=own.templates if own else DEFAULT_TEMPLATES)
 
 
 def from_csv(
@@ -92,6 +117,7 @@ def from_csv(
     root: Path | None = None,
     delimiter: str | None = None,
     classnames: Sequence[str] | None = None,
+    by_order: bool = False,
     shuffle_seed: int | None = None,
     skip_bad: bool = False,
 ) -> Source:
@@ -104,8 +130,9 @@ def from_csv(
         label_column: holds a class name, or an index from 0; none by default.
         root: the table's own folder by default.
         delimiter: by default a tab where the table's name ends in .tsv, else a comma.
-        classnames: names that the labels index. By default a column of whole numbers holds indices, and the
-            sorted distinct values of any other column are the classes.
+        classnames: names that the labels index, matched by name as in `match_classes`. By default the sorted distinct
+            values of the column are the classes. A column of whole numbers holds indices.
+        by_order: match the sorted distinct values with ``classnames`` by their order.
         shuffle_seed: shuffle the rows with this seed; by default they stay in order.
         skip_bad: skip bad rows and list them in `Source.skipped`, instead of raising.
 
@@ -118,9 +145,11 @@ def from_csv(
     folder = path.parent if root is None else root
     used = [name for name in (image_column, caption_column, label_column) if name is not None]
     rows = _read_table(path, used, "\t" if path.suffix == ".tsv" and delimiter is None else delimiter or ",")
-    if label_column is not None and classnames is None:
-        classnames = _distinct_names(row[label_column] for _, row in rows)
-    labels = _Labels(classnames)
+    labels = ClassLabels(classnames)
+    if label_column is not None:
+        values = (row[label_column] for _, row in rows)
+        of = f"{path}: column {label_column!r}"
+        labels = _column_labels(values, classnames, of=of, by_order=by_order, skip_bad=skip_bad)
 
     def convert(index: int) -> Sample:
         line, row = rows[index]
@@ -134,12 +163,12 @@ def from_csv(
             image=image,
             image_extension=extension,
             caption=_caption(row[caption_column], where=where) if caption_column else None,
-            label=labels.index(row[label_column], where=where) if label_column else None,
+            label=_label(labels, row[label_column], where=where) if label_column else None,
             metadata={"path": row[image_column]},
         )
 
     order = _order(len(rows), shuffle_seed)
-    return _source(order, convert, classnames=labels.names, skip_bad=skip_bad)
+    return _source(order, convert, classnames=_names(classnames, labels), skip_bad=skip_bad)
 
 
 def from_hf_dataset(
@@ -152,6 +181,7 @@ def from_hf_dataset(
     label_column: str | None = None,
     classnames: Sequence[str] | None = None,
     image_root: Path | None = None,
+    by_order: bool = False,
     streaming: bool = False,
     shuffle_seed: int | None = None,
     skip_bad: bool = False,
@@ -166,9 +196,11 @@ def from_hf_dataset(
         subset: the configuration, for datasets that have several.
         image_column: an ``Image`` column, or one of encoded bytes or paths.
         caption_column: strings, or lists of strings (the first is used); none by default.
-        label_column: a ``ClassLabel``, an index from 0, or a class name; none by default.
-        classnames: names that the labels index; by default those of the ``ClassLabel``, or the sorted distinct
-            values of a column of strings.
+        label_column: a ``ClassLabel``, an index from 0, a class name, or a truth value (the classes "False" and
+            "True"); none by default.
+        classnames: names that the labels index, matched by name as in `match_classes`; by default those of the
+            ``ClassLabel``, or the sorted distinct values of a column of strings.
+        by_order: match the data set's class names with ``classnames`` by their order.
         image_root: folder in which image cells may name files; see `ImageCells`.
         streaming: read rows as they arrive, in the source's order, without downloading the dataset first.
         shuffle_seed: shuffle the rows with this seed; by default they stay in order.
@@ -193,19 +225,19 @@ def from_hf_dataset(
     dataset = dataset.select_columns(sorted(set(used)))
     if dataset.features is not None:  # None in some streams, which yield rows as stored in the files
         dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
+    labels = ClassLabels(classnames)
     if label_column is not None:
         feature = (dataset.features or {}).get(label_column)
-        own_names = getattr(feature, "names", None)
-        if classnames is None:
-            classnames = own_names
-        elif own_names and len(own_names) != len(classnames):
-            raise InputError(
-                f"{name_or_path}: {len(classnames)} class names; allowed: {len(own_names)}, one per class of column "
-                f"{label_column!r}"
-            )
-        if classnames is None and not streaming and "string" in str(getattr(feature, "dtype", "")):
-            classnames = _distinct_names(value for value in dataset.unique(label_column) if value)
-    labels = _Labels(classnames)
+        of = f"{name_or_path}: column {label_column!r}"
+        own = BOOL_NAMES if getattr(feature, "dtype", "") == "bool" else getattr(feature, "names", None)
+        if own:
+            indices = match_through(own, None, classnames, of=of, to=_PROMPTS, by_order=by_order)
+            labels = ClassLabels(own, indices)
+        elif not streaming and "string" in str(getattr(feature, "dtype", "")):
+            values = (value for value in dataset.unique(label_column) if value)
+            labels = _column_labels(values, classnames, of=of, by_order=by_order, skip_bad=skip_bad)
+        elif by_order:
+            raise InputError(f"{of}: has no class names that are known beforehand; allowed: labels by name or index")
     cells = ImageCells(name_or_path, image_root)
 
     def convert(numbered_row: tuple[int, dict[str, Any]]) -> Sample:
@@ -218,13 +250,13 @@ def from_hf_dataset(
             image=image,
             image_extension=extension,
             caption=_caption(row[caption_column], where=where) if caption_column else None,
-            label=labels.index(row[label_column], where=where) if label_column else None,
+            label=_label(labels, row[label_column], where=where) if label_column else None,
         )
 
     rows: Iterable[tuple[int, dict[str, Any]]] = enumerate(dataset)
     if shuffle_seed is not None:
         rows = ((index, dataset[index]) for index in _order(len(dataset), shuffle_seed))
-    return _source(rows, convert, classnames=labels.names, skip_bad=skip_bad)
+    return _source(rows, convert, classnames=_names(classnames, labels), skip_bad=skip_bad)
 
 
 def encode_image(content: bytes, *, where: str) -> tuple[bytes, str]:
@@ -305,23 +337,37 @@ class ImageCells:
         )
 
 
-class _Labels:
-    """Converts the values of a label column to class indices."""
+def _column_labels(
+    values: Iterable[str], classnames: Sequence[str] | None, *, of: str, by_order: bool, skip_bad: bool
+) -> ClassLabels:
+    """Reads the labels of a column of text, whose values are all known.
 
-    def __init__(self, names: Sequence[str] | None) -> None:
-        self.names = None if names is None else list(names)
-        self._indices = {name: index for index, name in enumerate(names or ())}
+    With ``skip_bad``, values that are no class are left to the rows that hold them.
+    """
+    names = in_class_order(value.strip() for value in values if value.strip())
+    if classnames is None:
+        return ClassLabels(None) if are_numbers(names) else ClassLabels(names, texts_are_names=True)
+    if by_order:
+        return ClassLabels(names, match_classes(names, classnames, of=of, to=_PROMPTS, by_order=True))
+    given = ClassLabels(classnames)
+    if all(given.named(name) is None and re.fullmatch(r"-?[0-9]+(\.0+)?", name) for name in names):
+        return given
+    if skip_bad:
+        return ClassLabels(classnames, texts_are_names=True)
+    return ClassLabels(names, match_classes(names, classnames, of=of, to=_PROMPTS), texts_are_names=True)
 
-    def index(self, value: Any, *, where: str) -> int:
-        if isinstance(value, str) and value in self._indices:
-            return self._indices[value]
-        if isinstance(value, int) or (isinstance(value, str) and _is_number(value)):
-            index = int(value)
-            if index >= 0 and (self.names is None or index < len(self.names)):
-                return index
-        if self.names is None:
-            raise InputError(f"{where}: label {value!r}; allowed: an index from 0 (names need a list of the classes)")
-        raise InputError(f"{where}: label {value!r}; allowed: a class name or an index from 0 to {len(self.names) - 1}")
+
+def _label(labels: ClassLabels, value: Any, *, where: str) -> int:
+    index = labels.index(value)
+    if index is None:
+        raise InputError(f"{where}: label {str(value)[:80]!r}; allowed: {labels.allowed}")
+    return index
+
+
+def _names(classnames: Sequence[str] | None, labels: ClassLabels) -> list[str] | None:
+    """The names that a source's labels index."""
+    names = labels.names if classnames is None else classnames
+    return None if names is None else list(names)
 
 
 def _source(
@@ -366,25 +412,6 @@ def _caption(value: Any, *, where: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise InputError(f"{where}: caption {value!r}; allowed: a non-empty text")
     return " ".join(value.split())
-
-
-def _distinct_names(values: Iterable[str]) -> list[str] | None:
-    """The class names of a label column, sorted; None if it holds numbers only."""
-    names = sorted(set(values) - {""})
-    return None if all(map(_is_number, names)) else names
-
-
-def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdigit()
-
-
-def _image_files(folder: Path) -> list[Path]:
-    return [
-        Path(parent, name)
-        for parent, _, names in sorted(os.walk(folder, followlinks=True))
-        for name in sorted(names)
-        if name.lower().endswith(FOLDER_SUFFIXES)
-    ]
 
 
 def _read(path: str, *, where: str) -> bytes:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from clipdistill.config import Config
 from clipdistill.data import ImageTextStream, LazyIndex, ShardIndex, StreamLoader, expand_urls, index_shards
+from clipdistill.data.class_lists import find_class_lists
 from clipdistill.data.embeddings import EmbeddingReader
 from clipdistill.data.reading import Views
 from clipdistill.data.sample import Decoder
@@ -22,6 +23,7 @@ from clipdistill.distributed.collectives import gather_objects, rank, world_size
 from clipdistill.errors import InputError
 from clipdistill.evaluation import EvaluationSet, open_set
 from clipdistill.evaluation.benchmark_format import MEAN, RISING
+from clipdistill.evaluation.ranks import from_first_rank
 from clipdistill.io.paths import expand
 from clipdistill.io.urls import shown
 from clipdistill.models.class_embeddings import class_embeddings, class_prompt_tokens
@@ -83,13 +85,12 @@ def load_student_of(config: Config, teachers: Sequence[FrozenModel]) -> Student:
     return student
 
 
-def make_decoder(config: Config, image_sizes: Sequence[int], *, num_classes: int | None = None) -> Decoder:
+def make_decoder(config: Config, image_sizes: Sequence[int]) -> Decoder:
     """Decoder of training samples, with the members that the run requires.
 
     Args:
         config: of the run.
         image_sizes: input sizes of the towers that see the pixels.
-        num_classes: number of classes that labels index.
     """
     data = config.data
     return Decoder(
@@ -99,7 +100,6 @@ def make_decoder(config: Config, image_sizes: Sequence[int], *, num_classes: int
         label_key=data.label_key,
         require_captions=any(term.over == "captions" for term in config.terms),
         require_labels=config.labels == "dataset",
-        num_classes=num_classes if config.labels == "dataset" else None,
         max_pixels=data.max_pixels,
     )
 
@@ -113,7 +113,7 @@ def cache_content(config: Config, decoder: Decoder) -> CacheContent:
     """
     return CacheContent(
         decoder=replace(
-            decoder, require_captions=_uses_teacher_captions(config), require_labels=False, num_classes=None
+            decoder, require_captions=_uses_teacher_captions(config), require_labels=False, class_lists=None
         ),
         views=Views(config.data.views, config.data.view_seed),
         precision=config.teacher_cache.precision,
@@ -197,13 +197,15 @@ def open_stream(
     decoder: Decoder,
     teachers: Sequence[FrozenModel],
     *,
+    prompts: PromptSet | None,
     tokenizers: Sequence[TextTokenizer],
     pin_memory: bool,
 ) -> StreamLoader:
     """This rank's part of the training stream, with the teachers' embeddings if they are cached.
 
     Raises:
-        InputError: too few samples, or the teacher cache does not match the shards. (In a resampled stream, whose
+        InputError: too few samples, a class list beside the shards has classes that the prompts lack, or the teacher
+            cache does not match the shards. (In a resampled stream, whose
             shards are not known before they are drawn, each file is checked when it is needed.)
     """
     data = config.data
@@ -212,6 +214,10 @@ def open_stream(
         index = index_all(config)
     else:
         index = LazyIndex(expand_urls(data.shards), cache_dir=expand(data.cache))
+    if config.labels == "dataset" and prompts is not None:
+        urls = index.urls if isinstance(index, LazyIndex) else [shard.url for shard in index]
+        lists = from_first_rank(lambda: find_class_lists(urls, prompts, by_order=data.labels_by_order))
+        decoder = replace(decoder, class_lists=lists)
     embeddings = None
     if config.teacher_cache.folder:
         key = cache_content(config, decoder).key(teachers)

@@ -106,9 +106,11 @@ class RunParts:
                 tower.use_channels_last()
         tokenizers = CaptionTokenizers.find(config, self.student, frozen)
         sizes = [tower.image_size for tower in (self.student, *frozen)]
-        decoder = make_decoder(config, sizes, num_classes=num_classes or None)
+        decoder = make_decoder(config, sizes)
         pin_memory = self._device.type == "cuda"
-        self.loader = open_stream(config, decoder, frozen, tokenizers=tokenizers.tokenizers, pin_memory=pin_memory)
+        self.loader = open_stream(
+            config, decoder, frozen, prompts=prompts, tokenizers=tokenizers.tokenizers, pin_memory=pin_memory
+        )
         if identity is not None:
             self.loader.expect_shards(identity["shards"])
         self._place_teachers(frozen)
@@ -157,7 +159,7 @@ class RunParts:
                 self.loader.embeddings,
                 shards=self.loader.shards,
                 labels=config.labels,
-                num_classes=num_classes,
+                class_lists=self.loader.class_lists,
                 device=self._device,
             )
 

@@ -19,7 +19,9 @@ import webdataset as wds
 from PIL import Image
 
 from clipdistill.data import Augmentation, LazyIndex, StreamLoader, expand_urls, index_shards
+from clipdistill.data.class_lists import find_class_lists
 from clipdistill.errors import InputError
+from clipdistill.models.prompts import PromptSet
 from tests.streams import make_stream
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -218,8 +220,9 @@ def test_captions_and_labels_come_from_json_where_asked(tmp_path):
 @pytest.mark.parametrize("label", [10, -1])
 def test_a_label_outside_the_class_list_is_the_users_error(tmp_path, workers, label):
     index = write_shards(tmp_path, [20], {13: good(13) | {"cls": label}})
+    ten = PromptSet(name="ten", classnames=tuple("abcdefghij"), templates=("{c}",))
     with pytest.raises(InputError) as caught:
-        take(load(index, num_classes=10, num_workers=workers), 5)
+        take(load(index, class_lists=find_class_lists([], ten), num_workers=workers), 5)
     message = str(caught.value)
     assert "\n" not in message
     for part in (str(tmp_path / "0.tar"), "'0013'", f"cls {label},", "0 to 9"):

@@ -116,7 +116,9 @@ def test_layouts_agree(tower: Tower, layouts: dict[str, Callable[[], EvaluationS
     assert data.identity() == layouts[name]().identity() != reference.identity()
 
 
-def test_images_beside_a_class_list_of_other_names_keep_their_order(tower: Tower, tmp_path: Path) -> None:
+def test_classes_of_other_names_are_matched_by_order_on_request_only(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     for sample in colour_samples(8):
         path = tmp_path / "set" / "test" / f"n0{sample['cls']}" / f"{sample['key']}.PNG"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -124,13 +126,14 @@ def test_images_beside_a_class_list_of_other_names_keep_their_order(tower: Tower
     (tmp_path / "p").mkdir()
     (tmp_path / "p" / "classnames.txt").write_text("".join(f"{name}\n" for name in CLASSES))
     (tmp_path / "p" / "templates.txt").write_text("{c}\n")
-    data = open_set(tmp_path / "set", prompts=str(tmp_path / "p"))
-    assert [sample.label for sample in data.samples()] == [0, 0, 1, 1, 2, 2, 3, 3]
-    (tmp_path / "p" / "classnames.txt").write_text("red\nblue\n")
-    with pytest.raises(
-        InputError, match=r"4 classes, among them 'n00'; allowed with prompts p: the names in it, or .* \(2\)"
-    ):
+    with pytest.raises(InputError, match=r"4 of its 4 classes are not in prompts p: 'n00', .* or --labels-by-order: "):
         open_set(tmp_path / "set", prompts=str(tmp_path / "p"))
+    data = open_set(tmp_path / "set", prompts=str(tmp_path / "p"), by_order=True)
+    assert [sample.label for sample in data.samples()] == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert "labels by order, not by name: in prompts p 'n00' is 'red', 'n01' is 'green'" in caplog.text
+    (tmp_path / "p" / "classnames.txt").write_text("red\nblue\n")
+    with pytest.raises(InputError, match=r"set: 4 classes; allowed with --labels-by-order: 2, as in prompts p"):
+        open_set(tmp_path / "set", prompts=str(tmp_path / "p"), by_order=True)
 
 
 def test_captions_and_several_labels_of_a_dataset(tower: Tower, tmp_path: Path) -> None:
@@ -329,7 +332,7 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
         r"sample s00000: label 4; allowed: 0 to 3 \(there are 4",
     ),
     "a negative label": (lambda root: _one(root, cls=-1), "label -1; allowed: 0 to 3"),
-    "a label of words": (lambda root: _one(root, cls="red"), "label b'red'; allowed: an integer"),
+    "a label of words": (lambda root: _one(root, cls="bread"), "label 'bread'; allowed: 0 to 3 .*, or a name"),
     "no image": (
         lambda root: shard_set(root / "set", [{"key": "a", "cls": 1}]),
         r"holds 'cls', none of webp, png, jpg, jpeg \(a key ends at the first dot\); allowed: an image and cls",

@@ -333,12 +333,13 @@ def test_image_folder_shuffled(image_folder):
 
 
 def test_image_folder_with_names(image_folder):
-    assert from_image_folder(image_folder, classnames=["house cat", "hound"]).classnames == [
-        "house cat",
-        "hound",
-    ]
-    with pytest.raises(InputError, match=r"photos: 3 class names; allowed: 2, one per class folder"):
-        from_image_folder(image_folder, classnames=["a", "b", "c"])
+    source = from_image_folder(image_folder, classnames=["house cat", "hound"], by_order=True)
+    assert source.classnames == ["house cat", "hound"]
+    assert [sample.label for sample in source.samples] == [0, 0, 0, 0, 1, 1]
+    with pytest.raises(InputError, match=r"photos: 2 of its 2 classes are not in the prompt set: 'cat', 'dog'; .*"):
+        from_image_folder(image_folder, classnames=["house cat", "hound"])
+    with pytest.raises(InputError, match=r"photos: 2 classes; allowed with --labels-by-order: 3, as in the prompt set"):
+        from_image_folder(image_folder, classnames=["a", "b", "c"], by_order=True)
 
 
 def test_bad_images_are_named_or_skipped(image_folder):
@@ -354,10 +355,10 @@ def test_bad_images_are_named_or_skipped(image_folder):
 def test_errors_of_image_folders(image_folder):
     with pytest.raises(InputError, match="nowhere: no such folder; allowed: an image folder"):
         from_image_folder(image_folder / "nowhere")
-    with pytest.raises(InputError, match="dog: no folder in it; allowed: an image folder"):
+    with pytest.raises(InputError, match="dog: no folder with images in it; allowed: an image folder"):
         from_image_folder(image_folder / "dog")
     (image_folder / "emu").mkdir()
-    with pytest.raises(InputError, match=r"emu: no image in this class; allowed: .jpg, "):
+    with pytest.raises(InputError, match=r"photos: no image in the class folders emu; allowed: images \(.jpg, "):
         from_image_folder(image_folder)
 
 
@@ -407,14 +408,22 @@ def test_tab_separated_table_with_root_and_indices(pictures, tmp_path):
 
 
 def test_table_with_given_names(pictures, tmp_path):
-    table = write_table(tmp_path / "t.csv", [["image", "label"], ["0.png", "owl"], ["1.png", "0"]])
+    table = write_table(tmp_path / "t.csv", [["image", "label"], ["0.png", "Owl"], ["1.png", "house_cat "]])
     options = {"label_column": "label", "root": pictures}
-    assert [sample.label for sample in from_csv(table, classnames=["cat", "owl"], **options).samples] == [
-        1,
-        0,
-    ]
-    with pytest.raises(InputError, match=r"t.csv, line 2: label 'owl'; allowed: a class name or an index from 0 to 0"):
-        list(from_csv(table, classnames=["cat"], **options).samples)
+
+    def labels(*classnames, **more):
+        source = from_csv(table, classnames=classnames, **options, **more)
+        return source.classnames, [sample.label for sample in source.samples], source.skipped
+
+    assert labels("house cat", "dog", "owl") == (["house cat", "dog", "owl"], [2, 0], [])
+    with pytest.raises(
+        InputError, match=r"column 'label': 1 of its 2 classes are not in the prompt set: 'house_cat'; "
+    ):
+        labels("cat", "owl")
+    names, found, (line,) = labels("cat", "owl", skip_bad=True)
+    assert (names, found) == (["cat", "owl"], [1])
+    assert "t.csv, line 3: label 'house_cat '; allowed: one of 2 class names, such as 'cat'" in line
+    assert labels("cat", "dog", by_order=True) == (["cat", "dog"], [0, 1], [])
 
 
 @pytest.mark.parametrize(
@@ -516,11 +525,13 @@ def test_dataset_labels(saved):
     by_name = from_hf_dataset(name, label_column="kind")
     assert by_name.classnames == ["tame", "wild"]
     assert [sample.label for sample in by_name.samples] == [1, 0, 1]
-    renamed = from_hf_dataset(name, label_column="label", classnames=["house cat", "barn owl"])
+    renamed = from_hf_dataset(name, label_column="label", classnames=["house cat", "barn owl"], by_order=True)
     assert renamed.classnames == ["house cat", "barn owl"]
     assert [sample.label for sample in renamed.samples] == [1, 0, 1]
-    with pytest.raises(InputError, match="one: 3 class names; allowed: 2, one per class of column 'label'"):
-        from_hf_dataset(name, label_column="label", classnames=["a", "b", "c"])
+    reordered = from_hf_dataset(name, label_column="label", classnames=["Owl", "emu", "cat"])
+    assert [sample.label for sample in reordered.samples] == [0, 2, 0]
+    with pytest.raises(InputError, match="one: column 'label': 1 of its 2 classes are not in the prompt set: 'cat'; "):
+        from_hf_dataset(name, label_column="label", classnames=["owl", "house cat"])
 
 
 def test_dataset_shuffled(saved):
@@ -628,12 +639,15 @@ def test_errors_of_datasets(saved, tmp_path):
 
 def test_folder_command(image_folder, tmp_path, capsys):
     shards_cli("folder", image_folder, "--output", tmp_path / "a", "--split", "test", "--samples-per-shard", 4)
-    assert capsys.readouterr().out == f"{tmp_path}/a/test: 6 samples in 2 shards, 2 classes\n"
+    assert capsys.readouterr().out == (f"{tmp_path}/a/test: 6 samples in 2 shards, 2 classes; ignored: not images: 1\n")
     assert load_prompts(tmp_path / "a").templates == ("a photo of a {c}.",)
     (image_folder / "dog" / "c.jpg").write_bytes(b"")
     shards_cli("folder", image_folder, "--output", tmp_path / "a", "--skip-bad", "--keep-order")
     output = capsys.readouterr()
-    assert output.out == f"{tmp_path}/a/train: 6 samples in 1 shards, 2 classes; 1 bad rows skipped\n"
+    assert (
+        output.out
+        == f"{tmp_path}/a/train: 6 samples in 1 shards, 2 classes; 1 bad rows skipped; ignored: not images: 1\n"
+    )
     assert output.err.startswith(f"skipped: {image_folder}/dog/c.jpg: not a readable image")
     assert [sample["cls"] for sample in read(tmp_path / "a" / "train")] == [
         b"0",

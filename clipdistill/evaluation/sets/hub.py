@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from clipdistill.errors import InputError
 from clipdistill.evaluation.sets.samples import EncodedSample, EvaluationSet, Kind, digest, name_classes
 from clipdistill.io.urls import one_line
+from clipdistill.models.class_matching import BOOL_NAMES, ClassLabels, are_numbers, in_class_order
 from clipdistill.models.prompts import PromptSet
 from clipdistill.shards.sources import SAVED_DATASET_FILES, ImageCells
 
@@ -34,8 +36,20 @@ def is_dataset(folder: Path) -> bool:
     return _is_saved(folder) or any(path.suffix in _SUFFIXES for path in folder.rglob("*"))
 
 
+def holds_tables(folder: Path) -> bool:
+    """Whether a local folder holds tables that may contain images; other folders of theirs are no classes."""
+    tables = (path for place in (folder, folder / "data") for path in place.glob("*.parquet"))
+    return _is_saved(folder) or next(tables, None) is not None
+
+
 def open_dataset(
-    location: str, *, split: str, name: str, prompts: PromptSet | None, columns: Columns | None = None
+    location: str,
+    *,
+    split: str,
+    name: str,
+    prompts: PromptSet | None,
+    by_order: bool = False,
+    columns: Columns | None = None,
 ) -> EvaluationSet:
     """Open a data set.
 
@@ -44,11 +58,12 @@ def open_dataset(
         split: in the library's notation; ignored for a saved ``Dataset``, which has no splits.
         name: of the set, in results.
         prompts: chosen by the user, as in `clipdistill.evaluation.sets.samples.name_classes`; required if the classes
-            have no names.
+            have no names. Truth values are the classes "False" and "True".
+        by_order: match the classes with ``prompts`` by their order.
         columns: to read.
 
     Raises:
-        InputError: no such data set, split or column, or classes without names.
+        InputError: no such data set, split or column, classes without names, or some that are not among the prompts'.
     """
     columns = columns or Columns()
     dataset = _load(location, split, columns.subset)
@@ -58,21 +73,23 @@ def open_dataset(
     for column in (image, annotation):
         if column not in features:
             raise InputError(f"data {name}: no column {column!r}; allowed: {', '.join(features)}")
-    numbers: dict[Any, int] | None = None
+    labels = ClassLabels(None)
     if kind == "retrieval":
         prompts = PromptSet(name=name, classnames=(), templates=())
-    elif (names := _class_names(dataset, annotation)) is not None:
-        prompts, in_prompts = name_classes(name, names, prompts)
-        numbers = {**in_prompts, **{number: in_prompts[each] for number, each in enumerate(names)}}
+    elif names := _class_names(dataset, annotation, texts_may_be_numbers=prompts is not None):
+        prompts, indices = name_classes(name, names, prompts, by_order=by_order)
+        labels = ClassLabels(names, indices, texts_are_names=True)
     elif prompts is None:
         raise InputError(f"data {name}: classes in column {annotation!r} have no names; allowed: names from --prompts")
+    else:
+        labels = ClassLabels(prompts.classnames)
     reader = DatasetReader(
         dataset,
         name=name,
         kind=kind,
         image=image,
         annotation=annotation,
-        numbers=numbers,
+        labels=labels,
         cells=ImageCells(location, columns.image_root),
     )
     return EvaluationSet(name=name, kind=kind, prompts=prompts, reader=reader)
@@ -87,7 +104,7 @@ class DatasetReader:
         kind: of the annotations.
         image: column of the images.
         annotation: column of labels, of lists of labels, or of captions (a string or a list of strings).
-        numbers: label (name or number) -> class index; None: labels are class indices.
+        labels: reads labels; unused for captions.
         cells: reads the images.
     """
 
@@ -99,7 +116,7 @@ class DatasetReader:
         kind: Kind,
         image: str,
         annotation: str,
-        numbers: Mapping[Any, int] | None,
+        labels: ClassLabels,
         cells: ImageCells,
     ) -> None:
         import datasets
@@ -112,7 +129,7 @@ class DatasetReader:
         self._kind = kind
         self._image = image
         self._annotation = annotation
-        self._numbers = numbers
+        self._labels = labels
         self._cells = cells
 
     def __len__(self) -> int:
@@ -129,8 +146,8 @@ class DatasetReader:
 
     def identity(self) -> str:
         """Digest of the library's own fingerprint of the data set, and of the columns and labels in use."""
-        numbers = None if self._numbers is None else sorted(map(str, self._numbers.items()))
-        return digest([self._dataset._fingerprint, self._kind, self._image, self._annotation, numbers])
+        labels = [self._labels.names, self._labels.indices]
+        return digest([self._dataset._fingerprint, self._kind, self._image, self._annotation, labels])
 
     def _read_annotation(self, value: Any, where: str) -> dict[str, Any]:
         if self._kind == "classification":
@@ -143,11 +160,10 @@ class DatasetReader:
         return {"captions": captions}
 
     def _number(self, label: Any, where: str) -> int:
-        if self._numbers is not None and isinstance(label, int | str) and label in self._numbers:
-            return self._numbers[label]
-        if isinstance(label, int):
-            return label
-        raise InputError(f"{where}: {self._annotation} {str(label)[:40]!r}; allowed: a class name or index")
+        index = self._labels.index(label)
+        if index is None:
+            raise InputError(f"{where}: {self._annotation} {str(label)[:40]!r}; allowed: {self._labels.allowed}")
+        return index
 
 
 def _is_saved(folder: Path) -> bool:
@@ -161,9 +177,13 @@ def _load(location: str, split: str, subset: str | None) -> Any:
         if not _is_saved(Path(location)):
             return datasets.load_dataset(location, subset, split=split)
         saved = datasets.load_from_disk(location)
-        return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
     except Exception as error:  # errors of the library, the Hub's client, the network
         raise InputError(f"data {location}, split {split}: cannot be loaded: {one_line(error)[:300]}") from error
+    if not isinstance(saved, datasets.DatasetDict):
+        return saved
+    if split not in saved:
+        raise InputError(f"data {location}: no split {split!r}; allowed: {', '.join(saved)}")
+    return saved[split]
 
 
 def _annotation(name: str, features: Mapping[str, Any], columns: Columns) -> tuple[str, Kind]:
@@ -183,16 +203,23 @@ def _annotation(name: str, features: Mapping[str, Any], columns: Columns) -> tup
     return caption, "retrieval"
 
 
-def _class_names(dataset: Any, column: str) -> list[str] | None:
-    """Class names: those of the column's type, or its distinct strings, sorted; None for a column of numbers."""
+def _class_names(dataset: Any, column: str, *, texts_may_be_numbers: bool) -> list[str] | None:
+    """Class names: those of the column's type, or its distinct texts, sorted; None for a column of numbers.
+
+    Texts that are all numbers are names only to prompts, which know what they stand for.
+    """
     kind = dataset.features[column]
     inner = kind.feature if _is_list(kind) else kind
     if _has_names(inner):
         return list(inner.names)
-    if "string" not in str(getattr(inner, "dtype", "")):
+    dtype = str(getattr(inner, "dtype", ""))
+    if dtype == "bool":
+        return list(BOOL_NAMES)
+    if "string" not in dtype:
         return None
-    values = dataset[column]
-    return sorted({name for value in values for name in (value if _is_list(kind) else [value]) if name is not None})
+    values = chain.from_iterable(row or () for row in dataset[column]) if _is_list(kind) else dataset.unique(column)
+    names = in_class_order(value.strip() for value in values if value and value.strip())
+    return names if texts_may_be_numbers or not are_numbers(names) else None
 
 
 def _has_names(kind: Any) -> bool:

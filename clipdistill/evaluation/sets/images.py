@@ -1,33 +1,55 @@
-"""Test sets in plain folders: one folder of images per class, in ROOT or in ROOT/SPLIT."""
+"""Test sets in plain folders: one folder of images for each class."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from clipdistill.distributed.collectives import rank
 from clipdistill.errors import InputError
 from clipdistill.evaluation.sets.samples import EncodedSample, EvaluationSet, digest, name_classes
-from clipdistill.models.prompts import PromptSet
-from clipdistill.shards.sources import FOLDER_SUFFIXES
+from clipdistill.io.image_folders import ImageFolder
+from clipdistill.models.class_matching import are_identifiers, in_class_order
+from clipdistill.models.prompts import PromptSet, load_own_prompts
+from clipdistill.shards.writing import DEFAULT_TEMPLATES
+
+log = logging.getLogger(__name__)
 
 
-def find_class_folders(folder: Path) -> list[Path]:
-    """The subfolders, sorted, if each of them holds images; else none."""
-    if not folder.is_dir():
-        return []
-    folders = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    return folders if all(next(_images(path), None) for path in folders) else []
+def open_image_set(
+    found: ImageFolder,
+    *,
+    name: str,
+    prompts: PromptSet | None,
+    by_order: bool = False,
+    allow_duplicates: bool = False,
+) -> EvaluationSet:
+    """Open a set of class folders.
 
+    A ``classnames.txt`` in the folder, or beside it if it is a split, is the list of classes; the folders have its
+    names or its numbers.
 
-def open_image_set(folders: Sequence[Path], *, name: str, prompts: PromptSet | None) -> EvaluationSet:
-    """Open a set of class folders; ``prompts`` as in `clipdistill.evaluation.sets.samples.name_classes`.
+    Args:
+        found: the class folders.
+        name: of the set.
+        prompts: chosen by the user; None: those in the folder, or the folders' names.
+        by_order: match the classes with the prompts by their order.
+        allow_duplicates: accept a list in the folder that names a class twice.
 
     Raises:
-        InputError: ``prompts`` has neither the folders' names nor the same number of classes.
+        InputError: a folder's class is not among the prompts' or the list's.
     """
-    prompts, numbers = name_classes(name, [folder.name for folder in folders], prompts)
-    files = [(path, numbers[folder.name]) for folder in folders for path in sorted(_images(folder))]
-    return EvaluationSet(
-        name=name, kind="classification", prompts=prompts, reader=FolderReader(folders[0].parent, files)
-    )
+    places = found.places_of_class_list
+    own = load_own_prompts(places, default_templates=DEFAULT_TEMPLATES, allow_duplicates=allow_duplicates)
+    names = in_class_order(found.names)
+    if prompts is None and own is None and are_identifiers(names) and rank() == 0:
+        log.warning(
+            "data %s: folders such as %r are no names; name them with --prompts or classnames.txt", name, names[0]
+        )
+    prompts, indices = name_classes(name, names, prompts, own=own, by_order=by_order)
+    numbers = dict(zip(names, indices, strict=True))
+    files = [(image, numbers[each.path.name]) for each in found.classes for image in each.images]
+    log.info("data %s: %d images of %d classes in %s; %s", name, len(files), len(names), found.root, found.notes)
+    return EvaluationSet(name=name, kind="classification", prompts=prompts, reader=FolderReader(found.root, files))
 
 
 class FolderReader:
@@ -57,7 +79,3 @@ class FolderReader:
 
     def _key(self, path: Path) -> str:
         return path.relative_to(self._root).as_posix()
-
-
-def _images(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.rglob("*") if path.suffix.lower() in FOLDER_SUFFIXES and path.is_file())

@@ -11,10 +11,11 @@ from pathlib import Path
 
 from clipdistill.errors import InputError
 from clipdistill.evaluation.ranks import with_shared_errors
-from clipdistill.evaluation.sets.hub import Columns, is_dataset, open_dataset
-from clipdistill.evaluation.sets.images import find_class_folders, open_image_set
+from clipdistill.evaluation.sets.hub import Columns, holds_tables, is_dataset, open_dataset
+from clipdistill.evaluation.sets.images import open_image_set
 from clipdistill.evaluation.sets.samples import EvaluationSet
 from clipdistill.evaluation.sets.shards import is_shard_set, open_shard_set
+from clipdistill.io.image_folders import find_image_folder
 from clipdistill.io.images import STANDARD_DECODING, DecodingSettings
 from clipdistill.models.prompts import load_prompts
 
@@ -32,6 +33,7 @@ def open_set(
     *,
     split: str = "test",
     prompts: str | None = None,
+    by_order: bool = False,
     allow_duplicates: bool = False,
     columns: Columns | None = None,
     decoding: DecodingSettings = STANDARD_DECODING,
@@ -44,17 +46,26 @@ def open_set(
             (``https://huggingface.co/datasets/OWNER/NAME/tree/REVISION``); a folder of class folders, or one of splits
             of these; a folder that the library ``datasets`` wrote or loads; or ``hf-hub:OWNER/NAME``.
         split: which split.
-        prompts: prompt set, by name or folder, that replaces the set's own.
+        prompts: prompt set, by name or folder, that replaces the set's own; the set's classes, if they have names, are
+            matched with it by name (`clipdistill.models.class_matching`).
+        by_order: match the set's classes by their order in place of their names.
         allow_duplicates: accept a class list that names a class twice.
         columns: of a Hugging Face data set.
         decoding: of the images.
         cache: folder for indexes and copies of remote shards; None: neither is cached.
 
     Raises:
-        InputError: on every rank: no such set, a missing or damaged part, or a bad class list.
+        InputError: on every rank: no such set or split, a missing or damaged part, a bad class list, or classes that
+            are not among the prompts'.
     """
     opened = _open_set(
-        location, split=split, prompts=prompts, allow_duplicates=allow_duplicates, columns=columns, cache=cache
+        location,
+        split=split,
+        prompts=prompts,
+        by_order=by_order,
+        allow_duplicates=allow_duplicates,
+        columns=columns,
+        cache=cache,
     )
     return replace(opened, decoding=decoding)
 
@@ -64,6 +75,7 @@ def _open_set(
     *,
     split: str,
     prompts: str | None,
+    by_order: bool,
     allow_duplicates: bool,
     columns: Columns | None,
     cache: Path | None,
@@ -73,20 +85,28 @@ def _open_set(
     chosen_prompts = load(prompts) if prompts else None
     folder = Path(text)
     if "://" in text or is_shard_set(folder, split):
-        return open_shard_set(text, split=split, prompts=chosen_prompts, load_prompts=load, cache=cache)
+        return open_shard_set(
+            text, split=split, prompts=chosen_prompts, by_order=by_order, load_prompts=load, cache=cache
+        )
+
+    open_table = partial(open_dataset, split=split, prompts=chosen_prompts, by_order=by_order, columns=columns)
 
     def open_local() -> EvaluationSet:
         if text.startswith(HUB):
             repository = text.removeprefix(HUB)
             name = repository.rpartition("/")[2]
-            return open_dataset(repository, split=split, name=name, prompts=chosen_prompts, columns=columns)
+            return open_table(repository, name=name)
         if not folder.is_dir():
             raise InputError(f"data {folder}: no such folder; allowed: {ALLOWED}")
         name = folder.resolve().name
-        if classes := find_class_folders(folder / split) or find_class_folders(folder):
-            return open_image_set(classes, name=name, prompts=chosen_prompts)
+        if not holds_tables(folder) and (found := find_image_folder(folder, split=split)) is not None:
+            return open_image_set(
+                found, name=name, prompts=chosen_prompts, by_order=by_order, allow_duplicates=allow_duplicates
+            )
         if is_dataset(folder):
-            return open_dataset(text, split=split, name=name, prompts=chosen_prompts, columns=columns)
+            return open_table(text, name=name)
+        if splits := ", ".join(sorted(path.parent.name for path in folder.glob("*/nshards.txt"))):
+            raise InputError(f"data {folder}: no {split}/nshards.txt; allowed: a split that is there: {splits}")
         raise InputError(f"data {folder}: no {split}/nshards.txt, class folders or data files; allowed: {ALLOWED}")
 
     return with_shared_errors(open_local)

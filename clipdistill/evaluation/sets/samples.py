@@ -11,6 +11,7 @@ from PIL import Image
 from clipdistill.errors import InputError
 from clipdistill.io.images import STANDARD_DECODING, DecodingSettings
 from clipdistill.io.urls import one_line
+from clipdistill.models.class_matching import match_through
 from clipdistill.models.prompts import PromptSet
 from clipdistill.shards.writing import DEFAULT_TEMPLATES
 
@@ -126,27 +127,33 @@ def digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def name_classes(data: str, names: Sequence[str], prompts: PromptSet | None) -> tuple[PromptSet, dict[str, int]]:
-    """Match a set's class names with a prompt set; returns the prompt set, and the class index of each name.
+def name_classes(
+    data: str,
+    names: Sequence[str],
+    prompts: PromptSet | None,
+    *,
+    own: PromptSet | None = None,
+    by_order: bool = False,
+) -> tuple[PromptSet, tuple[int, ...]]:
+    """The prompt set of a data set, and the index in it of each class; see `match_through`.
 
     Args:
         data: name of the set.
         names: of its classes, in order.
-        prompts: chosen by the user. If it has all the names, they get its indices; else classes are matched by order,
-            as for ImageNet, where folder names are WordNet ids. None: the names themselves, in the default template.
+        prompts: chosen by the user; None: the set's own list, or the names themselves, in the default template.
+        own: the set's own class list and templates.
+        by_order: match the classes by their order in place of their names.
 
     Raises:
-        InputError: ``prompts`` has neither these names nor the same number of classes.
+        InputError: a name is not among the classes.
     """
-    in_order = {name: number for number, name in enumerate(names)}
-    if prompts is None:
-        return PromptSet(name=data, classnames=tuple(names), templates=DEFAULT_TEMPLATES), in_order
-    unknown = next((name for name in names if name not in prompts.classnames), None)
-    if unknown is None:
-        return prompts, {name: prompts.classnames.index(name) for name in names}
-    if len(names) != prompts.num_classes:
-        raise InputError(
-            f"data {data}: {len(names)} classes, among them {unknown!r}; allowed with prompts {prompts.name}: "
-            f"the names in it, or the same number of classes ({prompts.num_classes})"
-        )
-    return prompts, in_order
+    used = prompts or own or PromptSet(name=data, classnames=tuple(names), templates=DEFAULT_TEMPLATES)
+    indices = match_through(
+        names,
+        own.classnames if own else None,
+        prompts.classnames if prompts else None,
+        of=f"data {data}",
+        to=f"prompts {used.name}",
+        by_order=by_order,
+    )
+    return used, indices

@@ -1,7 +1,7 @@
 """Test sets in WebDataset shards: CLIP_benchmark's and DataComp's folders, local or remote.
 
 FOLDER/dataset_type.txt                         retrieval or multilabel; missing: classification
-FOLDER/classnames.txt                           not for retrieval
+FOLDER/classnames.txt                           not for retrieval; other prompts are matched with it by name
 FOLDER/zeroshot_classification_templates.txt    not for retrieval
 FOLDER/SPLIT/nshards.txt
 FOLDER/SPLIT/0.tar ..                           samples of webp, png, jpg or jpeg, and cls, npy or txt
@@ -29,12 +29,13 @@ from clipdistill.data.shard_format import BadSampleError
 from clipdistill.distributed.collectives import rank, world_size
 from clipdistill.errors import InputError
 from clipdistill.evaluation.ranks import on_all_ranks, with_shared_errors
-from clipdistill.evaluation.sets.samples import EncodedSample, EvaluationSet, Kind, digest
+from clipdistill.evaluation.sets.samples import EncodedSample, EvaluationSet, Kind, digest, name_classes
 from clipdistill.io.files import new_file
 from clipdistill.io.paths import expand
 from clipdistill.io.retries import may_pass
 from clipdistill.io.urls import ShardFile, Stat, one_line, shown, stat
-from clipdistill.models.prompts import CLASSNAMES_FILE, TEMPLATE_FILES, PromptSet
+from clipdistill.models.class_matching import ClassLabels
+from clipdistill.models.prompts import CLASSNAMES_FILE, TEMPLATE_FILES, PromptSet, parse_classnames
 
 _ANNOTATION: dict[Kind, str] = {"classification": "cls", "multilabel": "npy", "retrieval": "txt"}
 _TEXT_BYTES = 64 << 20
@@ -52,6 +53,7 @@ def open_shard_set(
     *,
     split: str,
     prompts: PromptSet | None,
+    by_order: bool,
     load_prompts: Callable[[str | Path], PromptSet],
     cache: Path | None,
 ) -> EvaluationSet:
@@ -60,16 +62,19 @@ def open_shard_set(
     Args:
         root: path or URL; the page of a data set on the Hugging Face Hub stands for its files.
         split: which split.
-        prompts: replaces the folder's own.
+        prompts: replaces the folder's own; the classes of both are matched by name.
+        by_order: match them by order.
         load_prompts: loads a folder's own prompts.
         cache: folder for indexes and copies of remote shards; None: neither is cached.
 
     Raises:
-        InputError: a missing, damaged or unreachable file.
+        InputError: a missing, damaged or unreachable file, or a class that is not among the prompts'.
     """
     root = _hub_files(root).rstrip("/")
-    found = with_shared_errors(lambda: _describe(root, split=split, prompts=prompts, load_prompts=load_prompts))
-    reader = ShardReader(found.urls, kind=found.kind, cache=cache)
+    found = with_shared_errors(
+        lambda: _describe(root, split=split, prompts=prompts, by_order=by_order, load_prompts=load_prompts)
+    )
+    reader = ShardReader(found.urls, kind=found.kind, labels=found.labels, cache=cache)
     return EvaluationSet(name=found.name, kind=found.kind, prompts=found.prompts, reader=reader)
 
 
@@ -79,13 +84,20 @@ class ShardReader:
     Creating one is a collective call: each rank indexes its share of the shards, and copies the remote ones to the
     cache.
 
+    Args:
+        urls: the shards.
+        kind: of the annotations.
+        labels: reads labels; unused for captions.
+        cache: folder for indexes and copies of remote shards; None: neither is cached.
+
     Raises:
         InputError: a missing or damaged shard.
     """
 
-    def __init__(self, urls: tuple[str, ...], *, kind: Kind, cache: Path | None) -> None:
+    def __init__(self, urls: tuple[str, ...], *, kind: Kind, labels: ClassLabels, cache: Path | None) -> None:
         self._urls = urls
         self._kind = kind
+        self._labels = labels
         self._cache = cache
         shares = on_all_ranks(lambda: [self._index(url) for url in urls[rank() :: world_size()]])
         found = [shares[number % world_size()][number // world_size()] for number in range(len(urls))]
@@ -114,9 +126,10 @@ class ShardReader:
             reader.close()
 
     def identity(self) -> str:
-        """Digest of the tar headers, sizes and times (or ETags) of the shards."""
-        shards = zip(self._shards, self._versions, strict=True)
-        return digest([[index.digest, version.size, version.etag or version.modified] for index, version in shards])
+        """Digest of the tar headers, sizes and times (or ETags) of the shards, and of the classes of the labels."""
+        pairs = zip(self._shards, self._versions, strict=True)
+        shards = [[index.digest, version.size, version.etag or version.modified] for index, version in pairs]
+        return digest([shards, self._labels.names, self._labels.indices])
 
     def _index(self, url: str) -> tuple[ShardIndex, Stat]:
         with _shard_errors(url):
@@ -136,7 +149,7 @@ class ShardReader:
         member = _ANNOTATION[self._kind]
         if member not in raw.members:
             raise InputError(f"{where}: has {raw.extensions}; allowed: an image and {member}")
-        annotation = _read_annotation(self._kind, raw.members[member], where)
+        annotation = _read_annotation(self._kind, raw.members[member], self._labels, where)
         try:
             data = find_image(raw)
         except BadSampleError as bad:
@@ -150,10 +163,16 @@ class _Description:
     urls: tuple[str, ...]
     kind: Kind
     prompts: PromptSet
+    labels: ClassLabels
 
 
 def _describe(
-    root: str, *, split: str, prompts: PromptSet | None, load_prompts: Callable[[str | Path], PromptSet]
+    root: str,
+    *,
+    split: str,
+    prompts: PromptSet | None,
+    by_order: bool,
+    load_prompts: Callable[[str | Path], PromptSet],
 ) -> _Description:
     listing = f"{root}/{split}/nshards.txt"
     text = (_text(listing) or "").strip()
@@ -173,10 +192,16 @@ def _describe(
             kind = "multilabel"
     name = Path(root).resolve().name if "://" not in root else root.rpartition("/")[2].partition("@")[0]
     if kind == "retrieval":
-        prompts = PromptSet(name=name, classnames=(), templates=())
-    elif prompts is None:
+        return _Description(name, urls, kind, PromptSet(name=name, classnames=(), templates=()), ClassLabels(None))
+    if prompts is None:
         prompts = load_prompts(root) if "://" not in root else _load_remote_prompts(root, load_prompts)
-    return _Description(name, urls, kind, prompts)
+        return _Description(name, urls, kind, prompts, ClassLabels(prompts.classnames))
+    own = _text(f"{root}/{CLASSNAMES_FILE}")
+    if own is None:
+        return _Description(name, urls, kind, prompts, ClassLabels(prompts.classnames))
+    names = parse_classnames(own.encode(), where=f"{shown(root)}/{CLASSNAMES_FILE}")
+    prompts, indices = name_classes(name, names, prompts, by_order=by_order)
+    return _Description(name, urls, kind, prompts, ClassLabels(names, indices))
 
 
 def _hub_files(root: str) -> str:
@@ -250,7 +275,7 @@ def _copy(url: str, version: Stat, cache: Path) -> Path:
     return target
 
 
-def _read_annotation(kind: Kind, content: bytes, where: str) -> dict[str, Any]:
+def _read_annotation(kind: Kind, content: bytes, labels: ClassLabels, where: str) -> dict[str, Any]:
     """The annotation as fields of ``EncodedSample``."""
     if kind == "retrieval":
         try:
@@ -267,11 +292,19 @@ def _read_annotation(kind: Kind, content: bytes, where: str) -> dict[str, Any]:
             raise InputError(f"{where}: npy: {one_line(error)}; allowed: an array of 0 and 1") from error
         if marks_C.ndim != 1:
             raise InputError(f"{where}: npy of shape {marks_C.shape}; allowed: one number per class")
-        return {"classes": tuple(np.flatnonzero(marks_C).tolist())}
-    try:
-        return {"label": int(content)}
-    except ValueError as error:
-        raise InputError(f"{where}: label {content[:20]!r}; allowed: an integer") from error
+        return {"classes": tuple(_class_index(number, labels, where) for number in np.flatnonzero(marks_C).tolist())}
+    text = content.decode("utf-8", "replace").strip()
+    return {"label": _class_index(int(text) if re.fullmatch(r"[+-]?[0-9]{1,18}", text) else text, labels, where)}
+
+
+def _class_index(label: int | str, labels: ClassLabels, where: str) -> int:
+    index = labels.index(label)
+    if index is None:
+        count = len(labels.names or ())
+        raise InputError(
+            f"{where}: label {label!r:.40}; allowed: 0 to {count - 1} (there are {count} class names), or a name"
+        )
+    return index
 
 
 def _read_array(content: bytes) -> NDArray[Any]:
