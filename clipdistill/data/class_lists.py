@@ -3,6 +3,8 @@
 FOLDER/classnames.txt, or that of the folder above ─ find_class_lists ─> ClassLists.of(shard) ─> ClassLabels
 """
 
+import hashlib
+import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -20,6 +22,7 @@ log = logging.getLogger(__name__)
 
 _MAX_BYTES = 64 << 20
 _THREADS = 8
+_DIGEST = 32
 _ROOT = re.compile(r"[\w+.-]+://[^/]+")
 _HUB_ROOT = re.compile(r"hf://(?:(?:datasets|spaces)/|(?!datasets/|spaces/))[^/]+/[^/]+")
 
@@ -36,6 +39,15 @@ class ClassLists:
     def of(self, url: str) -> ClassLabels:
         """The reader of a shard's labels."""
         return self.of_folders.get(_folder(url), self.prompts)
+
+    def digests(self, urls: Sequence[str]) -> list[str]:
+        """What each shard's labels stand for; the same wherever the shards and their lists are."""
+        known: dict[int, str] = {}
+        for each in (self.prompts, *self.of_folders.values()):
+            if id(each) not in known:
+                content = json.dumps([each.names, each.indices]).encode()
+                known[id(each)] = hashlib.sha256(content).hexdigest()[:_DIGEST]
+        return [known[id(self.of(url))] for url in urls]
 
 
 def find_class_lists(urls: Sequence[str], prompts: PromptSet, *, by_order: bool = False) -> ClassLists:

@@ -350,6 +350,12 @@ class StreamLoader:
         """Classes of the shards' labels, None if they are any numbers."""
         return self._stream.decoder.class_lists
 
+    def class_digests(self) -> list[str]:
+        """What the labels of each shard stand for (`ClassLists.digests`); empty if they are any numbers."""
+        index = self._stream.index
+        urls = index.urls if isinstance(index, LazyIndex) else [shard.url for shard in index]
+        return [] if self.class_lists is None else self.class_lists.digests(urls)
+
     @property
     def shards(self) -> int:
         """Number of shards in the index."""

@@ -4,6 +4,7 @@
     prompts     class names and templates, in order
     teachers    of each: digests of image and text weights, logit scale and bias, digest of a few texts' tokens
     student     its model config, pixels and tokens; digests of the weights it started from, if they were loaded
+    labels      digest of the classes that each shard's labels stand for; empty if labels are not used
     shards      name and digest of each; of a resampled stream, of those that were opened so far
     versions    of Python and the libraries: another one is only logged
 
@@ -98,7 +99,7 @@ def check_same_run(then: Mapping[str, Any], now: Mapping[str, Any], *, run: str)
     """
     if then.get("format") != FORMAT:
         raise InputError(f"{run}: identity of format {then.get('format')}; allowed: {FORMAT}, or another output")
-    for part in ("settings", "prompts", "teachers", "student"):
+    for part in ("settings", "prompts", "teachers", "student", "labels"):
         if part not in now:
             continue
         found = first_difference(then.get(part), now[part], "" if part == "settings" else part)

@@ -111,7 +111,9 @@ class RunParts:
         self.loader = open_stream(
             config, decoder, frozen, prompts=prompts, tokenizers=tokenizers.tokenizers, pin_memory=pin_memory
         )
+        self.identity["labels"] = self.loader.class_digests()
         if identity is not None:
+            check_same_run(identity, {"labels": self.identity["labels"]}, run=config.output)
             self.loader.expect_shards(identity["shards"])
         self._place_teachers(frozen)
 

@@ -1,6 +1,7 @@
 """A class list beside the shards in another order, or labels that are names, train the same student to the bit."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 
 from clipdistill.cli import main
 from clipdistill.config import load_config
+from clipdistill.errors import InputError
 from clipdistill.training.checkpoint import find_checkpoint
 from clipdistill.training.trainer import train
 from tests.conftest import CLASSES, colour_samples, write_tar
@@ -87,6 +89,23 @@ def test_another_class_list_is_refused_in_one_line(
     error = capsys.readouterr().err.splitlines()[-1]
     assert "0/classnames.txt: 1 of its 4 classes are not in prompts prompts: 'gray'; of prompts prompts, 1" in error
     assert "data.labels_by_order=true" in error
+
+
+def test_a_class_list_that_changed_is_another_run(config: Path, tmp_path: Path) -> None:
+    """Elsewhere the same list is the same run."""
+    shards(tmp_path / "0", lambda label: {"cls": own_number(label)}, names=OWN)
+    shutil.copytree(tmp_path / "0", tmp_path / "moved")
+    overrides = [f"output={tmp_path / 'run'}", "train.steps=2"]
+    train(load_config(config, [f"data.shards=[{tmp_path / '0' / 'train'}]", *overrides]))
+    moved = load_config(config, [f"data.shards=[{tmp_path / 'moved' / 'train'}]", *overrides])
+    shutil.rmtree(tmp_path / "run" / "student")
+    assert train(moved, resume="auto").steps == 2
+    (tmp_path / "moved" / "classnames.txt").write_text("\n".join(CLASSES))
+    shutil.rmtree(tmp_path / "run" / "student")
+    with pytest.raises(
+        InputError, match=r"^labels\.0: digest \w+, but the run in .* has digest \w+; allowed: the same"
+    ):
+        train(moved, resume="auto")
 
 
 def test_the_prior_from_a_teacher_cache_follows_names(
