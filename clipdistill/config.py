@@ -18,10 +18,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Self
 
+import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import Field, model_validator
-from yaml import YAMLError  # type: ignore[import-untyped]
+from yaml import YAMLError
 
 from clipdistill.data.settings import DataSettings
 from clipdistill.distill.targets import Labels
@@ -124,22 +125,23 @@ def load_config(
     Raises:
         InputError: unreadable file, unknown key (the nearest valid one is named), wrong type, value out of range.
     """
-    stated = OmegaConf.create() if path is None else _read(path)
-    changes = list((values or {}).items())
+    stated, source = (OmegaConf.create(), OmegaConf.create()) if path is None else _read(path)
+    changes = [(key, value, value) for key, value in (values or {}).items()]
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
             raise InputError(f"override {override!r}: no '='; allowed: dotted.key=value")
-        changes.append((key, _parse_value(override, text)))
-    for key, value in changes:
+        changes.append((key, *_parse_value(override, text)))
+    for key, value, text in changes:
         with _one_line(key):
             OmegaConf.update(stated, key, value, merge=True)
+            OmegaConf.update(source, key, text, merge=True)
     for key, text in _texts("", OmegaConf.to_container(stated)):
         if "${" in _RESOURCE.sub("", text):
             raise InputError(f"{key}: {text!r} is not allowed; allowed: ${{resource:PATH}}, or text without '${{'")
     with _one_line(path):
         resolved = OmegaConf.to_container(stated, resolve=True)
-    return _validate(resolved)
+    return _validate(resolved, source)
 
 
 def load_saved_config(path: Path) -> Config:
@@ -148,7 +150,8 @@ def load_saved_config(path: Path) -> Config:
     Raises:
         InputError: as ``load_config``.
     """
-    return _validate(OmegaConf.to_container(_read(path)))
+    stated, source = _read(path)
+    return _validate(OmegaConf.to_container(stated), source)
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -195,18 +198,19 @@ def _from_root(path: str) -> str:
 _RESOURCE = re.compile(r"\$\{resource:[^${}]*\}")
 
 
-def _read(path: str | Path) -> Any:
-    """Parse a YAML mapping, with its interpolations unresolved."""
+def _read(path: str | Path) -> tuple[Any, Any]:
+    """Parse a YAML mapping, with its interpolations unresolved: its values, and these as the texts that stand there."""
     try:
         with _one_line(path):
             stated = OmegaConf.load(path)
+            source = yaml.load(Path(path).read_text(encoding="utf-8"), yaml.BaseLoader)
     except FileNotFoundError as error:
         raise InputError(f"config {path}: no such file") from error
     except (YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"config {path}: not YAML: {' '.join(str(error).split())}") from error
     if not OmegaConf.is_dict(stated):
         raise InputError(f"{path}: a {type(stated).__name__}; allowed: a mapping of config keys")
-    return stated
+    return stated, OmegaConf.create(source or {})
 
 
 @contextmanager
@@ -227,14 +231,20 @@ def _texts(key: str, value: Any) -> Iterator[tuple[str, str]]:
             yield from _texts(f"{key}.{name}" if key else str(name), item)
 
 
-def _validate(values: Any) -> Config:
-    return validate(Config, {str(name): value for name, value in values.items()})
+def _validate(values: Any, source: Any) -> Config:
+    return validate(Config, {str(name): value for name, value in values.items()}, source=OmegaConf.to_container(source))
 
 
-def _parse_value(override: str, text: str) -> Any:
+def _parse_value(override: str, text: str) -> tuple[Any, Any]:
+    """The value of an override, and the same as texts. A text that is not in quotes is taken whole: ``#`` begins no
+    comment."""
     try:
-        parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
-        return parsed["value"]
+        value: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))
+        source = yaml.load(text, yaml.BaseLoader)
+        if isinstance(source, str) and not text.lstrip().startswith(("'", '"')):
+            source = text.strip()
+            value = {"value": source} if isinstance(value["value"], str) else value
+        return value["value"], source
     except (YAMLError, OmegaConfBaseException) as error:
         detail = " ".join(str(error).split())
         raise InputError(

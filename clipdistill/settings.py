@@ -30,7 +30,6 @@ class Settings(BaseModel):
         extra="forbid",
         frozen=True,
         allow_inf_nan=False,
-        coerce_numbers_to_str=True,
         use_attribute_docstrings=True,
     )
 
@@ -56,23 +55,54 @@ def check(ok: bool, name: str, value: object, allowed: str) -> None:
         raise InputError(f"{name}: {value!r} is not allowed; allowed: {allowed}")
 
 
-def validate(settings: type[T], values: Any, *, at: str = "") -> T:
+def validate(settings: type[T], values: Any, *, at: str = "", source: Any = None) -> T:
     """Build settings from plain values.
 
     Args:
         settings: their type, or a ``union_of`` types.
         values: a mapping.
         at: their path, for messages.
+        source: the same values as texts, as the user wrote them. A field that is a text takes its text from there: YAML
+            reads ``2024_05_01``, ``007``, ``on`` and ``12:30`` as something else.
 
     Raises:
         InputError: names, in one line, the first invalid value: an unknown key (with the nearest valid one), a missing
             one, a wrong type, a value out of range.
     """
+    adapter = TypeAdapter(settings)
     try:
-        return TypeAdapter(settings).validate_python(values)
+        try:
+            return adapter.validate_python(values)
+        except ValidationError as error:
+            places = [_resolve(settings, each["loc"])[2] for each in error.errors() if each["type"] == "string_type"]
+            texts = {tuple(place): text for place in places if (text := _find_text(source, place)) is not None}
+            if not texts:
+                raise
+            return adapter.validate_python(_replace(values, texts))
     except ValidationError as error:
         message = _describe(settings, error.errors(include_url=False)[0])
         raise InputError(_join(at, message)) from error
+
+
+def _find_text(source: Any, path: Sequence[str | int]) -> str | None:
+    """The text at a path, if there is one."""
+    for part in path:
+        if isinstance(source, dict):
+            source = source.get(part)
+        else:
+            source = source[part] if isinstance(source, list) and isinstance(part, int) and part < len(source) else None
+    return source if isinstance(source, str) else None
+
+
+def _replace(values: Any, texts: dict[tuple[str | int, ...], str], path: tuple[str | int, ...] = ()) -> Any:
+    """The values, with those at some paths replaced."""
+    if path in texts and isinstance(values, bool | int | float):
+        return texts[path]
+    if isinstance(values, dict):
+        return {name: _replace(value, texts, (*path, name)) for name, value in values.items()}
+    if isinstance(values, list):
+        return [_replace(value, texts, (*path, number)) for number, value in enumerate(values)]
+    return values
 
 
 def _describe(settings: type[Settings], error: ErrorDetails) -> str:

@@ -58,6 +58,34 @@ def test_a_saved_config_means_the_same_in_every_folder(
     assert saved.evaluation.folders == [f"{tmp_path}/set", "hf-hub:owner/name"]
 
 
+LOOKS_LIKE_ANOTHER_TYPE = ("2024_05_01", "007", "on", "NO", "12:30", "1e3", "0x1F", ".5", "run #1", "true", "1_000.5")
+
+
+@pytest.mark.parametrize("text", LOOKS_LIKE_ANOTHER_TYPE)
+def test_a_text_keeps_its_text(write_config: Callable[..., Path], tmp_path: Path, text: str) -> None:
+    """In an override, in a list, in a file, and when a run has saved it."""
+    config = load_config(write_config(), [f"prompts={text}", f"data.shards=[{text!r}]", f"data.caption_key={text!r}"])
+    assert (config.prompts, config.data.shards, config.data.caption_key) == (text, [text], text)
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_saved_config(tmp_path / "saved.yaml").data.caption_key == text
+    if "#" in text:  # where it begins a comment
+        return
+    assert load_config(write_config(), [f"data.shards=[{text}]"]).data.shards == [text]
+    file = tmp_path / "plain.yaml"
+    stated = json.loads(write_config().read_text())
+    stated["evaluation"] = {}
+    file.write_text(json.dumps(stated).replace('"evaluation": {}', f"evaluation: {{folders: [{text}], split: {text}}}"))
+    evaluation = load_config(file).evaluation
+    assert (evaluation.folders, evaluation.split) == ([text], text)
+
+
+def test_numbers_and_switches_are_read_as_ever(write_config: Callable[..., Path]) -> None:
+    overrides = ["optimizer.lr=1e-3", "train.trace=on", "data.batch_size=1_6", "train.ema=null", "data.image_size=0x10"]
+    config = load_config(write_config(), overrides)
+    assert (config.optimizer.lr, config.train.trace, config.data.batch_size, config.train.ema) == (1e-3, True, 16, None)
+    assert config.data.image_size == 16
+
+
 INTERPOLATIONS = (
     "http://host/${oc.env:CLIPDISTILL_SECRET}",
     "${resource:${oc.env:CLIPDISTILL_SECRET}}",
