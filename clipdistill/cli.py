@@ -6,6 +6,7 @@ Exit code 0: done. 2: wrong input (one line). 1: an error (one line, if it is a 
 """
 
 import argparse
+import errno
 import logging
 import os
 import sys
@@ -21,7 +22,7 @@ from clipdistill.evaluation.command import add_arguments as evaluation_arguments
 from clipdistill.evaluation.command import run as run_evaluation
 from clipdistill.export.command import add_arguments as export_arguments
 from clipdistill.export.command import run as run_export
-from clipdistill.io.arguments import positive
+from clipdistill.io.arguments import Parser, path, positive
 from clipdistill.io.urls import shown_text
 from clipdistill.report.command import add_arguments as report_arguments
 from clipdistill.report.command import run as run_report
@@ -50,8 +51,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except (InputError, RunError, FloatingPointError, Interrupted) as error:
         line = " ".join(shown_text(str(error)).splitlines())
+        if len(line) > _LONGEST:
+            line = f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}"
         sys.stderr.write(f"clipdistill: {line}\n")  # print() writes the newline apart: ranks would share lines
         code = getattr(error, "exit_code", 1)
+    except OSError as error:
+        if error.errno not in _PATH_ERRORS:
+            sys.stderr.write(shown_text(traceback.format_exc()))
+            code = 1
+        else:
+            name = shown_text(str(error.filename))
+            sys.stderr.write(f"clipdistill: {name[:_SHOWN]}: {error.strerror}; allowed: a path that can exist\n")
+            code = InputError.exit_code
     except ReportedElsewhereError as error:
         code = error.exit_code
     except KeyboardInterrupt:
@@ -65,6 +76,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
+_PATH_ERRORS = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR)
+"""Errors that only a path can cause."""
+
+_SHOWN, _LONGEST = 80, 2000
+
+
 class _Formatter(logging.Formatter):
     """Formats records of this and other packages without credentials."""
 
@@ -72,10 +89,8 @@ class _Formatter(logging.Formatter):
         return shown_text(super().format(record))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="clipdistill", description="Distil a large OpenCLIP teacher into a small zero-shot student."
-    )
+def _parser() -> Parser:
+    parser = Parser(prog="clipdistill", description="Distil a large OpenCLIP teacher into a small zero-shot student.")
     parser.add_argument("--version", action="version", version=f"clipdistill {__version__}")
     parser.add_argument("-v", "--verbose", action="store_true", help="log what is loaded and written")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
@@ -88,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
         "no GPU. Existing results in the output folder are reused.",
     )
     quickstart.add_argument(
-        "--output", type=Path, default=Path("quickstart"), help="folder for everything (default: %(default)s)"
+        "--output", type=path, default=Path("quickstart"), help="folder for everything (default: %(default)s)"
     )
     quickstart.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to configs/quickstart.yaml")
     quickstart.set_defaults(run=_quickstart)
@@ -100,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
         "SIGTERM and SIGINT (Ctrl-C) finish the step, save, and exit with code 75 (launchers exit with 1); a second "
         "one exits at once. With --resume auto the same command resumes, with any number of processes.",
     )
-    train.add_argument("--config", required=True, type=Path, help="YAML file, such as configs/icons-gkl.yaml")
+    train.add_argument("--config", required=True, type=path, help="YAML file, such as configs/icons-gkl.yaml")
     start = train.add_mutually_exclusive_group()
     start.add_argument(
         "--resume",

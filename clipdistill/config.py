@@ -11,6 +11,7 @@ shipped file; no other interpolation is resolved, as a config from elsewhere cou
     evaluation             evaluation/settings.py
 """
 
+import io
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,13 +31,13 @@ from clipdistill.distill.teacher_cache import TeacherCacheSettings
 from clipdistill.errors import InputError
 from clipdistill.evaluation.settings import EvaluationSettings
 from clipdistill.io.files import write_text
-from clipdistill.io.paths import expand
+from clipdistill.io.paths import expand, read_text
 from clipdistill.io.resources import resource
 from clipdistill.io.urls import is_remote, shown
 from clipdistill.losses import Term
 from clipdistill.models.loading import StudentSettings, TeacherSettings
 from clipdistill.models.prompts import shipped_prompt_sets
-from clipdistill.settings import CountOrZero, Settings, check, validate
+from clipdistill.settings import CountOrZero, LocalPath, Settings, check, validate
 from clipdistill.training.optimizer import AdamW, AnyOptimizer
 from clipdistill.training.settings import TrainSettings
 
@@ -46,7 +47,7 @@ OmegaConf.register_resolver("resource", lambda path: str(resource(path)), replac
 class Config(Settings):
     """Configuration of a run."""
 
-    output: str
+    output: Annotated[LocalPath, Field(min_length=1)]
     """Folder of the run: resolved config, metrics, checkpoints, the student. Must be new unless the run is resumed."""
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
     """Seed of the initial weights, the order of samples and their augmentation."""
@@ -195,19 +196,21 @@ def _from_root(path: str) -> str:
     return os.path.abspath(expand(path))  # noqa: PTH100 (Path.resolve would follow links)
 
 
+_SHOWN = 80
 _RESOURCE = re.compile(r"\$\{resource:[^${}]*\}")
 
 
 def _read(path: str | Path) -> tuple[Any, Any]:
     """Parse a YAML mapping, with its interpolations unresolved: its values, and these as the texts that stand there."""
+    text = read_text(Path(path), what="config")
     try:
         with _one_line(path):
-            stated = OmegaConf.load(path)
-            source = yaml.load(Path(path).read_text(encoding="utf-8"), yaml.BaseLoader)
-    except FileNotFoundError as error:
-        raise InputError(f"config {path}: no such file") from error
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"config {path}: not YAML: {' '.join(str(error).split())}") from error
+            stated = OmegaConf.load(io.StringIO(text))
+            source = yaml.load(text, yaml.BaseLoader)
+    except (YAMLError, OSError, ValueError, RecursionError) as error:
+        detail = " ".join(str(error).split())
+        kind = "YAML" if isinstance(error, YAMLError) else "a mapping of config keys"
+        raise InputError(f"config {path}: not {kind}: {detail[:300]}") from error
     if not OmegaConf.is_dict(stated):
         raise InputError(f"{path}: a {type(stated).__name__}; allowed: a mapping of config keys")
     return stated, OmegaConf.create(source or {})
@@ -245,10 +248,11 @@ def _parse_value(override: str, text: str) -> tuple[Any, Any]:
             source = text.strip()
             value = {"value": source} if isinstance(value["value"], str) else value
         return value["value"], source
-    except (YAMLError, OmegaConfBaseException) as error:
+    except (YAMLError, OmegaConfBaseException, ValueError) as error:  # ValueError: a number of thousands of digits
         detail = " ".join(str(error).split())
         raise InputError(
-            f"override {override!r}: the value is not YAML: {detail}; allowed: YAML, such as a.b=[1, 'x']"
+            f"override {override[:_SHOWN]!r}: the value is not YAML: {detail[:300]}; "
+            "allowed: YAML, such as a.b=[1, 'x']"
         ) from error
 
 

@@ -9,16 +9,30 @@ from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 
 from clipdistill.errors import InputError
+from clipdistill.io.paths import local_path
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
+
+
+def _expanded(text: str) -> str:
+    try:
+        return str(local_path(text)) if text else text
+    except InputError as error:
+        raise ValueError("a path of names that a file system takes") from error
+
+
+LocalPath = Annotated[str, AfterValidator(_expanded)]
+"""A path on this machine, with ``~`` replaced by the home folder; or empty."""
+
+_MOST_SHOWN = 80
 
 T = TypeVar("T", bound="Settings")
 
@@ -109,7 +123,7 @@ def _describe(settings: type[Settings], error: ErrorDetails) -> str:
     """One-line message of a pydantic error."""
     model, field, path = _resolve(settings, error["loc"])
     name = ".".join(map(str, path))
-    value = error["input"]
+    value = _Shown(error["input"])
     match error["type"]:
         case "extra_forbidden":
             valid = list(model.model_fields)
@@ -124,7 +138,7 @@ def _describe(settings: type[Settings], error: ErrorDetails) -> str:
         case "union_tag_invalid":
             tag = _tag_name(error)
             allowed = error["ctx"]["expected_tags"].replace("'", "")
-            return f"{_join(name, tag)}: {value[tag]!r} is not allowed; allowed: {allowed}"
+            return f"{_join(name, tag)}: {_Shown(error['input'][tag])!r} is not allowed; allowed: {allowed}"
         case "value_error":
             cause = error["ctx"]["error"]
             return (
@@ -133,6 +147,20 @@ def _describe(settings: type[Settings], error: ErrorDetails) -> str:
         case "string_pattern_mismatch":
             return f"{name}: {value!r} is not allowed; allowed: text that matches {error['ctx']['pattern']}"
     return f"{name}: {value!r} is not allowed; allowed: {describe_type(field, error)}"
+
+
+class _Shown:
+    """A value, whose representation is short."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def __repr__(self) -> str:
+        try:
+            text = repr(self._value)
+        except ValueError:  # thousands of digits
+            text = "a number of thousands of digits"
+        return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
 
 
 def _join(path: str, rest: str) -> str:

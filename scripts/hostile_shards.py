@@ -429,11 +429,12 @@ def text_labels(label: int) -> list[tuple[bytes | None, int | Bad]]:
 
 def json_labels(label: int) -> list[tuple[Any, int | Bad]]:
     """Values of a json's label, and the expected labels."""
-    bad = ("cat", "", 1.0, -1, "1_0", True, [label], {"label": label}, "٣", "\ud800", 2**63, 10**4000)
+    bad = ("cat", "", 1.5, -1, "1_0", True, [label], {"label": label}, "٣", "\ud800", 2**63, 10**4000)
     return [
         ("gone", Bad("no label")),
         (None, Bad("no label")),
         (f" {label}\n", label),
+        (float(label), label),
         *((value, Bad("label not a class number")) for value in bad),
     ]
 

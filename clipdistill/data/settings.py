@@ -7,7 +7,7 @@ from pydantic import Field
 from clipdistill.data.image import Augmentation
 from clipdistill.data.workers import WORKER_TIMEOUT
 from clipdistill.io.images import MAX_PIXELS
-from clipdistill.settings import Count, CountOrZero, Fraction, Settings
+from clipdistill.settings import Count, CountOrZero, Fraction, LocalPath, Settings
 
 
 class DataSettings(Settings):
@@ -43,6 +43,6 @@ class DataSettings(Settings):
     judged from the first 1,000 on. 1: never stop."""
     max_pixels: Count = MAX_PIXELS
     """Images of more pixels are refused before they are decoded."""
-    cache: str = "~/.cache/clipdistill"
+    cache: LocalPath = "~/.cache/clipdistill"
     """Folder for shard indexes and class embeddings, keyed by content."""
     augmentation: Augmentation = Field(default_factory=Augmentation)

@@ -36,7 +36,7 @@ from clipdistill.data.workers import dead_worker_message, from_workers
 from clipdistill.errors import InputError, RunError
 from clipdistill.io.urls import file_name, shown
 from clipdistill.models.towers import FrozenModel
-from clipdistill.settings import Settings
+from clipdistill.settings import LocalPath, Settings
 
 _PROBE = ("a photo of a dog", "Größe 42, naïve café!", "zwölf 猫 \u1f98a <b>2.5</b>")
 """Texts whose tokens identify a tokenizer."""
@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 class TeacherCacheSettings(Settings):
     """The teachers' embeddings, which ``clipdistill cache`` computes once for all views of all samples."""
 
-    folder: str = ""
+    folder: LocalPath = ""
     """Folder of the files, one per shard; empty: the teachers run in every step."""
     precision: Literal["fp32", "bf16", "int8"] = "bf16"
     """fp32, bf16, or int8 (with a factor per row)."""

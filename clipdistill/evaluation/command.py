@@ -7,7 +7,7 @@ from pathlib import Path
 
 from clipdistill.errors import InputError
 from clipdistill.evaluation.tasks import SET_TASKS
-from clipdistill.io.arguments import positive
+from clipdistill.io.arguments import not_negative, path, positive
 from clipdistill.io.lock import LOCK_FILE, Lock
 from clipdistill.models.class_matching import BY_ORDER_FLAG
 
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     models.add_argument("--pretrained", default="", metavar="TAG", help="tag or weights file of open_clip names")
     checkpoint = models.add_mutually_exclusive_group()
-    checkpoint.add_argument("--step", type=int, metavar="N", help="of runs, the checkpoint of step N")
+    checkpoint.add_argument("--step", type=not_negative, metavar="N", help="of runs, the checkpoint of step N")
     checkpoint.add_argument(
         "--best",
         nargs="?",
@@ -85,14 +85,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     data.add_argument(
         "--image-root",
-        type=Path,
+        type=path,
         metavar="DIR",
         help="folder in which image cells of a Hugging Face data set may name files (default: only embedded images, "
         "and files of the data set)",
     )
     data.add_argument(
         "--cache",
-        type=Path,
+        type=path,
         default=Path("~/.cache/clipdistill"),
         metavar="DIR",
         help="for indexes and copies of remote shards (default: %(default)s)",
@@ -109,7 +109,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     task.add_argument("--train-split", default="train", metavar="SPLIT", help="default: %(default)s")
     task.add_argument(
         "--baseline",
-        type=Path,
+        type=path,
         nargs="+",
         metavar="RESULTS",
         help="files or folders with results of --task robustness; effective robustness is relative to the line fitted "
@@ -118,7 +118,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument(
         "--output",
-        type=Path,
+        type=path,
         metavar="FILE.json|DIR",
         help="file for CLIP_benchmark's record of one model on one set; or folder for any number of results, which the "
         "same command completes after an interruption (default: printed)",

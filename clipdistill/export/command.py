@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clipdistill.io.arguments import positive
+from clipdistill.io.arguments import path, positive, positive_number
 
 if TYPE_CHECKING:
     from clipdistill.export.card import TrainedRun
@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a finished run's folder, an export, hf-hub:OWNER/NAME, local-dir:FOLDER, or an open_clip name",
     )
     parser.add_argument("--pretrained", default="", help="tag or weights file, with an open_clip name")
-    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="new folder")
+    parser.add_argument("--output", required=True, type=path, metavar="DIR", help="new folder")
     parser.add_argument(
         "--formats",
         nargs="+",
@@ -53,13 +53,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     checks.add_argument("--images", type=positive, default=64, help="number of images (default: %(default)s)")
     checks.add_argument(
         "--parity-bound",
-        type=float,
+        type=positive_number,
         metavar="X",
         help="largest difference of unit-norm features; beyond it the export fails (default: 1e-4, with --half 1e-2)",
     )
     checks.add_argument(
         "--cache",
-        type=Path,
+        type=path,
         default=Path("~/.cache/clipdistill"),
         metavar="DIR",
         help="folder for the class features (default: %(default)s)",
@@ -95,12 +95,11 @@ def run(args: argparse.Namespace) -> None:
     from clipdistill.export.build import write_formats
     from clipdistill.export.card import UserMetadata, check_repo_id, read_run, write_card
     from clipdistill.export.hub import check_token, push
-    from clipdistill.io.files import new_folder, writing
+    from clipdistill.io.files import check_new, new_folder, writing
     from clipdistill.io.lock import Lock
     from clipdistill.io.paths import expand
 
-    if args.output.exists():
-        raise InputError(f"--output {args.output}: exists; allowed: a new folder")
+    check_new(args.output, what="--output")
     if args.private and not args.push_to_hub:
         raise InputError("--private: given without --push-to-hub; allowed: only together with --push-to-hub")
     user_metadata = UserMetadata(license=args.license, datasets=args.datasets, benchmarks=_benchmarks(args.benchmark))

@@ -1,23 +1,68 @@
-"""Argument types shared by the commands."""
+"""Argument types shared by the commands, and a parser whose errors are one line."""
 
 import argparse
+import math
+from pathlib import Path
+from typing import NoReturn
+
+from clipdistill.errors import InputError
+from clipdistill.io.paths import local_path
+from clipdistill.io.urls import shown_text
+
+MOST = 2**31 - 1
+_SHOWN = 60
+
+
+class Parser(argparse.ArgumentParser):
+    """Ends with exit code 2 and one line for wrong arguments."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message, and exit."""
+        line = " ".join(shown_text(message).split())
+        self.exit(2, f"{self.prog}: {line} (see {self.prog} --help)\n")
 
 
 def positive(text: str) -> int:
     """Argument type: a whole number, 1 or more."""
-    return _at_least(1, text)
+    return _whole(1, text)
 
 
 def not_negative(text: str) -> int:
     """Argument type: a whole number, 0 or more."""
-    return _at_least(0, text)
+    return _whole(0, text)
 
 
-def _at_least(least: int, text: str) -> int:
+def positive_number(text: str) -> float:
+    """Argument type: a finite number above 0."""
     try:
-        number = int(text)
+        number = float(text)
     except ValueError:
-        number = least - 1
-    if number < least:
-        raise argparse.ArgumentTypeError(f"{text} is not allowed; allowed: a whole number, {least} or more")
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{_short(text)} is not allowed; allowed: a finite number above 0")
     return number
+
+
+def path(text: str) -> Path:
+    """Argument type: a path, with ``~`` replaced by the home folder."""
+    try:
+        return local_path(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _whole(least: int, text: str) -> int:
+    try:
+        number = int(text) if text.isascii() else -1
+    except ValueError:
+        number = -1
+    if not least <= number <= MOST:
+        most = f", at most {MOST}" if number > MOST else ""
+        raise argparse.ArgumentTypeError(
+            f"{_short(text)} is not allowed; allowed: a whole number, {least} or more{most}"
+        )
+    return number
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."

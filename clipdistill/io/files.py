@@ -121,6 +121,22 @@ def new_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def check_new(folder: Path, *, what: str = "") -> None:
+    """Check that a new folder can be written, before any work is done.
+
+    Raises:
+        InputError: something is there already, or the folder above is none, or cannot be written; begins with ``what``.
+    """
+    begin = f"{what} {folder}".strip()
+    if folder.exists() or (folder.is_symlink() and Path(os.path.realpath(folder)).is_symlink()):
+        raise InputError(f"{begin}: exists already; allowed: a new folder")
+    above = next(path for path in Path(os.path.realpath(folder)).parents if path.exists())
+    if not above.is_dir():
+        raise InputError(f"{begin}: {above} is not a folder; allowed: a new folder in a folder")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise InputError(f"{begin}: {above} cannot be written; allowed: a new folder where you may write")
+
+
 def settle(folder: Path) -> None:
     """Give all below a new folder the folder's permissions, as far as they apply to files, and flush it to the disk."""
     mode = stat.S_IMODE(folder.stat().st_mode)

@@ -6,6 +6,7 @@ same byte with half the length, so that a shard can be read even over short-live
 
 import glob
 import logging
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from clipdistill.io.retries import DEFAULT_RETRIES, Retries, status_of
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+_MOST_SHARDS = 1_000_000
 
 NUMBER_FILE = "nshards.txt"
 """In a folder of shards: their number."""
@@ -86,12 +89,15 @@ def expand_urls(patterns: Sequence[str], *, retries: Retries = DEFAULT_RETRIES) 
             would run a shell (`pipe:`), which is refused.
     """
     urls: dict[str, None] = {}
+    files: dict[str, str] = {}
     for pattern in patterns:
         if any(part.startswith("pipe:") for part in pattern.split("::")):
             raise InputError(f"shards: {pattern!r} would run a shell, which is refused; allowed: a path or a URL")
         for url in _expand(pattern, retries):
             if url in urls:
                 raise InputError(f"shards: {shown(url)!r} is named twice (again by {shown(pattern)!r})")
+            if "://" not in url and (other := files.setdefault(os.path.realpath(url), url)) != url:
+                raise InputError(f"shards: {url!r} is the same file as {other!r}; allowed: each shard once")
             urls[url] = None
     return list(urls)
 
@@ -367,11 +373,13 @@ def _expand(pattern: str, retries: Retries) -> list[str]:
     if "://" not in pattern and _exists(expand(pattern)):
         return _local(pattern, pattern)
     try:
-        pieces = list(braceexpand(pattern))
+        pieces = list(islice(braceexpand(pattern), _MOST_SHARDS + 1))
     except ValueError as error:
         raise InputError(
             f"shards: {shown(pattern)!r}: unbalanced braces; allowed: a pattern such as {{000..012}}"
         ) from error
+    if len(pieces) > _MOST_SHARDS:
+        raise InputError(f"shards: {shown(pattern)!r} names more than {_MOST_SHARDS:,} shards; allowed: fewer")
     found = []
     for piece in pieces:
         found += _remote(piece, pattern, retries) if "://" in piece else _local(piece, pattern)

@@ -1,15 +1,14 @@
 """``clipdistill report``: its arguments."""
 
 import argparse
-from pathlib import Path
 
-from clipdistill.io.arguments import not_negative, positive
+from clipdistill.io.arguments import not_negative, path, positive
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of ``clipdistill report``."""
-    parser.add_argument("folder", type=Path, metavar="RUN", help="a run's folder")
-    parser.add_argument("--output", type=Path, metavar="FILE.html", help="default: RUN/report.html")
+    parser.add_argument("folder", type=path, metavar="RUN", help="a run's folder")
+    parser.add_argument("--output", type=path, metavar="FILE.html", help="default: RUN/report.html")
     parser.add_argument(
         "--data", nargs="+", default=(), metavar="SET", help="test sets (default: those of the run's config)"
     )

@@ -2,17 +2,17 @@
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
 from clipdistill.errors import InputError
+from clipdistill.io.arguments import path, positive
+from clipdistill.io.files import check_new
 from clipdistill.models.class_matching import BY_ORDER_FLAG
 from clipdistill.models.prompts import load_prompts
 from clipdistill.shards.icons import render_icons
 from clipdistill.shards.sources import Source, from_csv, from_hf_dataset, from_image_folder
 from clipdistill.shards.writing import (
     DEFAULT_TEMPLATES,
-    check_new,
     write_classification_folder,
     write_retrieval_folder,
     write_split,
@@ -29,19 +29,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         description="Render open icon fonts: DIR/train, DIR/val (a fifth of the drawings of 240 classes) and "
         "DIR/test (the same classes in a font held out). A folder that holds them already is kept.",
     )
-    icons.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder to write")
+    icons.add_argument("--output", type=path, required=True, metavar="DIR", help="folder to write")
     icons.add_argument(
-        "--size", type=int, default=64, metavar="PIXELS", help="width and height, 32 to 512 (default: 64)"
+        "--size", type=positive, default=64, metavar="PIXELS", help="width and height, 32 to 512 (default: 64)"
     )
 
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
-        "--output", type=Path, required=True, metavar="DIR", help="folder to write, or to add the split to"
+        "--output", type=path, required=True, metavar="DIR", help="folder to write, or to add the split to"
     )
     common.add_argument("--split", default="train", metavar="NAME", help="the shards go to DIR/NAME (default: train)")
     common.add_argument(
         "--samples-per-shard",
-        type=int,
+        type=positive,
         default=1000,
         metavar="N",
         help="samples in one tar file (default: 1000)",
@@ -85,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "followed, hidden names skipped. ROOT/classnames.txt, if there is one, lists the classes by name.",
     )
     folder.add_argument(
-        "root", type=Path, metavar="ROOT", help="the image folder; if it has splits, that of --split is read"
+        "root", type=path, metavar="ROOT", help="the image folder; if it has splits, that of --split is read"
     )
 
     table = sources.add_parser(
@@ -94,10 +94,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a CSV or TSV table with paths of images",
         description="Make shards of a UTF-8 table with a header line, one row per image file.",
     )
-    table.add_argument("table", type=Path, metavar="TABLE", help="the table")
+    table.add_argument("table", type=path, metavar="TABLE", help="the table")
     table.add_argument(
         "--root",
-        type=Path,
+        type=path,
         metavar="DIR",
         help="where relative paths of images start (default: the table's folder)",
     )
@@ -120,7 +120,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     hub.add_argument(
         "--image-root",
-        type=Path,
+        type=path,
         metavar="DIR",
         help="folder in which image cells may name files (default: only embedded images, and files of the dataset)",
     )

@@ -26,7 +26,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from clipdistill.errors import InputError
-from clipdistill.io.files import new_folder, write_json
+from clipdistill.io.files import check_new, new_folder, write_json
 from clipdistill.io.manifest import find_change, fingerprints
 from clipdistill.models.prompts import load_prompts
 from clipdistill.shards.writing import Sample, write_classification_folder, write_shards
@@ -147,6 +147,7 @@ def render_icons(output: Path, *, size: int = 64, progress: Callable[[int, int],
     if output.exists():
         return _reuse(output, format=FORMAT, qtawesome=version, size=size)
 
+    check_new(output)
     glyphs = sorted(read_glyphs(fonts), key=lambda glyph: _hash(glyph.key))
     classnames = find_classes(glyphs)
     prompts = load_prompts("icons")

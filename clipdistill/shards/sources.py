@@ -16,7 +16,7 @@ import fsspec
 from clipdistill.errors import InputError
 from clipdistill.io.image_folders import IMAGE_SUFFIXES, find_image_folder
 from clipdistill.io.images import MAX_PIXELS, READABLE_FORMATS, open_image, read_orientation, to_upright
-from clipdistill.io.paths import expand
+from clipdistill.io.paths import expand, read_text
 from clipdistill.models.class_matching import (
     BOOL_NAMES,
     ClassLabels,
@@ -430,15 +430,15 @@ def _read_table(path: Path, used: Sequence[str], delimiter: str) -> list[tuple[i
     """The rows of a table, each with the number of its last line; only the columns in use."""
     if len(delimiter) != 1:
         raise InputError(f"delimiter: {delimiter!r}; allowed: a single character")
+    text = read_text(path, what="table", most=1 << 34)
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, delimiter=delimiter)
-            columns = reader.fieldnames or []
-            for name in used:
-                if name not in columns:
-                    raise InputError(f"{path}: no column {name!r}; allowed: {', '.join(columns)}")
-            return [(reader.line_num, {name: row[name] or "" for name in used}) for row in reader]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+        columns = reader.fieldnames or []
+        for name in used:
+            if name not in columns:
+                raise InputError(f"{path}: no column {name!r}; allowed: {', '.join(columns)}")
+        return [(reader.line_num, {name: row[name] or "" for name in used}) for row in reader]
+    except csv.Error as error:
         raise InputError(f"{path}: not a readable table ({error}); allowed: a CSV or TSV file in UTF-8") from None
 
 

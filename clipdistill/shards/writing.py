@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from clipdistill.errors import InputError
-from clipdistill.io.files import new_folder
+from clipdistill.io.files import check_new, new_folder
 from clipdistill.models.prompts import CLASSNAMES_FILE, PLACEHOLDER, TEMPLATE_FILES
 
 WRITTEN_EXTENSIONS = ("jpg", "png", "webp")
@@ -155,12 +155,6 @@ def write_retrieval_folder(
         samples_per_shard=samples_per_shard,
         progress=progress,
     )
-
-
-def check_new(folder: Path) -> None:
-    """Raise InputError if the folder to write exists."""
-    if folder.exists():
-        raise InputError(f"{folder}: exists already; allowed: a new folder")
 
 
 def write_split(

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clipdistill.io.arguments import positive
+from clipdistill.io.arguments import path, positive
 
 if TYPE_CHECKING:
     from clipdistill.distill.teacher_cache import CacheBuild, CacheBuilder, CacheEstimate
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``run``."""
-    parser.add_argument("--config", required=True, type=Path, help="the config that will train from the cache")
+    parser.add_argument("--config", required=True, type=path, help="the config that will train from the cache")
     parser.add_argument("--dry-run", action="store_true", help="print disk and time of the build; build nothing")
     parser.add_argument("--rebuild", action="store_true", help="replace all files, not only missing and stale ones")
     parser.add_argument(

@@ -8,23 +8,22 @@ import subprocess
 import sys
 from dataclasses import asdict
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
-from clipdistill.io.arguments import positive
+from clipdistill.io.arguments import path, positive
 
 _STEPS = 8
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``run``."""
-    parser.add_argument("--config", required=True, type=Path, help="config of the run")
+    parser.add_argument("--config", required=True, type=path, help="config of the run")
     parser.add_argument("--steps", type=positive, default=_STEPS, help="steps to measure (default: %(default)s)")
     parser.add_argument(
         "--no-sweep", action="store_true", help="skip the search for the largest batch that fits (made by one process)"
     )
     parser.add_argument("--largest", type=positive, default=65536, help="largest batch to try (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--json", type=path, help="also write the figures to this file")
     parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as data.batch_size=512")
 

@@ -113,8 +113,8 @@ class RunParts:
         )
         self.identity["labels"] = self.loader.class_digests()
         if identity is not None:
-            check_same_run(identity, {"labels": self.identity["labels"]}, run=config.output)
             self.loader.expect_shards(identity["shards"])
+            check_same_run(identity, {"labels": self.identity["labels"]}, run=config.output)
         self._place_teachers(frozen)
 
         self.progress = Progress(config, self.loader, ranks=accelerator.num_processes)

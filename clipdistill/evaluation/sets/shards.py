@@ -190,6 +190,11 @@ def _describe(
             kind = "retrieval"
         case "multilabel":
             kind = "multilabel"
+        case "" | "classification":
+            pass
+        case other:
+            allowed = "classification, multilabel, retrieval"
+            raise InputError(f"{shown(root)}/dataset_type.txt: {other[:40]!r}; allowed: {allowed}")
     name = Path(root).resolve().name if "://" not in root else root.rpartition("/")[2].partition("@")[0]
     if kind == "retrieval":
         return _Description(name, urls, kind, PromptSet(name=name, classnames=(), templates=()), ClassLabels(None))
