@@ -188,6 +188,7 @@ def test_bad_evaluation_set(
     assert not output.exists()
 
 
+@pytest.mark.slow
 def test_export_reloads_and_refuses_an_existing_folder(
     clipdistill: Callable[..., Result], teacher_folder: Path, tmp_path: Path
 ) -> None:

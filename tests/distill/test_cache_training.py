@@ -82,6 +82,7 @@ def test_training_from_the_cache_is_training_online(
         torch.testing.assert_close(tensor, online[name], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_teacher_is_not_asked_again(
     write_config: Callable[..., Path], cached: Callable[..., list[str]], teacher_folder: Path, tmp_path: Path
 ) -> None:
@@ -153,6 +154,7 @@ def test_the_prior_of_the_cache_is_over_samples_with_labels(
     assert result.skipped.keys() == {"no label"}
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_with_a_cache_takes_its_prior_from_it(
     write_config: Callable[..., Path], cached: Callable[..., list[str]], tmp_path: Path
 ) -> None:

@@ -32,8 +32,8 @@ def runs(colours: Path, tiny_model: Path, teacher_folder: Path, tmp_path_factory
     [
         pytest.param(signal.SIGTERM, 1, 0, "one", id="term"),
         pytest.param(signal.SIGINT, 1, 2, "groups", id="ctrl-c-with-workers", marks=pytest.mark.slow),
-        pytest.param(signal.SIGTERM, 2, 2, "groups", id="two-ranks-all-signalled"),
-        pytest.param(signal.SIGTERM, 2, 2, "last", id="two-ranks-one-signalled"),
+        pytest.param(signal.SIGTERM, 2, 2, "groups", id="two-ranks-all-signalled", marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 2, 2, "last", id="two-ranks-one-signalled", marks=pytest.mark.slow),
     ],
 )
 def test_signal_finishes_the_step_and_saves(

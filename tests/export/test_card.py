@@ -180,6 +180,7 @@ print(json.dumps({guess["label"]: guess["score"] for guess in guesses}))
 """
 
 
+@pytest.mark.slow
 def test_snippet_of_transformers_runs_with_nothing_else(
     exported: Path, model: Any, beside_a_picture: Callable[[Path], None]
 ) -> None:

@@ -255,6 +255,7 @@ def cleaning_model(root: Path, *, own_vocabulary: bool) -> Path:
 
 
 @pytest.mark.parametrize("own_vocabulary", [False, True])
+@pytest.mark.slow
 def test_model_for_which_only_open_clip_tokenizes(
     export: Callable[..., Result],
     tmp_path: Path,

@@ -46,6 +46,7 @@ def test_too_many_bad_samples_stop_the_run_which_can_go_on(write_config: Callabl
     assert 46 <= result.skipped["broken image"] <= 54
 
 
+@pytest.mark.slow
 def test_a_resampled_stream_trains_and_resumes(write_config: Callable[..., Path], tmp_path: Path) -> None:
     overrides = ["data.samples_per_epoch=24", "train.epochs=2", "evaluation.folders=[]", "train.trace=true"]
     changes = {"train": {"log_every": 1, "save_every": 2, "trackers": []}}
