@@ -59,7 +59,8 @@ def class_embeddings(
         if tokenizer is None:
             tokens_NL = _tokenize(tower, prompts)
             tokenizer = hashlib.sha256(tokens_NL.numpy().tobytes()).hexdigest()
-        made_of = [_FORMAT, tower.text_fingerprint(), tokenizer, prompts.classnames, prompts.templates]
+        made_of = [_FORMAT, tower.text_fingerprint(), tokenizer]
+        made_of += [prompts.classnames, prompts.templates, prompts.duplicates]
         key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
         path = cache / "class_embeddings" / f"{key}.safetensors"
         stored_CD = _load(path, key, shape=(prompts.num_classes, tower.embed_dim))

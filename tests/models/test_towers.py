@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import open_clip
@@ -225,17 +226,22 @@ def test_the_digest_of_a_tokenizer_is_that_of_its_vocabulary_and_settings(tiny: 
     ],
 )
 def test_classes_that_the_tokenizer_cannot_tell_apart_are_refused(
-    tiny: Student, names: tuple[str, ...], twins: tuple[str, str] | None, caplog: pytest.LogCaptureFixture
+    tiny: Student,
+    names: tuple[str, ...],
+    twins: tuple[str, str] | None,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     prompts = PromptSet(name="t", classnames=names, templates=("{c}", "a {c} picture"))
     first, second = twins or names
-    for use in (class_embeddings, class_prompt_tokens):
+    accepted = replace(prompts, duplicates=True)
+    assert len(class_embeddings(tiny, accepted, cache=tmp_path)) == len(names)
+    for use in (class_embeddings, class_prompt_tokens, partial(class_embeddings, cache=tmp_path)):
         with pytest.raises(InputError) as caught:
             use(tiny, prompts)
         assert f"classes {first!r} (0) and {second!r} (" in str(caught.value)
         assert "\n" not in str(caught.value)
     assert ("4 of 4 prompts fill the context of 12 tokens" in caplog.text) == (twins is None)
-    assert len(class_embeddings(tiny, replace(prompts, duplicates=True))) == len(names)
 
 
 @pytest.mark.parametrize(
