@@ -39,7 +39,7 @@ from tests.servers import (
 )
 from tests.streams import make_stream
 
-QUICK = Retries(first_wait=0.02, connect_timeout=0.3, read_timeout=0.2)
+QUICK = Retries(first_wait=0.02, connect_timeout=1.0, read_timeout=0.6)
 PATIENT = Retries(first_wait=0.02)
 """For tests in which no answer may count as lost, however busy the machine."""
 
