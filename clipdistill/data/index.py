@@ -71,8 +71,9 @@ def index_shards(
 
     Args:
         urls: Shards, as returned by `expand_urls`.
-        cache_dir: Folder for finished indexes; they are reused while URL, size and modification time (or ETag)
-            are unchanged; that of a shard with neither time nor ETag is not kept. None: no cache.
+        cache_dir: Folder for finished indexes; they are reused while URL, size and ETag (or times) are unchanged.
+            That of a shard with neither time nor ETag is not kept, nor that of one written at this moment. None: no
+            cache.
         threads: Number of shards read at once.
         progress: Called with the number of indexed shards and the total.
 
@@ -213,7 +214,7 @@ def _scan(file: ShardFile, *, url: str, version: Stat) -> ShardIndex:
 
 
 def _cache_file(cache_dir: str | Path | None, *, url: str, version: Stat) -> Path | None:
-    if cache_dir is None or not version.is_known:
+    if cache_dir is None or not version.is_known or version.is_recent:
         return None
     fs, path = locate(url)
     place = fs.unstrip_protocol(path)

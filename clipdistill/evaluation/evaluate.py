@@ -45,7 +45,7 @@ class Evaluator:
         workers: threads that decode and resize; 0 means one.
         device: where the tower is.
         cache: folder for class features.
-        progress: called with a set's name, and the numbers of samples done and in total in this rank's share.
+        progress: called with a set's name, the size of this rank's share of it, and how many of these samples are done.
         keep_features: keep each set's features for the next call, as for a teacher compared with several students.
     """
 
@@ -69,7 +69,7 @@ class Evaluator:
             batch_size=self.batch_size,
             workers=self.workers,
             device=self.device,
-            progress=None if report is None else lambda done: report(data.name, done, share),
+            progress=None if report is None else partial(report, data.name, share),
         )
         if self.keep_features:
             self._features[data] = features

@@ -10,6 +10,7 @@ The details are written first, atomically; all other files are derived from them
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,8 +25,10 @@ from clipdistill.io.files import write_json, write_text, writing
 
 _NAME_CHARACTERS = 150
 
-FORMAT = 1
+FORMAT = 2
 """Version of the details; increased when results under the same key may differ."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,15 +51,16 @@ class ResultsFolder:
 
     def find(self, name: ResultName, key: str) -> Record | None:
         """The stored record with this key: same weights, samples, prompts and settings; None where there is none."""
-        details = _read(self._details(name))
-        return details["record"] if details.get("key") == key else None
+        details = _read_details(self._details(name))
+        return details["record"] if details and details["key"] == key else None
 
     def save(self, name: ResultName, key: str, record: Record, details: dict[str, Any]) -> None:
         """Save a result, replacing one of the same name."""
         path = self._details(name)
         with writing(f"result {path}", self.root):
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, {"format": FORMAT, "key": key, "record": record, **details})
+            saved = json.loads(json.dumps({"format": FORMAT, "key": key, "record": record, **details}))
+            write_json(path, saved | {"sha256": _digest(saved)})
 
     def write_all(self) -> None:
         """Write the files derived from the details, if there are any: records, DataComp's lines, the summary."""
@@ -68,8 +72,8 @@ class ResultsFolder:
     def _write(self, models: Sequence[Path]) -> None:
         everything: list[Record] = []
         for model in models:
-            found = {path.name: _read(path).get("record") for path in sorted((model / "details").glob("*.json"))}
-            records = {name: record for name, record in found.items() if record is not None}
+            found = {path.name: _read_details(path) for path in sorted((model / "details").glob("*.json"))}
+            records = {name: details["record"] for name, details in found.items() if details is not None}
             for name, record in records.items():
                 write_json(model / name, record)
             zero_shot = [record for record in records.values() if record["task"].startswith("zeroshot_")]
@@ -152,6 +156,21 @@ def _model(record: Record) -> str:
 
 def _mean(values: Sequence[float]) -> str:
     return f"{sum(values) / len(values):.2%} of {len(values)}" if values else ""
+
+
+def _read_details(path: Path) -> dict[str, Any] | None:
+    """A result's details; None if they are missing, or not what was saved."""
+    details = _read(path)
+    stored = details.pop("sha256", None)
+    if stored == _digest(details):
+        return details
+    if path.is_file():
+        log.warning("result %s is not what was saved, and does not count", path)
+    return None
+
+
+def _digest(details: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(details, sort_keys=True).encode()).hexdigest()
 
 
 def _read(path: Path) -> dict[str, Any]:

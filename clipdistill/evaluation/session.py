@@ -6,7 +6,8 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
+from operator import eq
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,9 @@ from clipdistill.io.urls import shown
 from clipdistill.models.towers import Tower
 
 _GAINS_SHOWN = 5
+
+Report = Callable[[str, int, int], None]
+"""Shows a set's name, the size of this rank's share of it, and how many of these samples are done."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,11 +83,15 @@ def evaluate_all(args: argparse.Namespace, device: str) -> None:
     evaluations = _open_sets(args)
     lines = _fit_lines(args, evaluations)
     folder = _results_folder(args)
-    identities: dict[SetEvaluation, list[str]] = {}
-    if folder is not None:
-        identities = {each: [data.identity() for data in (each.data, *each.others)] for each in evaluations}
     teacher = _load(args, args.teacher, args.teacher_pretrained, device) if args.teacher else None
     with _progress() as report:
+
+        @cache
+        def identify(data: EvaluationSet) -> str:
+            share = -(-len(data) // world_size())
+            show = None if report is None else partial(report, f"{data.name} (verifying)", share)
+            return data.identity(show)
+
         make_evaluator = partial(
             Evaluator,
             batch_size=args.batch_size,
@@ -103,8 +111,8 @@ def evaluate_all(args: argparse.Namespace, device: str) -> None:
             if folder is None:
                 results += map(measure, evaluations)
             else:
-                keys = {each: _key(each.task, found, model, teacher, lines) for each, found in identities.items()}
-                results += _complete(folder, model, keys, measure, partial(_settings, args, device))
+                key = partial(_key, identify=identify, model=model, teacher=teacher, lines=lines)
+                results += _complete(folder, model, evaluations, key, measure, partial(_settings, args, device))
     if rank() == 0:
         _show(args, results)
 
@@ -160,8 +168,7 @@ def _open_sets(args: argparse.Namespace) -> list[SetEvaluation]:
 
 def _same_place(one: EvaluationSet, other: EvaluationSet) -> bool:
     """Whether two splits are the same files or rows, as in a folder without splits."""
-    firsts = [next((sample.where for sample in data.samples(range(min(1, len(data))))), None) for data in (one, other)]
-    return firsts[0] == firsts[1] and one.identity() == other.identity()
+    return len(one) == len(other) and all(map(eq, one.samples(), other.samples()))
 
 
 def _fit_lines(args: argparse.Namespace, evaluations: Sequence[SetEvaluation]) -> dict[str, BaselineLine]:
@@ -198,28 +205,31 @@ def _split_tag(name: str) -> tuple[str, str]:
 
 
 def _key(
-    task: str,
-    identities: Sequence[str],
+    evaluation: SetEvaluation,
+    identify: Callable[[EvaluationSet], str],
     model: EvaluatedModel,
     teacher: EvaluatedModel | None,
     lines: Mapping[str, BaselineLine],
 ) -> str:
     """Digest of everything that determines a result."""
+    identities = [identify(data) for data in (evaluation.data, *evaluation.others)]
     fitted = {name: asdict(line) for name, line in lines.items()}
-    return digest([FORMAT, task, identities, model.fingerprint, teacher and teacher.fingerprint, fitted])
+    return digest([FORMAT, evaluation.task, identities, model.fingerprint, teacher and teacher.fingerprint, fitted])
 
 
 def _complete(
     folder: ResultsFolder,
     model: EvaluatedModel,
-    keys: Mapping[SetEvaluation, str],
+    evaluations: Sequence[SetEvaluation],
+    key_of: Callable[[SetEvaluation], str],
     measure: Callable[[SetEvaluation], tuple[Record, Details]],
     settings: Callable[[SetEvaluation], dict[str, Any]],
 ) -> list[tuple[Record, Details]]:
     """A model's results: those in the folder, without details; missing ones are measured and saved there."""
     results: list[tuple[Record, Details]] = []
     try:
-        for evaluation, key in keys.items():
+        for evaluation in evaluations:
+            key = key_of(evaluation)
             name = ResultName(
                 model=slug(f"{model.name} {model.pretrained}".strip()),
                 data=slug(shown(evaluation.location)),
@@ -283,7 +293,7 @@ def _settings(args: argparse.Namespace, device: str, evaluation: SetEvaluation) 
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None] | None]:
+def _progress() -> Iterator[Report | None]:
     """Progress bar of the current set, on a terminal; yields its callback, or None."""
     console = Console(stderr=True)
     if rank() > 0 or not console.is_terminal:
@@ -293,7 +303,7 @@ def _progress() -> Iterator[Callable[[str, int, int], None] | None]:
     with Progress(*columns, console=console, transient=True) as progress:
         bar = progress.add_task("", total=None)
 
-        def report(name: str, done: int, share: int) -> None:
+        def report(name: str, share: int, done: int) -> None:
             progress.update(bar, description=name, completed=done, total=share)
 
         yield report

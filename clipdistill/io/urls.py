@@ -8,6 +8,7 @@ import glob
 import logging
 import os
 import re
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -37,6 +38,9 @@ _NUMBER_BYTES = 64
 _MISSING_NAMED = 5
 _BLOCK = 4 << 20
 _LEAST_BLOCK = 64 << 10
+_CLOCK_TICK = 50_000_000
+"""Nanoseconds; times of files are at most this coarse."""
+
 _ETAGS = ("ETag", "etag", "blob_id")
 _TIMES = ("mtime", "Last-Modified", "LastModified", "last_modified")
 
@@ -60,11 +64,18 @@ class Stat:
     """The store's identifier of the content, if it has one."""
     modified: str | None = None
     """Modification time, if known."""
+    changed: int | None = None
+    """Of a local file, when its content or its times were changed, in nanoseconds: a time that nobody can set."""
 
     @property
     def is_known(self) -> bool:
         """Whether a rewritten shard of equal size would differ."""
         return bool(self.etag or self.modified)
+
+    @property
+    def is_recent(self) -> bool:
+        """Whether a local file has just changed: another change might get the same time."""
+        return self.changed is not None and time.time_ns() - self.changed < _CLOCK_TICK
 
     def agrees(self, other: "Stat") -> bool:
         """Whether both may be the same version; times are compared only if there are no ETags."""
@@ -366,7 +377,8 @@ def _look(fs: Any, path: str, url: str) -> Stat:
     if info["type"] != "file" or info["size"] is None:
         raise InputError(f"shard {shown(url)!r}: not a file of known size")
     etag, modified = (next((str(info[name]) for name in names if info.get(name)), None) for names in (_ETAGS, _TIMES))
-    return Stat(size=int(info["size"]), etag=etag, modified=modified)
+    changed = Path(path).stat().st_ctime_ns if isinstance(fs, LocalFileSystem) else None
+    return Stat(size=int(info["size"]), etag=etag, modified=modified, changed=changed)
 
 
 def _expand(pattern: str, retries: Retries) -> list[str]:

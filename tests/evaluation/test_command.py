@@ -10,12 +10,14 @@ import shutil
 import socket
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -91,7 +93,7 @@ def _leaves(place: str, value: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(value, dict | list):
         for key, part in value.items() if isinstance(value, dict) else enumerate(value):
             yield from _leaves(f"{place}/{key}", part)
-    elif not place.endswith("/processes"):
+    elif not place.endswith(("/processes", "/sha256")):
         yield place, value
 
 
@@ -185,6 +187,79 @@ def test_only_what_is_new_is_evaluated(
     assert _tree(tmp_path / "results").keys() == first.keys()
 
 
+def swap_in_place(path: Path, old: bytes, new: bytes) -> None:
+    """Change a file's content, and keep its size and time."""
+    before, content = path.stat(), path.read_bytes()
+    assert len(old) == len(new)
+    assert old in content
+    path.write_bytes(content.replace(old, new))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_a_set_is_known_by_its_content(
+    sets: Path, models: Sequence[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not by the sizes and times of its files, in any layout."""
+    shard, folder = tmp_path / "labels", tmp_path / "folders"
+    shutil.copytree(sets / "labels", shard)
+    for sample in colour_samples(12):
+        path = folder / CLASSES[sample["cls"]] / f"{sample['key']}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(sample["png"])
+    rows = {"image": [{"bytes": sample["png"], "path": None} for sample in colour_samples(12)]}
+    rows["label"] = [sample["cls"] for sample in colour_samples(12)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(CLASSES))})
+    datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "saved"))
+    command = ("--model", models[0], "--output", tmp_path / "results", "--cache", tmp_path / "cache", "--data")
+    locations = (shard, folder, tmp_path / "saved")
+
+    def counts() -> tuple[str, ...]:
+        evaluate(*command, *locations)
+        found = re.search(r"(\d) new results, (\d) already there", capsys.readouterr().out)
+        assert found
+        return found.groups()
+
+    assert counts() == ("3", "0")
+    assert counts() == ("0", "3")
+    pictures = [sample["png"] for sample in colour_samples(12)]
+    one, other = next((a, b) for a in pictures for b in pictures if len(a) == len(b) and a != b)
+    with tarfile.open(shard / "test" / "0.tar") as tar:
+        label = next(member for member in tar if member.name.endswith(".cls"))
+    content = bytearray((shard / "test" / "0.tar").read_bytes())
+    stat = (shard / "test" / "0.tar").stat()
+    content[label.offset_data] = ord("0") + (content[label.offset_data] - ord("0") + 1) % len(CLASSES)
+    (shard / "test" / "0.tar").write_bytes(content)
+    os.utime(shard / "test" / "0.tar", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    swap_in_place(next(path for path in folder.rglob("*.png") if path.read_bytes() == one), one, other)
+    swap_in_place(next((tmp_path / "saved").glob("*.arrow")), one, other)
+    assert counts() == ("3", "0")
+
+
+@pytest.mark.parametrize("damage", ["accuracy", "record", "cut"])
+def test_an_edited_result_is_measured_again(
+    sets: Path,
+    models: Sequence[Path],
+    tmp_path: Path,
+    damage: str,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    command = ("--model", models[0], "--data", sets / "labels", "--output", tmp_path / "results")
+    evaluate(*command)
+    whole = _tree(tmp_path / "results")
+    (file,) = (tmp_path / "results").glob("*/details/*.json")
+    details = json.loads(file.read_text())
+    if damage == "accuracy":
+        details["record"]["metrics"]["acc1"] = 0.999
+    elif damage == "record":
+        del details["record"]
+    file.write_text(json.dumps(details)[: 40 if damage == "cut" else None])
+    evaluate(*command)
+    assert "1 new results, 0 already there" in capsys.readouterr().out
+    assert f"{file} is not what was saved" in caplog.text
+    assert_same_results(_tree(tmp_path / "results"), whole)
+
+
 def test_a_set_of_another_kind_under_a_name_of_datacomps(sets: Path, models: Sequence[Path], tmp_path: Path) -> None:
     for name, kind in (("wds_vtab-pets_test", "texts"), ("caltech101", "marks")):
         shutil.copytree(sets / kind, tmp_path / name)
@@ -237,10 +312,10 @@ def test_samples_and_weights_have_digests_only_where_results_are_kept(
 ) -> None:
     made: list[str] = []
 
-    def noted(what: str, call: Callable[[Any], str]) -> Callable[[Any], str]:
-        def told(of: Any) -> str:
+    def noted(what: str, call: Callable[..., str]) -> Callable[..., str]:
+        def told(*of: Any) -> str:
             made.append(what)
-            return call(of)
+            return call(*of)
 
         return told
 
@@ -250,7 +325,7 @@ def test_samples_and_weights_have_digests_only_where_results_are_kept(
     evaluate(*command, "--output", tmp_path / "result.json")
     assert made == []
     evaluate(*command, "--output", tmp_path / "results")
-    assert made == ["data", "model"]
+    assert made == ["model", "data"]
 
 
 def _rank(arguments: Sequence[str], environment: dict[str, str], log: str) -> None:

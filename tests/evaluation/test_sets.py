@@ -229,6 +229,18 @@ def test_copies_of_shards_need_no_network(tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
+def test_a_damaged_copy_of_a_shard_is_made_again(tmp_path: Path) -> None:
+    shard_set(tmp_path / "site", colour_samples(COUNT))
+    with serving(files(tmp_path / "site", Counting)) as url:
+        identity = open_set(url, cache=tmp_path / "cache").identity()
+        for copy in (tmp_path / "cache" / "copies").iterdir():
+            content = bytearray(copy.read_bytes())
+            content[700] ^= 1
+            copy.write_bytes(content)
+        assert open_set(url, cache=tmp_path / "cache").identity() == identity
+    assert len(list((tmp_path / "cache" / "copies").iterdir())) == 2
+
+
 def test_a_set_on_the_hub_by_the_address_of_its_page(
     tower: Tower, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

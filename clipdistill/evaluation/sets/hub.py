@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from clipdistill.errors import InputError
-from clipdistill.evaluation.sets.samples import EncodedSample, EvaluationSet, Kind, digest, name_classes
+from clipdistill.evaluation.sets.samples import EncodedSample, EvaluationSet, Kind, name_classes
 from clipdistill.io.urls import one_line
 from clipdistill.models.class_matching import BOOL_NAMES, ClassLabels, are_numbers, in_class_order
 from clipdistill.models.prompts import PromptSet
@@ -143,11 +143,6 @@ class DatasetReader:
             annotation = self._read_annotation(row[self._annotation], where)
             data, _ = self._cells.read(row[self._image], where=where)
             yield EncodedSample(key=str(position), where=where, data=data, **annotation)
-
-    def identity(self) -> str:
-        """Digest of the library's own fingerprint of the data set, and of the columns and labels in use."""
-        labels = [self._labels.names, self._labels.indices]
-        return digest([self._dataset._fingerprint, self._kind, self._image, self._annotation, labels])
 
     def _read_annotation(self, value: Any, where: str) -> dict[str, Any]:
         if self._kind == "classification":

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from clipdistill.distributed.collectives import rank
 from clipdistill.errors import InputError
-from clipdistill.evaluation.sets.samples import EncodedSample, EvaluationSet, digest, name_classes
+from clipdistill.evaluation.sets.samples import EncodedSample, EvaluationSet, name_classes
 from clipdistill.io.image_folders import ImageFolder
 from clipdistill.models.class_matching import are_identifiers, in_class_order
 from clipdistill.models.prompts import PromptSet, load_own_prompts
@@ -70,12 +70,4 @@ class FolderReader:
                 data = path.read_bytes()
             except OSError as error:
                 raise InputError(f"{path}: cannot be read: {error.strerror}; allowed: a readable file") from error
-            yield EncodedSample(key=self._key(path), where=str(path), data=data, label=label)
-
-    def identity(self) -> str:
-        """Digest of the names, sizes, times and classes of the files."""
-        infos = [(self._key(path), path.stat(), label) for path, label in self._files]
-        return digest([[key, info.st_size, info.st_mtime_ns, label] for key, info, label in infos])
-
-    def _key(self, path: Path) -> str:
-        return path.relative_to(self._root).as_posix()
+            yield EncodedSample(key=path.relative_to(self._root).as_posix(), where=str(path), data=data, label=label)

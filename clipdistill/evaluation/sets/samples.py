@@ -2,13 +2,15 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 from PIL import Image
 
+from clipdistill.distributed.collectives import rank, world_size
 from clipdistill.errors import InputError
+from clipdistill.evaluation.ranks import on_all_ranks
 from clipdistill.io.images import STANDARD_DECODING, DecodingSettings
 from clipdistill.io.urls import one_line
 from clipdistill.models.class_matching import match_through
@@ -17,6 +19,10 @@ from clipdistill.shards.writing import DEFAULT_TEMPLATES
 
 Kind = Literal["classification", "multilabel", "retrieval"]
 """Annotations of a set's images: one class, any number of classes, or captions."""
+
+
+_BLOCK = 1024
+"""Samples of one digest: ranks share a set's identity in blocks."""
 
 
 class UnreadableImageError(InputError):
@@ -75,10 +81,6 @@ class Reader(Protocol):
         """
         ...
 
-    def identity(self) -> str:
-        """Digest that changes with the samples."""
-        ...
-
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSet:
@@ -116,10 +118,36 @@ class EvaluationSet:
                     )
             yield replace(sample, decoding=self.decoding)
 
-    def identity(self) -> str:
-        """Digest that changes with the samples, their decoding, class names or templates."""
+    def identity(self, progress: Callable[[int], None] | None = None) -> str:
+        """Digest of every byte of the samples, their decoding, class names and templates; the same wherever the set is.
+
+        Every rank calls this, and reads its share; ``progress`` is called with the number of samples it has read.
+
+        Raises:
+            InputError: on every rank: as ``samples``.
+        """
+        blocks = [range(at, min(at + _BLOCK, len(self))) for at in range(0, len(self), _BLOCK)]
+        first, last = (number * len(blocks) // world_size() for number in (rank(), rank() + 1))
+
+        def read_share() -> list[str]:
+            digests = []
+            for block in blocks[first:last]:
+                digests.append(_digest_of(self.samples(block)))
+                if progress is not None:
+                    progress(block.stop - blocks[first].start)
+            return digests
+
+        content = [each for share in on_all_ranks(read_share) for each in share]
         decoding = [self.decoding.decoding, self.decoding.max_pixels]
-        return digest([self.kind, self.prompts.classnames, self.prompts.templates, self.reader.identity(), decoding])
+        return digest([self.kind, self.prompts.classnames, self.prompts.templates, content, decoding])
+
+
+def _digest_of(samples: Iterator[EncodedSample]) -> str:
+    found = hashlib.blake2b(digest_size=16)
+    for each in samples:
+        found.update(json.dumps([each.key, each.label, each.classes, each.captions, len(each.data)]).encode())
+        found.update(each.data)
+    return found.hexdigest()
 
 
 def digest(value: Any) -> str:

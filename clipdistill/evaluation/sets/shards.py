@@ -7,6 +7,7 @@ FOLDER/SPLIT/nshards.txt
 FOLDER/SPLIT/0.tar ..                           samples of webp, png, jpg or jpeg, and cls, npy or txt
 """
 
+import hashlib
 import io
 import math
 import re
@@ -41,6 +42,8 @@ _ANNOTATION: dict[Kind, str] = {"classification": "cls", "multilabel": "npy", "r
 _TEXT_BYTES = 64 << 20
 _MOST_SHARDS = 1_000_000
 _DOWNLOAD_BYTES = 8 << 20
+_DIGITS = 32
+"""Of the digests in the names of copies."""
 
 
 def is_shard_set(folder: Path, split: str) -> bool:
@@ -99,6 +102,7 @@ class ShardReader:
         self._kind = kind
         self._labels = labels
         self._cache = cache
+        self._copies: dict[str, str] = {}
         shares = on_all_ranks(lambda: [self._index(url) for url in urls[rank() :: world_size()]])
         found = [shares[number % world_size()][number // world_size()] for number in range(len(urls))]
         self._shards = [index for index, _ in found]
@@ -125,12 +129,6 @@ class ShardReader:
         finally:
             reader.close()
 
-    def identity(self) -> str:
-        """Digest of the tar headers, sizes and times (or ETags) of the shards, and of the classes of the labels."""
-        pairs = zip(self._shards, self._versions, strict=True)
-        shards = [[index.digest, version.size, version.etag or version.modified] for index, version in pairs]
-        return digest([shards, self._labels.names, self._labels.indices])
-
     def _index(self, url: str) -> tuple[ShardIndex, Stat]:
         with _shard_errors(url):
             version = stat(url)
@@ -141,7 +139,11 @@ class ShardReader:
 
     def _cached(self, url: str, version: Stat) -> str:
         """Path of the cached copy of a remote shard; the shard itself if it is local or nothing is cached."""
-        return str(_copy(url, version, self._cache)) if self._cache is not None and "://" in url else url
+        if self._cache is None or "://" not in url:
+            return url
+        if url not in self._copies or not Path(self._copies[url]).is_file():
+            self._copies[url] = str(_copy(url, version, self._cache))
+        return self._copies[url]
 
     def _sample(self, raw: RawSample, where: str) -> EncodedSample:
         if raw.fault is not None:
@@ -262,22 +264,28 @@ def _shard_errors(url: str) -> Iterator[None]:
 
 
 def _copy(url: str, version: Stat, cache: Path) -> Path:
-    """The cached copy of this version of a remote shard; downloaded if missing."""
-    name = digest([url, version.size, version.etag or version.modified])
-    target = expand(cache) / "copies" / f"{name[:32]}.tar"
-    if version.is_known and target.is_file() and target.stat().st_size == version.size:
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shard = ShardFile(url, stat=version)
+    """The cached copy of this version of a remote shard, ``VERSION-CONTENT.tar``; downloaded if it is missing, or not
+    what was downloaded."""
+    folder = expand(cache) / "copies"
+    name = digest([url, version.size, version.etag or version.modified])[:_DIGITS]
+    for copy in folder.glob(f"{name}-*.tar"):
+        with copy.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()[:_DIGITS]
+        if version.is_known and copy.stem == f"{name}-{content}":
+            return copy
+        copy.unlink()
+    folder.mkdir(parents=True, exist_ok=True)
+    shard, found = ShardFile(url, stat=version), hashlib.sha256()
     try:
-        with new_file(target) as temporary, temporary.open("wb") as file:
+        with new_file(folder / f"{name}.tar") as temporary, temporary.open("wb") as file:
             while data := shard.read_at(file.tell(), _DOWNLOAD_BYTES):
                 file.write(data)
+                found.update(data)
             if file.tell() != version.size:
                 raise InputError(f"shard {shown(url)}: ends at byte {file.tell():,}; allowed: {version.size:,} bytes")
     finally:
         shard.close()
-    return target
+    return (folder / f"{name}.tar").rename(folder / f"{name}-{found.hexdigest()[:_DIGITS]}.tar")
 
 
 def _read_annotation(kind: Kind, content: bytes, labels: ClassLabels, where: str) -> dict[str, Any]:
