@@ -412,7 +412,9 @@ def json_captions(text: str) -> list[tuple[Any, str]]:
         ("long " * 200_000, Bad("caption too long")),
         ("\ud800" + text, Bad("caption not UTF-8")),
         (f"\n{text}\0%s\x1b[31m \n", f"{text}\0%s\x1b[31m"),
-        *((value, Bad("caption not text")) for value in (5, 1e999, True, [text], {"a": text}, deep)),
+        ([], Bad("no caption")),
+        (["", f" {text}", " \n"], text),
+        *((value, Bad("caption not text")) for value in (5, 1e999, True, [text, 5], {"a": text}, deep)),
     ]
 
 

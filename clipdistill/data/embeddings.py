@@ -4,13 +4,14 @@
     content      (N,)         int64: digest of the sample's image and caption as stored in the shard
     label        (N,)         int64: -1 for a sample without one, -2 for one that is a name
     image.T      (N, K, D)    of teacher T: unit-norm image embedding of each stored view
-    captions.T   (N, D)       of teacher T: unit-norm text embedding of the caption, where captions are stored
-    *.scale      (N[, K])     float32: factor of an int8 row
+    captions     (N,)         int64, where captions are stored: number of the sample's captions
+    captions.T   (M, D)       of teacher T: unit-norm text embedding of each caption, sample by sample
+    *.scale      (N, K), (M,) float32: factor of an int8 row
 
 The header holds the key (everything that the embeddings depend on) and a digest of the tensors. A file with another
 key, or with changed bytes, is never used.
 
-Shapes: N samples of a shard, K views, D dimensions of a teacher, B samples of a batch.
+Shapes: N samples of a shard, M captions, K views, D dimensions of a teacher, B samples of a batch.
 """
 
 import hashlib
@@ -38,7 +39,7 @@ EMBEDDING_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch
 NAMED = -2
 """Stored label of a sample whose own label is a class name."""
 
-_FORMAT = 2
+_FORMAT = 3
 _OPEN_FILES = 64
 
 
@@ -56,11 +57,13 @@ def unpack(rows: Tensor, scale: Tensor | None) -> Tensor:
     return rows.float() if scale is None else rows.float() * scale[..., None]
 
 
-def bytes_per_sample(dimensions: Sequence[int], *, views: int, captions: bool, precision: str) -> int:
-    """Size of a sample in its file: all teachers' rows, their scales, and the sample's own fields."""
-    rows = len(dimensions) * (views + captions)
-    numbers = sum(dimensions) * (views + captions)
-    return numbers * EMBEDDING_DTYPES[precision].itemsize + (4 * rows if precision == "int8" else 0) + 17
+def bytes_per_sample(dimensions: Sequence[int], *, views: int, captions: float, precision: str) -> int:
+    """Size of a sample in its file: all teachers' rows, their scales, and the sample's own fields.
+
+    ``captions`` is the mean number of captions stored of a sample; 0: none are.
+    """
+    row = sum(dimensions) * EMBEDDING_DTYPES[precision].itemsize + (4 * len(dimensions) if precision == "int8" else 0)
+    return round(row * (views + captions)) + 17 + (8 if captions else 0)
 
 
 def content_digest(raw: RawSample, *, caption_key: str, label_key: str) -> int:
@@ -162,8 +165,8 @@ class EmbeddingReader:
                 f"the first for {faults[0]}; allowed: a cache written by `clipdistill cache` with this config"
             )
 
-    def read(self, shard: int, sample: int, view: int, raw: RawSample) -> list[ModelOutputs]:
-        """Each teacher's embeddings of a view of a sample, and of its caption if captions are stored; (D,) float32.
+    def read(self, shard: int, sample: int, view: int, caption: int, raw: RawSample) -> list[ModelOutputs]:
+        """Each teacher's embeddings of a view of a sample, and of one caption if captions are stored; (D,) float32.
 
         Raises:
             InputError: The file is damaged, or was computed from other content of the shard.
@@ -176,6 +179,8 @@ class EmbeddingReader:
                 "was made from; allowed: the same shards, or `clipdistill cache --rebuild`"
             )
 
+        first = int(tensors["captions"][:sample].sum()) if self._key["captions"] else 0
+
         def row(name: str, *at: int) -> Tensor:
             scale = tensors.get(f"{name}.scale")
             return unpack(tensors[name][at], None if scale is None else scale[at])
@@ -183,7 +188,7 @@ class EmbeddingReader:
         return [
             ModelOutputs(
                 row(f"image.{teacher}", sample, view),
-                row(f"captions.{teacher}", sample) if self._key["captions"] else None,
+                row(f"captions.{teacher}", first + caption) if self._key["captions"] else None,
             )
             for teacher in range(len(self._key["teachers"]))
         ]

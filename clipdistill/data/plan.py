@@ -26,7 +26,7 @@ from clipdistill.errors import InputError
 
 Indices = NDArray[np.int64]
 
-_SHARDS, _WINDOW, _PIXELS, _DRAWS, _VIEWS = 1, 2, 3, 4, 5
+_SHARDS, _WINDOW, _PIXELS, _DRAWS, _VIEWS, _CAPTIONS = 1, 2, 3, 4, 5, 6
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -183,6 +183,10 @@ class Plan(Layout):
         """Number of the fixed view that a sample shows: each once in `views` epochs."""
         return (epoch + number) % views
 
+    def caption(self, epoch: int, number: int, captions: int) -> int:
+        """Number of the caption that a sample of several shows in an epoch, drawn uniformly."""
+        return int(generator(_CAPTIONS, self.seed, epoch, number).integers(captions))
+
     def _left(self, epoch: int) -> int:
         """Number of samples of an epoch that this layout distributes."""
         return len(self._rest) if self.past and epoch == self.first_epoch else self.total
@@ -265,6 +269,10 @@ class ResampledPlan(Layout):
     def view(self, rank: int, worker: int, number: int, views: int) -> int:
         """Number of the fixed view that a sample shows, drawn uniformly."""
         return int(self.pixels(rank, worker, number).integers(views))
+
+    def caption(self, rank: int, worker: int, number: int, captions: int) -> int:
+        """Number of the caption that a sample of several shows, drawn uniformly."""
+        return int(self._generator(_CAPTIONS, rank, worker, number).integers(captions))
 
     def _generator(self, purpose: int, *numbers: int) -> np.random.Generator:
         return generator(purpose, self.seed, self.restarts, *numbers)

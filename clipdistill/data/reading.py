@@ -5,6 +5,7 @@ At most one shuffle window of samples is held.
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from heapq import heappop, heappush
 from itertools import count, islice
 from typing import NamedTuple, TypeVar
@@ -27,6 +28,8 @@ class ScheduledSample(NamedTuple):
     raw: RawSample
     rng: np.random.Generator
     """Random generator of its augmentation."""
+    choose: Callable[[int], int]
+    """Draws one of a number of captions."""
     shard: int
     """Number of its shard in the index."""
     sample: int
@@ -86,12 +89,11 @@ def read_partition(
             shard, sample, number = (
                 int(of_N[wanted]) for of_N in (partition.shard_N, partition.sample_N, partition.number_N)
             )
+            view, rng = 0, plan.pixels(epoch, number)
             if views.number:
                 view = plan.view(epoch, number, views.number)
                 rng = view_pixels(views.seed, index[shard].digest, sample, view)
-                yield ScheduledSample(held.pop(wanted), rng, shard, sample, view)
-            else:
-                yield ScheduledSample(held.pop(wanted), plan.pixels(epoch, number), shard, sample)
+            yield ScheduledSample(held.pop(wanted), rng, partial(plan.caption, epoch, number), shard, sample, view)
         position = 0
 
 
@@ -151,7 +153,8 @@ def read_draws(
         if views.number and raw.fault is None:
             view = plan.view(rank, worker, turn.number, views.number)
             rng = view_pixels(views.seed, index[turn.shard].digest, turn.sample, view)
-        yield ScheduledSample(raw, rng, turn.shard, turn.sample, view, oldest, oldest_first)
+        choose = partial(plan.caption, rank, worker, turn.number)
+        yield ScheduledSample(raw, rng, choose, turn.shard, turn.sample, view, oldest, oldest_first)
 
 
 def _in_order(

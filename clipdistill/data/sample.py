@@ -34,10 +34,10 @@ MAX_JSON_BYTES = 16 << 20
 
 
 class DecodedSample(NamedTuple):
-    """A decoded sample: uint8 pixels (3, S, S); caption "" and label -1 if missing."""
+    """A decoded sample: uint8 pixels (3, S, S); no captions, and label -1, if missing."""
 
     pixels: Pixels
-    caption: str
+    captions: tuple[str, ...]
     label: int
 
 
@@ -125,7 +125,7 @@ class Decoder:
     image_size: int
     augmentation: Augmentation | None
     caption_key: str = "txt"
-    """`txt`, or a field of the sample's json."""
+    """`txt`, each line of which is a caption, or a field of the sample's json: a text, or a list of texts."""
     label_key: str = "cls"
     """`cls`, or a field of the sample's json."""
     require_captions: bool = False
@@ -152,11 +152,11 @@ class Decoder:
             raise raw.fault
         image = find_image(raw)
         try:
-            caption = _caption(raw.members, self.caption_key)
+            captions = _captions(raw.members, self.caption_key)
         except BadSampleError:
             if self.require_captions:
                 raise
-            caption = ""
+            captions = ()
         try:
             label = self._label(raw)
         except BadSampleError:
@@ -177,7 +177,7 @@ class Decoder:
             raise BadSampleError("broken image", "not a PNG, JPEG or WebP image") from error
         except Exception as error:  # Pillow's decoders raise almost any error on hostile data
             raise BadSampleError("broken image", one_line(error)) from error
-        return DecodedSample(pixels, caption, label)
+        return DecodedSample(pixels, captions, label)
 
     def has_named_label(self, raw: RawSample) -> bool:
         """Whether the sample's label may be a class name, which only a class list makes a number."""
@@ -208,22 +208,27 @@ class Decoder:
         return label
 
 
-def _caption(members: dict[str, bytes], key: str) -> str:
+def _captions(members: dict[str, bytes], key: str) -> tuple[str, ...]:
+    """All captions of a sample; blank ones do not count."""
     value = _member(members, key, own="txt")
-    if value is None:
+    if value is None or value == []:
         raise BadSampleError("no caption")
-    if not isinstance(value, str | bytes):
+    values = value if isinstance(value, list) else [value]
+    if not all(isinstance(each, str | bytes) for each in values):
         raise BadSampleError("caption not text", _shown(value))
     try:
-        encoded = value if isinstance(value, bytes) else value.encode()
-        if len(encoded) > MAX_TEXT_BYTES:
-            raise BadSampleError("caption too long", f"{len(encoded):,} bytes, at most {MAX_TEXT_BYTES:,}")
-        caption = encoded.decode("utf-8-sig").strip()
+        encoded = [each if isinstance(each, bytes) else each.encode() for each in values]
+        size = sum(map(len, encoded))
+        if size > MAX_TEXT_BYTES:
+            raise BadSampleError("caption too long", f"{size:,} bytes, at most {MAX_TEXT_BYTES:,}")
+        texts = [each.decode("utf-8-sig") for each in encoded]
     except UnicodeError as error:
         raise BadSampleError("caption not UTF-8", one_line(error)[:200]) from error
-    if not caption:
+    lines = texts[0].splitlines() if isinstance(value, bytes) else texts
+    captions = tuple(line.strip() for line in lines if line.strip())
+    if not captions:
         raise BadSampleError("empty caption")
-    return caption
+    return captions
 
 
 def _number(value: Any) -> int | None:

@@ -68,7 +68,7 @@ class Batch:
     image_BCHW: Tensor
     """uint8, RGB, 0 to 255; normalised for each tower on the device."""
     captions: list[str]
-    """Empty string if a sample has none."""
+    """One of each sample's captions, drawn anew in each epoch; an empty string if it has none."""
     labels_B: Tensor
     """int64; -1 if a sample has none."""
     keys: list[str]
@@ -276,11 +276,13 @@ class ImageTextStream(IterableDataset[Batch]):
             else:
                 in_a_row = 0
                 image_BCHW[len(keys)] = sample.pixels
-                captions.append(sample.caption)
+                chosen = scheduled.choose(len(sample.captions)) if len(sample.captions) > 1 else 0
+                captions.append(sample.captions[chosen] if sample.captions else "")
                 labels.append(sample.label)
                 keys.append(raw.key)
                 if self.embeddings:
-                    rows.append(self.embeddings.read(scheduled.shard, scheduled.sample, scheduled.view, raw))
+                    at = scheduled.shard, scheduled.sample, scheduled.view, chosen
+                    rows.append(self.embeddings.read(*at, raw))
             position += 1
         return Batch(
             image_BCHW=torch.from_numpy(image_BCHW),

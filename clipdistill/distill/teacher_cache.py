@@ -3,7 +3,8 @@
 Each shard has its own file (data/embeddings.py), written when it is complete: an interrupted build resumes with the
 shards that have none, and files from several machines can be copied into one folder.
 
-Shapes: N samples of a shard, n samples of a chunk, K views, S side in pixels, L tokens, D dimensions of a teacher.
+Shapes: N samples of a shard, n samples of a chunk, m of their captions, K views, S side in pixels, L tokens,
+D dimensions of a teacher.
 """
 
 import logging
@@ -139,6 +140,9 @@ class _Chunk:
     pixels: Tensor
     """(n, K, 3, S, S) uint8."""
     captions: list[str]
+    """All captions of all samples."""
+    captions_n: Tensor
+    """Their number of each sample."""
     labels_n: Tensor
     content_n: Tensor
     valid_n: Tensor
@@ -199,13 +203,7 @@ class CacheBuilder:
         Raises:
             InputError: That shard cannot be read.
         """
-        per_sample = bytes_per_sample(
-            [teacher.embed_dim for teacher in self.teachers],
-            views=self.content.views.number,
-            captions=self.content.captions,
-            precision=self.content.precision,
-        )
-        seconds = 0.0
+        seconds, captions = 0.0, float(self.content.captions)
         for number in [number for number in numbers if len(self.index[number])][:1]:
             self._encode(next(self._chunks([number], workers=0)))
             started = time.perf_counter()
@@ -215,6 +213,13 @@ class CacheBuilder:
             decoding, encoding = decoded - started, time.perf_counter() - decoded
             seconds = max(decoding / self.workers, encoding) if self.workers else decoding + encoding
             seconds /= len(chunk.labels_n)
+            captions *= len(chunk.captions) / len(chunk.labels_n)
+        per_sample = bytes_per_sample(
+            [teacher.embed_dim for teacher in self.teachers],
+            views=self.content.views.number,
+            captions=captions,
+            precision=self.content.precision,
+        )
         return CacheEstimate(
             samples=sum(len(self.index[number]) for number in numbers),
             shards=len(numbers),
@@ -275,6 +280,8 @@ class CacheBuilder:
     def _encode(self, chunk: _Chunk) -> dict[str, Tensor]:
         """A chunk's rows in their stored form, by name."""
         tensors = {"valid": chunk.valid_n, "content": chunk.content_n, "label": chunk.labels_n}
+        if self.content.captions:
+            tensors["captions"] = chunk.captions_n
         rows, views = chunk.pixels.shape[:2]
         image_BCHW = chunk.pixels.flatten(0, 1).to(self.device, non_blocking=True)
         for number, teacher in enumerate(self.teachers):
@@ -282,10 +289,11 @@ class CacheBuilder:
             image_nKD = torch.cat(parts) if parts else torch.empty(0, teacher.embed_dim)
             stored = {f"image.{number}": image_nKD.view(rows, views, teacher.embed_dim)}
             if self.content.captions:
-                tokens_nL = teacher.tokenize(chunk.captions).to(self.device) if rows else None
-                stored[f"captions.{number}"] = (
-                    torch.empty(0, teacher.embed_dim) if tokens_nL is None else teacher.encode_tokens(tokens_nL)
-                )
+                text_mD = torch.empty(0, teacher.embed_dim)
+                if chunk.captions:
+                    tokens_mL = teacher.tokenize(chunk.captions).to(self.device)
+                    text_mD = torch.cat([teacher.encode_tokens(part) for part in tokens_mL.split(self.batch_size)])
+                stored[f"captions.{number}"] = text_mD
             for name, values in stored.items():
                 packed = pack(values, self.content.precision)
                 tensors |= {name + suffix: tensor for suffix, tensor in packed.items()}
@@ -320,8 +328,8 @@ class _Chunks(IterableDataset["_Chunk | InputError"]):
         side = decoder.image_size
         samples = range(start, min(start + self.batch_size, len(shard)))
         pixels = np.zeros((len(samples), views.number, 3, side, side), np.uint8)
-        valid, content, labels = (np.zeros(len(samples), dtype) for dtype in (np.uint8, np.int64, np.int64))
-        captions = [""] * len(samples)
+        valid, content, labels, count = (np.zeros(len(samples), dtype) for dtype in (np.uint8, *3 * [np.int64]))
+        captions: list[str] = []
         skips = []
         for at, sample in enumerate(samples):
             raw = reader.read(number, sample)
@@ -341,12 +349,14 @@ class _Chunks(IterableDataset["_Chunk | InputError"]):
             content[at] = content_digest(raw, caption_key=decoder.caption_key, label_key=decoder.label_key)
             if decoded.label < 0 and decoder.has_named_label(raw):
                 labels[at] = NAMED
-            captions[at] = decoded.caption
+            captions += decoded.captions
+            count[at] = len(decoded.captions)
         return _Chunk(
             shard=number,
             start=start,
             pixels=torch.from_numpy(pixels),
             captions=captions,
+            captions_n=torch.from_numpy(count),
             labels_n=torch.from_numpy(labels),
             content_n=torch.from_numpy(content),
             valid_n=torch.from_numpy(valid),
@@ -361,6 +371,7 @@ def _no_samples(number: int, content: CacheContent) -> _Chunk:
         start=0,
         pixels=torch.zeros(0, content.views.number, 3, side, side, dtype=torch.uint8),
         captions=[],
+        captions_n=torch.zeros(0, dtype=torch.int64),
         labels_n=torch.zeros(0, dtype=torch.int64),
         content_n=torch.zeros(0, dtype=torch.int64),
         valid_n=torch.zeros(0, dtype=torch.uint8),

@@ -92,7 +92,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "csv",
         parents=[common, columns],
         help="a CSV or TSV table with paths of images",
-        description="Make shards of a UTF-8 table with a header line, one row per image file.",
+        description="Make shards of a UTF-8 table with a header line. With captions, rows that name the same "
+        "image are one sample.",
     )
     table.add_argument("table", type=path, metavar="TABLE", help="the table")
     table.add_argument(

@@ -121,7 +121,9 @@ def from_csv(
     shuffle_seed: int | None = None,
     skip_bad: bool = False,
 ) -> Source:
-    """Samples of a table in UTF-8 with a header line, one row per image file.
+    """Samples of a table in UTF-8 with a header line, one row per image file or, with captions, per caption.
+
+    Rows that name the same image are one sample with all their captions.
 
     Args:
         path: the table.
@@ -136,11 +138,11 @@ def from_csv(
         shuffle_seed: shuffle the rows with this seed; by default they stay in order.
         skip_bad: skip bad rows and list them in `Source.skipped`, instead of raising.
 
-    A key is the row's number, from 0; the metadata holds the image's path as the table has it.
+    A key is the number of the image's first row, from 0; the metadata holds the image's path as the table has it.
 
     Raises:
         InputError: no such file or column, or a table that is not UTF-8; while samples are read, a row
-            without caption or label, or an image that is missing or unreadable.
+            without caption or label, an image with several labels, or one that is missing or unreadable.
     """
     folder = path.parent if root is None else root
     used = [name for name in (image_column, caption_column, label_column) if name is not None]
@@ -151,24 +153,37 @@ def from_csv(
         of = f"{path}: column {label_column!r}"
         labels = _column_labels(values, classnames, of=of, by_order=by_order, skip_bad=skip_bad)
 
+    rows_of: dict[str, list[int]] = {}
+    for number, (_, row) in enumerate(rows):
+        file = os.path.normpath(folder / row[image_column])
+        rows_of.setdefault(file if caption_column and row[image_column] else str(number), []).append(number)
+    groups = list(rows_of.values())
+
     def convert(index: int) -> Sample:
-        line, row = rows[index]
-        where = f"{path}, line {line}"
+        of_image = [(f"{path}, line {line}", row) for line, row in map(rows.__getitem__, groups[index])]
+        where, row = of_image[0]
         if not row[image_column]:
             raise InputError(f"{where}: column {image_column!r} is empty; allowed: the path of an image")
         file = str(folder / row[image_column])
         image, extension = encode_image(_read(file, where=where), where=f"{where}: {file}")
+        captions = [_caption(row[caption_column], where=at) for at, row in of_image] if caption_column else []
+        found = {_label(labels, row[label_column], where=at): at for at, row in of_image} if label_column else {}
+        if len(found) > 1:
+            other = list(found.values())[1]
+            raise InputError(f"{other}: another label of {file} than at {where}; allowed: one label an image")
         return Sample(
-            key=_key(index),
+            key=_key(groups[index][0]),
             image=image,
             image_extension=extension,
-            caption=_caption(row[caption_column], where=where) if caption_column else None,
-            label=_label(labels, row[label_column], where=where) if label_column else None,
+            caption="\n".join(captions) if captions else None,
+            label=next(iter(found), None),
             metadata={"path": row[image_column]},
         )
 
-    order = _order(len(rows), shuffle_seed)
-    return _source(order, convert, classnames=_names(classnames, labels), skip_bad=skip_bad)
+    order = _order(len(groups), shuffle_seed)
+    source = _source(order, convert, classnames=_names(classnames, labels), skip_bad=skip_bad)
+    notes = [f"{len(rows)} rows name {len(groups)} images"] if len(groups) < len(rows) else []
+    return replace(source, notes=notes)
 
 
 def from_hf_dataset(
@@ -195,7 +210,7 @@ def from_hf_dataset(
             ignored for a saved ``Dataset``, which has no splits.
         subset: the configuration, for datasets that have several.
         image_column: an ``Image`` column, or one of encoded bytes or paths.
-        caption_column: strings, or lists of strings (the first is used); none by default.
+        caption_column: strings, or lists of strings, the captions of one image; none by default.
         label_column: a ``ClassLabel``, an index from 0, a class name, or a truth value (the classes "False" and
             "True"); none by default.
         classnames: names that the labels index, matched by name as in `match_classes`; by default those of the
@@ -249,7 +264,7 @@ def from_hf_dataset(
             key=_key(index),
             image=image,
             image_extension=extension,
-            caption=_caption(row[caption_column], where=where) if caption_column else None,
+            caption=_captions(row[caption_column], where=where) if caption_column else None,
             label=_label(labels, row[label_column], where=where) if label_column else None,
         )
 
@@ -405,10 +420,14 @@ def _key(index: int) -> str:
     return f"{index:09d}"
 
 
+def _captions(value: Any, *, where: str) -> str:
+    """A caption, or a list of them, one a line."""
+    values = value if isinstance(value, list) and value else [value]
+    return "\n".join(_caption(each, where=where) for each in values)
+
+
 def _caption(value: Any, *, where: str) -> str:
-    """A caption as one line of text: CLIP_benchmark reads several lines as several captions."""
-    if isinstance(value, list):
-        value = next(iter(value), None)
+    """A caption as one line of text."""
     if not isinstance(value, str) or not value.strip():
         raise InputError(f"{where}: caption {value!r}; allowed: a non-empty text")
     return " ".join(value.split())

@@ -35,6 +35,7 @@ class Sample:
     image_extension: str
     """One of `WRITTEN_EXTENSIONS`."""
     caption: str | None = None
+    """Each line is a caption."""
     label: int | None = None
     """Index into the class names, from 0."""
     metadata: dict[str, Any] | None = None

@@ -173,6 +173,48 @@ def test_after_bad_samples_a_worker_fills_up_from_its_own_share(tmp_path):
     assert sorted(keys.values()) == [1] * 18 + [2] * 3
 
 
+@pytest.mark.parametrize("form", ["txt", "json"])
+@pytest.mark.parametrize("resampled", [False, True])
+def test_one_of_several_captions_is_drawn_for_each_epoch(tmp_path, form, resampled):
+    """By seed, epoch and sample, whatever the number of ranks and workers; the pictures stay the same."""
+    for name, captions in (("several", 4), ("single", 1)):
+        (tmp_path / name).mkdir()
+        with wds.TarWriter(str(tmp_path / name / "0.tar")) as tar:
+            for number in range(24):
+                texts = [f"{number} {at}" for at in range(captions)]
+                lines = " \n".join(texts) + "\n\n"
+                text = {"txt": lines} if form == "txt" else {"json": {"text": [*texts, " "]}}
+                tar.write({"__key__": f"{number}", "png": png(), **text})
+
+    def epochs(name="several", ranks=1, workers=0, seed=0):
+        """Of each epoch, the captions and pictures that each sample had."""
+        found = [{} for _ in range(6)]
+        urls = expand_urls([str(tmp_path / name)])
+        index = LazyIndex(urls, cache_dir=None) if resampled else index_shards(urls, cache_dir=None)
+        settings = {"caption_key": "txt" if form == "txt" else "text", "require_captions": True, "seed": seed}
+        settings |= {"samples_per_epoch": 24} if resampled else {}
+        for rank in range(ranks):
+            layout = {"rank": rank, "world_size": ranks, "num_workers": workers, "batch_size": 4 // ranks}
+            for batch in take(load(index, augmentation=CHANGES, **settings, **layout), 36):
+                for key, caption, image in zip(batch.keys, batch.captions, batch.image_BCHW, strict=True):
+                    found[batch.epoch].setdefault(key, []).append((caption, image.numpy().tobytes()))
+        return found
+
+    drawn = epochs()
+    captions = {caption for samples in drawn for shown in samples.values() for caption, _ in shown}
+    assert {caption.split()[1] for caption in captions} == {"0", "1", "2", "3"}
+    assert len(captions) > 2 * 24 - 12
+    assert epochs() == drawn
+    assert epochs(seed=1) != drawn
+    if not resampled:
+        assert epochs(ranks=2, workers=2) == drawn
+
+    def pictures(epochs):
+        return [{key: [image for _, image in shown] for key, shown in samples.items()} for samples in epochs]
+
+    assert pictures(epochs("single")) == pictures(drawn)
+
+
 def test_captions_and_labels_that_nobody_requires_may_be_missing(tmp_path):
     samples = [
         {"png": png()},

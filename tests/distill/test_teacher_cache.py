@@ -66,6 +66,37 @@ def test_batches_carry_what_the_teacher_says_of_their_very_pixels(make_builder, 
         torch.testing.assert_close(stored.captions_BD, captions_BD, atol=bound, rtol=0)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_every_caption_of_a_sample_is_stored(make_builder, tmp_path, precision):
+    """An epoch draws one of them; others than those stored are refused."""
+
+    def write(last: str) -> None:
+        samples = colour_samples(12)
+        for number, sample in enumerate(samples):
+            sample["txt"] = "\n".join(f"{sample['txt']} {at}" for at in range(number % 4)) + f"\n{last}"
+        write_tar(tmp_path / "shards" / "0.tar", samples)
+
+    write("the last")
+    builder = make_builder(tmp_path / "shards", precision=precision)
+    estimate = builder.estimate(builder.missing())
+    builder.build(builder.missing())
+    size = sum(path.stat().st_size for path in builder.folder.iterdir())
+    assert 0.9 * size - 4096 < estimate.bytes < 1.1 * size
+    (teacher,) = builder.teachers
+    seen = set()
+    for batch in islice(stream(builder, batch_size=4), 18):
+        captions_BD = teacher.encode_tokens(teacher.tokenize(batch.captions))
+        bound = 1e-6 if precision == "fp32" else 6e-3
+        torch.testing.assert_close(batch.teachers[0].captions_BD, captions_BD, atol=bound, rtol=0)
+        seen |= set(zip(batch.keys, batch.captions, strict=True))
+    assert len(seen) > 18
+    write("the 1ast")
+    changed = make_builder(tmp_path / "shards", precision=precision)
+    assert changed.missing() == [0]
+    with pytest.raises(InputError, match="captions or images have changed"):
+        next(iter(stream(changed, batch_size=4)))
+
+
 def test_a_resampled_stream_reads_the_cache(make_builder):
     builder = make_builder()
     builder.build(builder.missing())

@@ -5,6 +5,7 @@ import csv
 import hashlib
 import io
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -400,6 +401,28 @@ def test_table(pictures, tmp_path):
         np.testing.assert_array_equal(pixels(sample.image), np.asarray(picture(index)))
 
 
+def test_rows_of_one_image_are_its_captions(pictures, tmp_path, capsys):
+    rows = [["image", "text", "kind"]]
+    rows += [["pictures/0.png", "one", "owl"], ["pictures/1.png", "two", "cat"]]
+    rows += [["./pictures/0.png", "of\nmany  words", "owl"], [str(pictures / "1.png"), "two", "cat"]]
+    rows += [["pictures/2.png", "three", "owl"], ["pictures/2.png", "four", "cat"]]
+    table = write_table(tmp_path / "t.csv", rows)
+    source = from_csv(table, caption_column="text", label_column="kind", skip_bad=True)
+    found = [(sample.key, sample.caption, sample.label) for sample in source.samples]
+    assert found == [("000000000", "one\nof many words", 1), ("000000001", "two\ntwo", 0)]
+    (skipped,) = source.skipped
+    assert re.fullmatch(r".*t.csv, line 8: another label of .*2.png than at .*t.csv, line 7; allowed: one .*", skipped)
+    assert len(list(from_csv(table, label_column="kind").samples)) == 6
+
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    command = ["csv", str(table), "--caption-column", "text", "--output", str(tmp_path / "set"), "--split", "test"]
+    run(parser.parse_args(command))
+    assert "3 samples in 1 shards with captions; 6 rows name 3 images" in capsys.readouterr().out
+    captions = sorted(sample.captions for sample in open_set(tmp_path / "set").samples())
+    assert captions == [("one", "of many words"), ("three", "four"), ("two", "two")]
+
+
 def test_tab_separated_table_with_root_and_indices(pictures, tmp_path):
     table = write_table(tmp_path / "t.tsv", [["file", "label"], ["3.png", "7"], ["1.png", "0"]], delimiter="\t")
     source = from_csv(table, image_column="file", label_column="label", root=pictures)
@@ -505,7 +528,7 @@ def test_saved_dataset(saved, tmp_path):
     write_classification_folder(source.samples, tmp_path / "out", split="train", classnames=source.classnames)
     assert source.classnames == ["cat", "owl"]
     back = read(tmp_path / "out" / "train")
-    assert [sample["txt"].decode() for sample in back] == ["first", "an owl", "third"]
+    assert [sample["txt"].decode() for sample in back] == ["first\nsecond", "an owl", "third"]
     assert [sample["cls"] for sample in back] == [b"1", b"0", b"1"]
     np.testing.assert_array_equal(pixels(back[0]["png"]), np.asarray(picture(0)))
     np.testing.assert_array_equal(pixels(back[1]["png"]), np.asarray(picture(1)))
