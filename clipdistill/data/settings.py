@@ -30,8 +30,8 @@ class DataSettings(Settings):
     shuffle: CountOrZero = 1000
     """Window of the sample shuffle, in samples; 0: off. The order of shards is shuffled each epoch in any case."""
     caption_key: str = "txt"
-    """Source of the captions: ``txt``, one a line, or a field of the sample's json, a text or a list of texts. Of several
-    captions each epoch draws one."""
+    """Source of the captions: ``txt``, one a line, or a field of the sample's json, a text or a list of texts. Each epoch
+    draws one of several."""
     label_key: str = "cls"
     """Source of the label, a class number or name: ``cls``, or a field of the sample's json."""
     labels_by_order: bool = False
