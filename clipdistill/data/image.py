@@ -4,7 +4,7 @@ The source is resampled once: a crop is resized with antialiasing, as CLIP's pre
 shear and stretch are one affine map, applied to a source that was first reduced by an integer factor. Grey images
 stay in one channel until the end.
 
-Shapes: H, W height and width of the source; S side of the view; C channels, 1 (then left out) or 3.
+Shapes: H, W height and width of the view; C channels, 1 (then left out) or 3.
 """
 
 import importlib.util
@@ -17,7 +17,7 @@ from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
 from pydantic import ValidationInfo, field_validator
 
-from clipdistill.io.images import FORMATS, open_image, read_orientation, to_upright
+from clipdistill.io.images import FORMATS, Size, as_size, open_image, read_orientation, to_upright
 from clipdistill.settings import Fraction, NonNegative, Settings
 
 Pixels = NDArray[np.uint8]
@@ -40,13 +40,13 @@ class Augmentation(Settings):
     crop_scale: tuple[float, float] = (0.9, 1.0)
     """Range of the crop's share of the image area."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Range of the crop's aspect ratio (log-uniform), as far as the crop fits into the image."""
+    """Range of the crop's aspect ratio (log-uniform), relative to the view's, as far as the crop fits."""
     flip: Fraction = 0.0
     """Probability of a left-right flip (captions may say "left": off by default)."""
     rotate: NonNegative = 0.0
     """Largest rotation, degrees, either way."""
     translate: NonNegative = 0.0
-    """Largest shift in x and in y, as a share of the side, either way."""
+    """Largest shift in x and in y, as a share of the width and height, either way."""
     zoom: tuple[float, float] = (1.0, 1.0)
     """Range of the magnification of the content."""
     shear: NonNegative = 0.0
@@ -91,7 +91,7 @@ class Augmentation(Settings):
 def render(
     data: bytes,
     *,
-    image_size: int,
+    image_size: int | Size,
     augmentation: Augmentation | None,
     rng: np.random.Generator,
     max_pixels: int,
@@ -102,35 +102,37 @@ def render(
 
     Args:
         data: The encoded image.
-        image_size: Side S of the view, pixels.
-        augmentation: Ranges of the random changes. None: no changes; the largest central square, as in zero-shot
-            evaluation.
+        image_size: Height and width of the view, or its side if it is square, in pixels.
+        augmentation: Ranges of the random changes. None: no changes; the largest central crop of the view's aspect
+            ratio, as in zero-shot evaluation.
         rng: Source of the random numbers; every call draws the same number of them.
         max_pixels: Images whose header claims more are refused before decoding.
 
     Returns:
-        uint8 array (3, S, S), RGB; read-only where the image is grey.
+        uint8 array (3, H, W), RGB; read-only where the image is grey.
 
     Raises:
         TooManyPixelsError: More than `max_pixels`.
         Exception: Any that Pillow raises on data that are not an image, or a broken one.
     """
+    size = as_size(image_size)
+    aspect = size[1] / size[0]
     image = open_image(data, max_pixels=max_pixels, formats=FORMATS)
     orientation = read_orientation(image)
     width, height = reversed(image.size) if orientation >= 5 else image.size
     if augmentation is None:
-        side = float(min(width, height))
-        box: tuple[float, ...] = ((width - side) / 2, (height - side) / 2, side, side)
-        view = _resize(to_upright(image, orientation), box, image_size)
+        across, down = min(float(width), height * aspect), min(float(height), width / aspect)
+        box: tuple[float, ...] = ((width - across) / 2, (height - down) / 2, across, down)
+        view = _resize(to_upright(image, orientation), box, size)
         return _channels_first(np.asarray(view))
 
     draw = dict(zip(_DRAWS, rng.random(len(_DRAWS)).tolist(), strict=True))
-    box = _crop_box(width, height, augmentation, draw)
+    box = _crop_box(width, height, aspect, augmentation, draw)
     if augmentation.is_affine:
-        matrix = _affine(box, image_size, augmentation, draw)
+        matrix = _affine(box, size, augmentation, draw)
         step = min(math.hypot(matrix[0], matrix[3]), math.hypot(matrix[1], matrix[4]))
     else:
-        step = min(box[2], box[3]) / image_size
+        step = min(box[2] / size[1], box[3] / size[0])
     if augmentation.fast_jpeg and isinstance(image, JpegImageFile) and image.mode in ("L", "RGB"):
         image = _decode_fast(image, data, step)
     else:
@@ -140,10 +142,10 @@ def render(
     background = _background(upright)
     if augmentation.is_affine:
         matrix = [scale_x * value for value in matrix[:3]] + [scale_y * value for value in matrix[3:]]
-        view = _transform(upright, matrix, image_size, background, step * min(scale_x, scale_y))
+        view = _transform(upright, matrix, size, background, step * min(scale_x, scale_y))
     else:
         box = (box[0] * scale_x, box[1] * scale_y, box[2] * scale_x, box[3] * scale_y)
-        view = _resize(upright, box, image_size)
+        view = _resize(upright, box, size)
     pixels = np.asarray(view)
     if draw["flip"] < augmentation.flip:
         pixels = pixels[:, ::-1]
@@ -173,10 +175,12 @@ def _decode_fast(image: Image.Image, data: bytes, step: float) -> Image.Image:
     return Image.fromarray(pixels.squeeze(2) if image.mode == "L" else pixels)
 
 
-def _crop_box(width: int, height: int, augmentation: Augmentation, draw: dict[str, float]) -> tuple[float, ...]:
+def _crop_box(
+    width: int, height: int, aspect: float, augmentation: Augmentation, draw: dict[str, float]
+) -> tuple[float, ...]:
     """A random box (left, top, width, height) inside the image: area first, then a ratio that fits."""
     area = width * height * _between(*augmentation.crop_scale, draw["crop_scale"])
-    low, high = (min(max(ratio, area / height**2), width**2 / area) for ratio in augmentation.crop_ratio)
+    low, high = (min(max(ratio * aspect, area / height**2), width**2 / area) for ratio in augmentation.crop_ratio)
     ratio = math.exp(_between(math.log(low), math.log(high), draw["crop_ratio"]))
     crop_width = min(math.sqrt(area * ratio), width)
     crop_height = min(math.sqrt(area / ratio), height)
@@ -188,20 +192,20 @@ def _crop_box(width: int, height: int, augmentation: Augmentation, draw: dict[st
     )
 
 
-def _affine(box: tuple[float, ...], size: int, augmentation: Augmentation, draw: dict[str, float]) -> list[float]:
+def _affine(box: tuple[float, ...], size: Size, augmentation: Augmentation, draw: dict[str, float]) -> list[float]:
     """The affine map (a, b, c, d, e, f) from pixels of the view to pixels of the source: x = a * u + b * v + c,
     y = d * u + e * v + f."""
     angle = math.radians(augmentation.rotate) * _either_way(draw["rotate"])
     shear = math.tan(math.radians(augmentation.shear) * _either_way(draw["shear"]))
     zoom = _between(*augmentation.zoom, draw["zoom"])
     stretch = math.exp(math.log1p(augmentation.stretch) * _either_way(draw["stretch"]) / 2)
-    shift_x = size * (0.5 + augmentation.translate * _either_way(draw["translate_x"]))
-    shift_y = size * (0.5 + augmentation.translate * _either_way(draw["translate_y"]))
+    shift_x = size[1] * (0.5 + augmentation.translate * _either_way(draw["translate_x"]))
+    shift_y = size[0] * (0.5 + augmentation.translate * _either_way(draw["translate_y"]))
     left, top, width, height = box
     cos, sin = math.cos(angle), math.sin(angle)
     # The inverse of rotation x shear x zoom and stretch, from the view's pixels to the crop's.
-    across = width / (size * zoom * stretch)
-    down = height * stretch / (size * zoom)
+    across = width / (size[1] * zoom * stretch)
+    down = height * stretch / (size[0] * zoom)
     a, b = across * (cos + shear * sin), across * (sin - shear * cos)
     d, e = -down * sin, down * cos
     c = left + width / 2 - a * shift_x - b * shift_y
@@ -210,7 +214,7 @@ def _affine(box: tuple[float, ...], size: int, augmentation: Augmentation, draw:
 
 
 def _transform(
-    image: Image.Image, matrix: list[float], size: int, background: tuple[int, ...], step: float
+    image: Image.Image, matrix: list[float], size: Size, background: tuple[int, ...], step: float
 ) -> Image.Image:
     factor = int(step)
     if factor >= 2:
@@ -218,14 +222,14 @@ def _transform(
         matrix = [value / factor for value in matrix]
     fill: Any = background if len(background) > 1 else background[0]
     return image.transform(
-        (size, size), Image.Transform.AFFINE, matrix, resample=Image.Resampling.BILINEAR, fillcolor=fill
+        size[::-1], Image.Transform.AFFINE, matrix, resample=Image.Resampling.BILINEAR, fillcolor=fill
     )
 
 
-def _resize(image: Image.Image, box: tuple[float, ...], size: int) -> Image.Image:
+def _resize(image: Image.Image, box: tuple[float, ...], size: Size) -> Image.Image:
     left, top, width, height = box
     inside = (left, top, min(left + width, image.width), min(top + height, image.height))
-    return image.resize((size, size), Image.Resampling.BICUBIC, box=inside, reducing_gap=3.0)
+    return image.resize(size[::-1], Image.Resampling.BICUBIC, box=inside, reducing_gap=3.0)
 
 
 def _background(image: Image.Image) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ from clipdistill.data.index import ShardIndex
 from clipdistill.data.shard_format import MAX_SAMPLE_BYTES, BadSampleError, RawSample
 from clipdistill.data.workers import note_shard
 from clipdistill.errors import InputError
-from clipdistill.io.images import MAX_PIXELS, TooManyPixelsError
+from clipdistill.io.images import MAX_PIXELS, Size, TooManyPixelsError
 from clipdistill.io.urls import ShardFile, one_line, shown
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ MAX_JSON_BYTES = 16 << 20
 
 
 class DecodedSample(NamedTuple):
-    """A decoded sample: uint8 pixels (3, S, S); no captions, and label -1, if missing."""
+    """A decoded sample: uint8 pixels (3, H, W); no captions, and label -1, if missing."""
 
     pixels: Pixels
     captions: tuple[str, ...]
@@ -122,7 +122,8 @@ class SampleReader:
 class Decoder:
     """Required members of a sample, and their decoding."""
 
-    image_size: int
+    image_size: int | Size
+    """Height and width of the pixels, or their side."""
     augmentation: Augmentation | None
     caption_key: str = "txt"
     """`txt`, each line of which is a caption, or a field of the sample's json: a text, or a list of texts."""

@@ -17,8 +17,9 @@ class DataSettings(Settings):
     """WebDataset shards: paths, globs, brace patterns, folders; local, http(s)://, s3:// or hf://."""
     batch_size: Count = 256
     """Samples per process and micro-batch. Global batch = processes x train.accumulate x batch_size."""
-    image_size: Count | None = None
-    """Side, in pixels, of the uint8 crop that all towers share; empty: the largest tower's input size."""
+    image_size: Count | tuple[Count, Count] | None = None
+    """Side, or height and width, in pixels, of the uint8 crop that all towers share; empty: the largest height and
+    width of the towers' inputs."""
     workers: CountOrZero = 2
     """Decoding processes for each training process; 0 decodes in the training process itself."""
     worker_timeout: Annotated[float, Field(ge=1)] = WORKER_TIMEOUT
@@ -30,7 +31,7 @@ class DataSettings(Settings):
     shuffle: CountOrZero = 1000
     """Window of the sample shuffle, in samples; 0: off. The order of shards is shuffled each epoch in any case."""
     caption_key: str = "txt"
-    """Source of the captions: ``txt``, one a line, or a field of the sample's json, a text or a list of texts. Each epoch
+    """Source of the captions: ``txt``, one a line, or a field of the sample's json, a text or a list of texts. An epoch
     draws one of several."""
     label_key: str = "cls"
     """Source of the label, a class number or name: ``cls``, or a field of the sample's json."""

@@ -1,6 +1,6 @@
 """The training stream: an endless iterable of batches, and a loader with exact state.
 
-Shapes: B samples per batch of one rank; C = 3 channels, RGB; H = W = image_size.
+Shapes: B samples per batch of one rank; C = 3 channels, RGB; H and W of the decoder.
 """
 
 import hashlib
@@ -24,6 +24,7 @@ from clipdistill.data.reading import NO_VIEWS, ScheduledSample, Views, read_draw
 from clipdistill.data.sample import BadSampleError, Decoder, SampleReader
 from clipdistill.data.workers import WORKER_TIMEOUT, from_workers
 from clipdistill.errors import InputError
+from clipdistill.io.images import as_size
 from clipdistill.io.urls import file_name, shown
 from clipdistill.models.outputs import ModelOutputs
 
@@ -250,8 +251,8 @@ class ImageTextStream(IterableDataset[Batch]):
 
     def _batch(self, worker: int, cursor: Cursor, samples: Iterator[ScheduledSample], *, share: int | None) -> Batch:
         """The next batch, bad samples skipped; after `share` samples, if not None, the partition repeats."""
-        size, side = self.plan.batch_size, self.decoder.image_size
-        image_BCHW = np.empty((size, 3, side, side), np.uint8)
+        size = self.plan.batch_size
+        image_BCHW = np.empty((size, 3, *as_size(self.decoder.image_size)), np.uint8)
         captions: list[str] = []
         labels: list[int] = []
         keys: list[str] = []

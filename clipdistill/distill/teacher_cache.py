@@ -3,8 +3,8 @@
 Each shard has its own file (data/embeddings.py), written when it is complete: an interrupted build resumes with the
 shards that have none, and files from several machines can be copied into one folder.
 
-Shapes: N samples of a shard, n samples of a chunk, m of their captions, K views, S side in pixels, L tokens,
-D dimensions of a teacher.
+Shapes: N samples of a shard, n samples of a chunk, m of their captions, K views, H and W pixels, L tokens, D
+dimensions of a teacher.
 """
 
 import logging
@@ -35,6 +35,7 @@ from clipdistill.data.reading import Views
 from clipdistill.data.sample import BadSampleError, Decoder, SampleReader
 from clipdistill.data.workers import dead_worker_message, from_workers
 from clipdistill.errors import InputError, RunError
+from clipdistill.io.images import as_size
 from clipdistill.io.urls import file_name, shown
 from clipdistill.models.towers import FrozenModel
 from clipdistill.settings import LocalPath, Settings
@@ -88,7 +89,7 @@ class CacheContent:
             "teachers": identities,
             "views": self.views.number,
             "seed": self.views.seed,
-            "image_size": decoder.image_size,
+            "image_size": list(as_size(decoder.image_size)),
             "augmentation": None if augmentation is None else augmentation.model_dump(mode="json"),
             "max_pixels": decoder.max_pixels,
             "caption_key": decoder.caption_key,
@@ -138,7 +139,7 @@ class _Chunk:
     shard: int
     start: int
     pixels: Tensor
-    """(n, K, 3, S, S) uint8."""
+    """(n, K, 3, H, W) uint8."""
     captions: list[str]
     """All captions of all samples."""
     captions_n: Tensor
@@ -325,9 +326,9 @@ class _Chunks(IterableDataset["_Chunk | InputError"]):
 
     def _chunk(self, reader: SampleReader, number: int, start: int) -> _Chunk:
         shard, views, decoder = self.index[number], self.content.views, self.content.decoder
-        side = decoder.image_size
+        size = as_size(decoder.image_size)
         samples = range(start, min(start + self.batch_size, len(shard)))
-        pixels = np.zeros((len(samples), views.number, 3, side, side), np.uint8)
+        pixels = np.zeros((len(samples), views.number, 3, *size), np.uint8)
         valid, content, labels, count = (np.zeros(len(samples), dtype) for dtype in (np.uint8, *3 * [np.int64]))
         captions: list[str] = []
         skips = []
@@ -365,11 +366,11 @@ class _Chunks(IterableDataset["_Chunk | InputError"]):
 
 
 def _no_samples(number: int, content: CacheContent) -> _Chunk:
-    side = content.decoder.image_size
+    size = as_size(content.decoder.image_size)
     return _Chunk(
         shard=number,
         start=0,
-        pixels=torch.zeros(0, content.views.number, 3, side, side, dtype=torch.uint8),
+        pixels=torch.zeros(0, content.views.number, 3, *size, dtype=torch.uint8),
         captions=[],
         captions_n=torch.zeros(0, dtype=torch.int64),
         labels_n=torch.zeros(0, dtype=torch.int64),

@@ -321,7 +321,7 @@ def _model(tower: Tower) -> dict[str, Any]:
     words = text.get("hf_model_name") or f"a transformer of {text.get('layers', 12)} layers, width {text.get('width')}"
     return {
         "image": image,
-        "image_size": tower.image_size,
+        "pixels": " x ".join(map(str, reversed(tower.image_size))),
         "image_parameters": image_parameters / 1e6,
         "text": words,
         "context_length": tower.tokenizer.context_length,
@@ -339,7 +339,6 @@ def _data(config: Mapping[str, Any]) -> dict[str, Any] | None:
         "shards": [_public(str(url)) for url in data.get("shards") or []],
         "prompts": _public(config.get("prompts") or ""),
         "labels": config.get("labels", "none"),
-        "image_size": data.get("image_size"),
     }
 
 

@@ -115,8 +115,7 @@ def write_onnx(
     size = 4 * sum(parameter.numel() for parameter in tower.clip.parameters())
     if size >= LARGEST:
         raise InputError(f"{size / 1e9:.1f} GB of weights, more than one file can hold ({LARGEST / 1e9:.1f} GB)")
-    side = tower.image_size
-    pixels_BCHW = torch.zeros(2, 3, side, side)
+    pixels_BCHW = torch.zeros(2, 3, *tower.image_size)
     tokens_NL = tower.tokenizer(["one text", "another text"])
     metadata = _metadata(tower)
     programs: list[tuple[str, Any, dict[str, Any]]] = [
@@ -184,8 +183,9 @@ def load_onnx(path: Path, tower: Tower, *, tokenizer_file: Path | None = None) -
 
 def _metadata(tower: Tower) -> dict[str, Any]:
     preprocessing = open_clip.get_model_preprocess_cfg(tower.clip)
+    height, width = tower.image_size
     return {
-        "size": tower.image_size,
+        "size": height if height == width else [height, width],
         "mean": list(preprocessing["mean"]),
         "std": list(preprocessing["std"]),
         "interpolation": preprocessing["interpolation"],

@@ -133,8 +133,8 @@ class Measured:
 
 def synthetic_probe(tower: Tower, *, count: int, prompts: Sequence[str] = ()) -> Probe:
     """A probe of smooth random pictures, the same at every call."""
-    side = tower.image_size
-    images = smooth_pictures(count, height=side + side // 4, width=side + side // 2)
+    height, width = tower.image_size
+    images = smooth_pictures(count, height=height + height // 4, width=width + width // 2)
     return _probe(tower, images, f"{count} synthetic pictures (smooth noise)", prompts)
 
 

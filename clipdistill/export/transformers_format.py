@@ -235,7 +235,7 @@ def _weight_and_bias(name: str, module: nn.Module) -> dict[str, Tensor]:
 
 def _image_processor(tower: Tower) -> CLIPImageProcessor:
     settings = _preprocessing(tower)
-    side = tower.image_size
+    side, _ = tower.image_size
     square = {"height": side, "width": side}
     squash = settings["resize_mode"] == "squash"
     bilinear = settings["interpolation"] == "bilinear"
@@ -289,7 +289,7 @@ def compare_processor(folder: Path, tower: Tower, probe: Probe, reference: Refer
         ParityError: the grey levels differ by more than `GREY_LEVELS`, or the pixels have another shape.
     """
     processor = AutoImageProcessor.from_pretrained(folder)
-    side = 2 * tower.image_size
+    side = 2 * tower.image_size[0]
     long = smooth_pictures(2, height=side, width=3 * side) + smooth_pictures(2, height=3 * side, width=side)
     pixels_BCHW = processor(images=long, return_tensors="pt").pixel_values
     expected_BCHW = transform_images(tower, long)

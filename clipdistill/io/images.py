@@ -11,7 +11,7 @@ transparent pixels on the colour that they hide, and leaves pictures lying on th
 """
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import numpy as np
@@ -19,6 +19,9 @@ from PIL import Image, ImageChops
 from PIL.JpegImagePlugin import JpegImageFile
 
 from clipdistill.settings import Count, Settings
+
+Size = tuple[int, int]
+"""Height and width, in pixels."""
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 """Formats of training images."""
@@ -43,6 +46,12 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+
+def as_size(size: int | Sequence[int]) -> Size:
+    """Height and width, from these or from the side of a square."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return height, width
 
 
 class TooManyPixelsError(ValueError):

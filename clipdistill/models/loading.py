@@ -14,6 +14,7 @@ from open_clip.factory import set_model_preprocess_cfg
 from pydantic import Field
 
 from clipdistill.errors import InputError
+from clipdistill.io.images import Size, as_size
 from clipdistill.io.resources import resource
 from clipdistill.models.custom_code import load_tokenizer, refuse_code
 from clipdistill.models.initialisation import AnyInitialisation, OwnWeights
@@ -141,16 +142,15 @@ def load_student(
     )
 
 
-def read_image_size(model: str) -> int:
-    """Side of a model's input in pixels, from its config alone: nothing is allocated, no weights are loaded.
+def read_image_size(model: str) -> Size:
+    """Height and width of a model's input in pixels, from its config alone: nothing is allocated, nothing loaded.
 
     Raises:
         InputError: as ``load_frozen_model``.
     """
     with torch.device("meta"):
         clip = create_clip(model, need_weights=False, device="meta")[0]
-    size = open_clip.get_model_preprocess_cfg(clip)["size"]
-    return size if isinstance(size, int) else int(size[0])
+    return as_size(open_clip.get_model_preprocess_cfg(clip)["size"])
 
 
 def _with_text_of(teacher: FrozenModel, model: str, pretrained: str) -> tuple[Any, dict[str, Any], Any]:

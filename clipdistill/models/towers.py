@@ -14,11 +14,13 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+from open_clip.transform import center_crop_or_pad
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from clipdistill.distributed.collectives import gather_rows, rank, world_size
 from clipdistill.errors import InputError
+from clipdistill.io.images import Size, as_size
 from clipdistill.models.outputs import ModelOutputs
 
 MAX_LOGIT_SCALE = 100.0
@@ -26,33 +28,63 @@ MAX_LOGIT_SCALE = 100.0
 
 
 class PixelTransform(nn.Module):
-    """Resize and normalise a batch on its device, as in the tower's training.
+    """Resize and normalise a batch on its device, as open_clip's evaluation transform does.
 
-    The source is square (the stream's crop), so open_clip's resize modes agree. Bicubic results are clamped to the
-    range of pixels, as Pillow does. ``resize`` returns pixels in [0, 1] at the tower's input size, which can be
-    perturbed; ``forward`` also accepts these.
+    Bicubic results are clamped to the range of pixels, as Pillow does. ``resize`` returns pixels in [0, 1] at the
+    tower's input size, which can be perturbed; ``forward`` also accepts these.
+
+    Args:
+        size: height and width of the tower's input, or its side.
+        mean: of the channels.
+        std: of the channels.
+        interpolation: bicubic or bilinear.
+        resize_mode: of a source of another aspect ratio: ``shortest`` is cropped, ``longest`` padded, ``squash``
+            distorted.
+        fill: padding, from 0 to 255.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, *, size: int, mean: Sequence[float], std: Sequence[float], interpolation: str) -> None:
+    def __init__(
+        self,
+        *,
+        size: int | Size,
+        mean: Sequence[float],
+        std: Sequence[float],
+        interpolation: str,
+        resize_mode: str = "shortest",
+        fill: int = 0,
+    ) -> None:
         super().__init__()
-        self.size = size
-        self.interpolation = interpolation if interpolation in ("bicubic", "bilinear") else "bicubic"
+        self.size = as_size(size)
+        self.resize_mode = resize_mode
+        self.fill = fill
+        height, width = self.size
+        always_bicubic = resize_mode == "shortest" and height != width  # open_clip's transform
+        self.interpolation = "bilinear" if interpolation == "bilinear" and not always_bicubic else "bicubic"
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
 
     def resize(self, image_BCHW: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) -> float32 (B, 3, size, size) in [0, 1]."""
+        """uint8 (B, 3, any height, any width) -> float32 (B, 3, H, W) in [0, 1]."""
         pixels = image_BCHW.float()
-        if pixels.shape[-2:] != (self.size, self.size):
-            pixels = F.interpolate(pixels, (self.size, self.size), mode=self.interpolation, antialias=True)
-            pixels = pixels.clamp(0, 255)
+        if pixels.shape[-2:] != self.size:
+            inner = self._size_of_content(*pixels.shape[-2:])
+            pixels = F.interpolate(pixels, inner, mode=self.interpolation, antialias=True)
+            pixels = center_crop_or_pad(pixels.clamp(0, 255), self.size, fill=self.fill)
         return pixels / 255
 
+    def _size_of_content(self, height: int, width: int) -> Size:
+        """Size to which a source is resized, before it is cropped or padded."""
+        ratios = height / self.size[0], width / self.size[1]
+        if self.resize_mode == "squash" or ratios[0] == ratios[1]:
+            return self.size
+        ratio = max(ratios) if self.resize_mode == "longest" else min(ratios)
+        return round(height / ratio), round(width / ratio)
+
     def forward(self, image_BCHW: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W), or the result of ``resize``, -> float32 (B, 3, size, size), normalised."""
+        """uint8 (B, 3, any height, any width), or the result of ``resize``, -> float32 (B, 3, H, W), normalised."""
         pixels = image_BCHW if image_BCHW.is_floating_point() else self.resize(image_BCHW)
         return (pixels - self.mean) / self.std
 
@@ -130,6 +162,7 @@ class Tower(nn.Module):
         clip: the open_clip model.
         model_config: its open_clip config (``embed_dim``, ``vision_cfg``, ``text_cfg``).
         tokenizer: texts -> (N, L) token ids.
+        image_size: height and width of its input, in pixels.
     """
 
     clip: Any
@@ -143,13 +176,14 @@ class Tower(nn.Module):
         self.model_config = model_config
         self.tokenizer = tokenizer
         preprocess = open_clip.get_model_preprocess_cfg(clip)
-        size = preprocess["size"]
-        self.image_size: int = size if isinstance(size, int) else size[0]
+        self.image_size = as_size(preprocess["size"])
         self.pixels = PixelTransform(
             size=self.image_size,
             mean=preprocess["mean"],
             std=preprocess["std"],
-            interpolation=preprocess.get("interpolation", "bicubic"),
+            interpolation=preprocess["interpolation"],
+            resize_mode=preprocess["resize_mode"],
+            fill=preprocess["fill_color"],
         )
         self.embed_dim: int = model_config["embed_dim"]
 

@@ -24,6 +24,7 @@ from clipdistill.errors import InputError
 from clipdistill.evaluation import EvaluationSet, open_set
 from clipdistill.evaluation.benchmark_format import MEAN, RISING
 from clipdistill.evaluation.ranks import from_first_rank
+from clipdistill.io.images import Size
 from clipdistill.io.paths import expand
 from clipdistill.io.urls import shown
 from clipdistill.models.class_embeddings import class_embeddings, class_prompt_tokens
@@ -85,7 +86,7 @@ def load_student_of(config: Config, teachers: Sequence[FrozenModel]) -> Student:
     return student
 
 
-def make_decoder(config: Config, image_sizes: Sequence[int]) -> Decoder:
+def make_decoder(config: Config, image_sizes: Sequence[Size]) -> Decoder:
     """Decoder of training samples, with the members that the run requires.
 
     Args:
@@ -93,8 +94,9 @@ def make_decoder(config: Config, image_sizes: Sequence[int]) -> Decoder:
         image_sizes: input sizes of the towers that see the pixels.
     """
     data = config.data
+    heights, widths = zip(*image_sizes, strict=True)
     return Decoder(
-        image_size=data.image_size or max(image_sizes),
+        image_size=data.image_size or (max(heights), max(widths)),
         augmentation=data.augmentation,
         caption_key=data.caption_key,
         label_key=data.label_key,

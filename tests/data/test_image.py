@@ -9,6 +9,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from torchvision.transforms import v2
 
@@ -66,6 +67,43 @@ def test_without_augmentation_it_is_torchvisions_resize_and_centre_crop(size):
     expected = v2.Compose([v2.Resize(size, v2.InterpolationMode.BICUBIC), v2.CenterCrop(size)])(image)
     difference = view(image, size).astype(int) - np.asarray(expected).transpose(2, 0, 1)
     assert np.abs(difference).mean() < 1
+
+
+@pytest.mark.parametrize("size", [(32, 64), (60, 20)])
+def test_views_need_not_be_square(size):
+    """The largest central crop of the view's aspect ratio, as in open_clip's evaluation; and crops near that ratio."""
+    image = photo(128, 96)
+    found = view(image, size)
+    expected = image_transform_v2(PreprocessCfg(size=size, mean=(0,) * 3, std=(1,) * 3), is_train=False)(image)
+    assert found.shape == expected.shape == (3, *size)
+    assert np.abs(found - 255 * expected.numpy()).mean() < 1
+    whole = {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0)}
+    fitting = photo(8 * size[1], 8 * size[0])
+    for change in ({}, {"rotate": 1e-9}):
+        augmented = view(fitting, size, 0, Augmentation(**whole, **change)).astype(int)
+        assert np.abs(augmented - view(fitting, size))[:, 1:-1, 1:-1].max() <= 3
+
+    y, x = np.mgrid[0:200, 0:200]
+    ramp = Image.fromarray(np.stack([x, y, 0 * x], axis=-1).astype(np.uint8))
+    for seed in range(30):
+        augmentation = Augmentation(crop_scale=(0.2, 0.25), crop_ratio=(0.8, 1.25))
+        pixels = view(ramp, size, seed, augmentation).astype(float)
+        middle = [length // 2 for length in size]
+        width = (pixels[0, middle[0], -4] - pixels[0, middle[0], 3]) * size[1] / (size[1] - 7)
+        height = (pixels[1, -4, middle[1]] - pixels[1, 3, middle[1]]) * size[0] / (size[0] - 7)
+        assert 0.7 < width / height / (size[1] / size[0]) < 1.4
+
+
+def test_a_turned_view_that_is_not_square_keeps_angles():
+    """A right angle stays one under rotation: the view's pixels are square."""
+    image = Image.new("L", (128, 64))
+    ImageDraw.Draw(image).rectangle((62, 8, 65, 55), fill=255)
+    spreads = []
+    for seed in range(10):
+        pixels = view(image, (64, 128), seed, Augmentation(**WHOLE, rotate=60))
+        y, x = np.nonzero(pixels[0] > 128)
+        spreads.append(np.sqrt(np.linalg.eigvalsh(np.cov(x, y))[1] * 12))
+    assert max(spreads) - min(spreads) < 2
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB"])

@@ -41,6 +41,23 @@ def test_pixel_transform_equals_open_clips_on_pillow(interpolation: str) -> None
     assert (ours - theirs).abs().max() < 1.1 / 255 / 0.26
 
 
+@pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])
+@pytest.mark.parametrize("size", [(24, 24), (48, 16), (20, 32)])
+@pytest.mark.parametrize("source", [(64, 64), (40, 90), (96, 32)])
+def test_pixel_transform_of_any_aspect_ratio_equals_open_clips(
+    mode: str, size: tuple[int, int], source: tuple[int, int]
+) -> None:
+    down, across = (torch.linspace(0, 255, length) for length in source)
+    pixels = torch.stack([across.expand(source), down.expand(*source[::-1]).T, 255 - across.expand(source)])
+    pixels = pixels.round().byte()
+    config = PreprocessCfg(size=size, interpolation="bicubic", resize_mode=mode, fill_color=99)
+    settings = {"mean": config.mean, "std": config.std, "interpolation": "bicubic"}
+    ours = PixelTransform(size=size, resize_mode=mode, fill=99, **settings)(pixels[None])[0]
+    theirs = image_transform_v2(config, is_train=False)(Image.fromarray(pixels.permute(1, 2, 0).numpy()))
+    assert ours.shape == theirs.shape == (3, *size)
+    assert (ours - theirs).abs().max() < 1.6 / 255 / min(config.std)
+
+
 def test_pixel_transform_without_resize_is_exact() -> None:
     pixels = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
     out = PixelTransform(size=8, mean=(0.5,) * 3, std=(0.25,) * 3, interpolation="bicubic")(pixels)
