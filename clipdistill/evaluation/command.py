@@ -45,8 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         nargs="+",
         metavar="SET",
-        help="folders or URLs (http, s3, hf) in CLIP_benchmark's layout, folders of class folders, folders that the "
-        "library datasets loads, hf-hub:OWNER/NAME",
+        help="folders or URLs (http, s3, hf) in CLIP_benchmark's layout, folders of tar files, of class folders, or of "
+        "data that the library datasets loads, hf-hub:OWNER/NAME",
     )
     data.add_argument("--split", default="test", help="default: %(default)s")
     data.add_argument(

@@ -1,6 +1,7 @@
 """The same pictures in every layout give the same answers; what is wrong with a set is one line."""
 
 import io
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,36 @@ def test_layouts_agree(tower: Tower, layouts: dict[str, Callable[[], EvaluationS
     assert found == guesses(tower, reference)
     assert len(found) == COUNT
     assert data.identity() == layouts[name]().identity() != reference.identity()
+
+
+def test_a_folder_of_img2datasets_is_read_from_its_tar_files(tower: Tower, tmp_path: Path) -> None:
+    """Not from the tables beside them, which also list pictures that could not be fetched."""
+    samples = colour_samples(COUNT)
+    folder = tmp_path / "fetched"
+    for shard in range(2):
+        fetched = [{name: each[name] for name in ("key", "png", "txt")} for each in samples[shard::2]]
+        write_tar(folder / f"{shard:05d}.tar", [each | {"json": json.dumps({"caption": "no"})} for each in fetched])
+        rows = {"url": ["https://example.org/a"] * 20, "caption": ["a table's"] * 20, "status": ["success"] * 20}
+        datasets.Dataset.from_dict(rows).to_parquet(str(folder / f"{shard:05d}.parquet"))
+        (folder / f"{shard:05d}_stats.json").write_text('{"count": 20}')
+    data = open_set(folder)
+    assert (data.name, data.kind) == ("fetched", "retrieval")
+    assert sorted(sample.captions for sample in data.samples()) == sorted((sample["txt"],) for sample in samples)
+    captioned = [{name: each[name] for name in ("key", "png", "txt")} for each in samples]
+    assert record(tower, data) == record(tower, open_set(shard_set(tmp_path / "set", captioned, kind="retrieval")))
+
+    for shard in range(2):
+        write_tar(folder / f"{shard:05d}.tar", samples[shard::2])
+    with pytest.raises(InputError, match=r"fetched: .*classnames\.txt"):
+        open_set(folder)
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p" / "classnames.txt").write_text("".join(f"{name}\n" for name in CLASSES))
+    (tmp_path / "p" / "templates.txt").write_text("a photo of a {c}.\n")
+    labelled = open_set(folder, prompts=str(tmp_path / "p"))
+    assert record(tower, labelled) == record(tower, open_set(shard_set(tmp_path / "classes", samples)))
+    write_tar(folder / "00000.tar", [{"key": "a", "png": samples[0]["png"], "json": "{}"}])
+    with pytest.raises(InputError, match=r"00000\.tar: begins with png, json; allowed: an image and one of cls, npy"):
+        open_set(folder)
 
 
 def test_classes_of_other_names_are_matched_by_order_on_request_only(

@@ -23,8 +23,8 @@ HUB = "hf-hub:"
 """Prefix of the name of a data set on the Hugging Face Hub."""
 
 ALLOWED = (
-    "a folder or URL in CLIP_benchmark's layout, a folder of class folders, a folder that the library datasets loads, "
-    "or hf-hub:OWNER/NAME"
+    "a folder or URL in CLIP_benchmark's layout, a folder of tar files, a folder of class folders, a folder that the "
+    "library datasets loads, or hf-hub:OWNER/NAME"
 )
 
 
@@ -43,8 +43,9 @@ def open_set(
 
     Args:
         location: a folder or URL in CLIP_benchmark's layout, also as its page on the Hub
-            (``https://huggingface.co/datasets/OWNER/NAME/tree/REVISION``); a folder of class folders, or one of splits
-            of these; a folder that the library ``datasets`` wrote or loads; or ``hf-hub:OWNER/NAME``.
+            (``https://huggingface.co/datasets/OWNER/NAME/tree/REVISION``); a folder of tar files alone, as img2dataset
+            writes them; a folder of class folders, or one of splits of these; a folder that the library ``datasets``
+            wrote or loads; or ``hf-hub:OWNER/NAME``.
         split: which split.
         prompts: prompt set, by name or folder, that replaces the set's own; the set's classes, if they have names, are
             matched with it by name (`clipdistill.models.class_matching`).

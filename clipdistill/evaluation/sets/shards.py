@@ -5,18 +5,22 @@ FOLDER/classnames.txt                           not for retrieval; other prompts
 FOLDER/zeroshot_classification_templates.txt    not for retrieval
 FOLDER/SPLIT/nshards.txt
 FOLDER/SPLIT/0.tar ..                           samples of webp, png, jpg or jpeg, and cls, npy or txt
+
+Or a local folder of tar files alone, as img2dataset writes them, without splits: FOLDER/00000.tar .. Without
+dataset_type.txt, the first sample tells its type; tables beside the tar files are not read.
 """
 
 import hashlib
 import io
 import math
 import re
+import tarfile
 import tempfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +31,7 @@ from numpy.typing import NDArray
 from clipdistill.data import ShardIndex, index_shards
 from clipdistill.data.sample import IMAGE_EXTENSIONS, RawSample, SampleReader, find_image
 from clipdistill.data.shard_format import BadSampleError
+from clipdistill.data.tar_shards import split_name
 from clipdistill.distributed.collectives import rank, world_size
 from clipdistill.errors import InputError
 from clipdistill.evaluation.ranks import on_all_ranks, with_shared_errors
@@ -34,21 +39,29 @@ from clipdistill.evaluation.sets.samples import EncodedSample, EvaluationSet, Ki
 from clipdistill.io.files import new_file
 from clipdistill.io.paths import expand
 from clipdistill.io.retries import may_pass
-from clipdistill.io.urls import ShardFile, Stat, one_line, shown, stat
+from clipdistill.io.urls import NUMBER_FILE, ShardFile, Stat, expand_urls, one_line, shown, stat
 from clipdistill.models.class_matching import ClassLabels
 from clipdistill.models.prompts import CLASSNAMES_FILE, TEMPLATE_FILES, PromptSet, parse_classnames
 
 _ANNOTATION: dict[Kind, str] = {"classification": "cls", "multilabel": "npy", "retrieval": "txt"}
 _TEXT_BYTES = 64 << 20
 _MOST_SHARDS = 1_000_000
+_FIRST_MEMBERS = 20
 _DOWNLOAD_BYTES = 8 << 20
 _DIGITS = 32
 """Of the digests in the names of copies."""
 
 
 def is_shard_set(folder: Path, split: str) -> bool:
-    """Whether a local folder has shards of the split."""
-    return (folder / split / "nshards.txt").is_file()
+    """Whether a local folder has shards of the split, or is a folder of tar files alone."""
+    return (folder / split / NUMBER_FILE).is_file() or bool(_tars_alone(folder))
+
+
+def _tars_alone(folder: Path) -> list[str]:
+    """The tar files of a folder that has no number of them."""
+    if not folder.is_dir() or (folder / NUMBER_FILE).exists() or next(folder.glob("*.tar"), None) is None:
+        return []
+    return expand_urls([str(folder)])
 
 
 def open_shard_set(
@@ -176,23 +189,17 @@ def _describe(
     by_order: bool,
     load_prompts: Callable[[str | Path], PromptSet],
 ) -> _Description:
-    listing = f"{root}/{split}/nshards.txt"
-    text = (_text(listing) or "").strip()
-    if not re.fullmatch(r"[0-9]{1,7}", text) or not 1 <= int(text) <= _MOST_SHARDS:
-        raise InputError(
-            f"{shown(listing)}: {text[:40]!r}; allowed: a positive number of shards, at most {_MOST_SHARDS:,}"
-        )
-    urls = tuple(f"{root}/{split}/{number}.tar" for number in range(int(text)))
-    for url in urls:
-        if "://" not in url and not Path(url).is_file():
-            raise InputError(f"{listing}: lists {text} shards, but {url} is missing")
-    kind: Kind = "classification"
+    urls = () if "://" in root or Path(root, split, NUMBER_FILE).is_file() else tuple(_tars_alone(Path(root)))
+    kind = _kind_of(urls[0]) if urls else "classification"
+    urls = urls or _listed(f"{root}/{split}")
     match (_text(f"{root}/dataset_type.txt") or "").strip().lower():
         case "retrieval":
             kind = "retrieval"
         case "multilabel":
             kind = "multilabel"
-        case "" | "classification":
+        case "classification":
+            kind = "classification"
+        case "":
             pass
         case other:
             allowed = "classification, multilabel, retrieval"
@@ -209,6 +216,36 @@ def _describe(
     names = parse_classnames(own.encode(), where=f"{shown(root)}/{CLASSNAMES_FILE}")
     prompts, indices = name_classes(name, names, prompts, by_order=by_order)
     return _Description(name, urls, kind, prompts, ClassLabels(names, indices))
+
+
+def _listed(folder: str) -> tuple[str, ...]:
+    """The shards of a split, as many as its ``nshards.txt`` says."""
+    listing = f"{folder}/{NUMBER_FILE}"
+    text = (_text(listing) or "").strip()
+    if not re.fullmatch(r"[0-9]{1,7}", text) or not 1 <= int(text) <= _MOST_SHARDS:
+        raise InputError(
+            f"{shown(listing)}: {text[:40]!r}; allowed: a positive number of shards, at most {_MOST_SHARDS:,}"
+        )
+    urls = tuple(f"{folder}/{number}.tar" for number in range(int(text)))
+    for url in urls:
+        if "://" not in url and not Path(url).is_file():
+            raise InputError(f"{listing}: lists {text} shards, but {url} is missing")
+    return urls
+
+
+def _kind_of(shard: str) -> Kind:
+    """The kind of the annotations of a local shard, by the members of its first sample."""
+    with _shard_errors(shard), tarfile.open(shard, "r:") as tar:
+        members = (split_name(member.name) for member in islice(tar, _FIRST_MEMBERS) if member.isfile())
+        named = [each for each in members if each is not None]
+    found = [extension for key, extension in named if key == named[0][0]]
+    kind = next((kind for kind, extension in _ANNOTATION.items() if extension in found), None)
+    if kind is None:
+        raise InputError(
+            f"shard {shard}: begins with {', '.join(found) or 'no sample'}; allowed: an image and one of "
+            f"{', '.join(_ANNOTATION.values())}"
+        )
+    return kind
 
 
 def _hub_files(root: str) -> str:
