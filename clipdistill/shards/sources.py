@@ -9,14 +9,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import unquote, urlsplit
-
-import fsspec
 
 from clipdistill.errors import InputError
 from clipdistill.io.image_folders import IMAGE_SUFFIXES, find_image_folder
 from clipdistill.io.images import MAX_PIXELS, READABLE_FORMATS, open_image, read_orientation, to_upright
-from clipdistill.io.paths import expand, read_text
+from clipdistill.io.paths import read_text
+from clipdistill.io.tables import ImageCells, load_table, read_image_file
 from clipdistill.models.class_matching import (
     BOOL_NAMES,
     ClassLabels,
@@ -27,9 +25,6 @@ from clipdistill.models.class_matching import (
 )
 from clipdistill.models.prompts import load_own_prompts
 from clipdistill.shards.writing import DEFAULT_TEMPLATES, Sample
-
-SAVED_DATASET_FILES = ("state.json", "dataset_dict.json")
-"""Files of which a folder written by ``datasets``' ``save_to_disk`` has one."""
 
 _PROMPTS = "the prompt set"
 
@@ -97,7 +92,7 @@ def from_image_folder(
 
     def convert(index: int) -> Sample:
         file, label = images[index]
-        image, extension = encode_image(_read(str(file), where=str(root)), where=str(file))
+        image, extension = encode_image(read_image_file(str(file), where=str(root)), where=str(file))
         path = file.relative_to(root).as_posix()
         return Sample(key=_key(index), image=image, image_extension=extension, label=label, metadata={"path": path})
 
@@ -165,7 +160,7 @@ def from_csv(
         if not row[image_column]:
             raise InputError(f"{where}: column {image_column!r} is empty; allowed: the path of an image")
         file = str(folder / row[image_column])
-        image, extension = encode_image(_read(file, where=where), where=f"{where}: {file}")
+        image, extension = encode_image(read_image_file(file, where=where), where=f"{where}: {file}")
         captions = [_caption(row[caption_column], where=at) for at, row in of_image] if caption_column else []
         found = {_label(labels, row[label_column], where=at): at for at, row in of_image} if label_column else {}
         if len(found) > 1:
@@ -231,7 +226,7 @@ def from_hf_dataset(
 
     if streaming and shuffle_seed is not None:
         raise InputError("streaming: cannot be combined with a shuffle; allowed: one of the two")
-    dataset = _load_hf_dataset(name_or_path, split=split, subset=subset, streaming=streaming)
+    dataset = load_table(name_or_path, split=split, subset=subset, streaming=streaming)
     used = [name for name in (image_column, caption_column, label_column) if name is not None]
     columns = dataset.column_names or list(next(iter(dataset), {}))
     for name in used:
@@ -297,59 +292,6 @@ def encode_image(content: bytes, *, where: str) -> tuple[bytes, str]:
     encoded = io.BytesIO()
     (image if kept else upright).save(encoded, format="PNG")
     return encoded.getvalue(), "png"
-
-
-class ImageCells:
-    """Reads the cells of an undecoded image column: encoded bytes, the path of a file, or a dict of both.
-
-    A path is data, and data may come from anywhere: only files of the data set itself are read, and those below
-    ``root``; links are followed before this is decided.
-
-    Args:
-        dataset: name on the Hub, or folder.
-        root: a further folder of images; paths that are not absolute start there, or else in the data set's folder.
-    """
-
-    def __init__(self, dataset: str, root: Path | None = None) -> None:
-        import datasets
-        import huggingface_hub
-
-        own = [] if root is None else [expand(root)]
-        own += [Path(dataset)] if Path(dataset).is_dir() else []
-        caches = (datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH)
-        self._starts = own
-        self._roots = [Path(each).resolve() for each in (*own, *caches, huggingface_hub.constants.HF_HUB_CACHE)]
-        self._repository = f"hf://datasets/{dataset}@"
-
-    def read(self, cell: Any, *, where: str) -> tuple[bytes, str]:
-        """An image file's content, and its path if it has one.
-
-        Raises:
-            InputError: no image, a file elsewhere, or one that cannot be read; begins with ``where``.
-        """
-        if not isinstance(cell, dict):
-            cell = {"bytes" if isinstance(cell, bytes) else "path": cell}
-        content, path = cell.get("bytes"), cell.get("path")
-        if isinstance(content, bytes):
-            return content, str(path or "")
-        if not isinstance(path, str) or not path:
-            raise InputError(f"{where}: no image; allowed: an image in every row")
-        return _read(self._allowed(path, where), where=where), path
-
-    def _allowed(self, path: str, where: str) -> str:
-        """The file or URL to read for a path."""
-        if path.startswith(self._repository) and "::" not in path:
-            return path
-        local = unquote(urlsplit(path).path) if path.startswith("file://") else path
-        files = [Path(local)] if Path(local).is_absolute() else [start / local for start in self._starts]
-        resolved = [Path(os.path.realpath(file)) for file in files if "://" not in local]
-        inside = [file for file in resolved if any(file.is_relative_to(root) for root in self._roots)]
-        if inside:
-            return str(next((file for file in inside if file.exists()), inside[0]))
-        raise InputError(
-            f"{where}: image {path!r} is not a file of the data set; allowed: embedded images, files in the data set's "
-            "folder, or in that of --image-root"
-        )
 
 
 def _column_labels(
@@ -433,18 +375,6 @@ def _caption(value: Any, *, where: str) -> str:
     return " ".join(value.split())
 
 
-def _read(path: str, *, where: str) -> bytes:
-    """Content of a local file, or of a URL that fsspec supports."""
-    try:
-        if "://" in path:
-            with fsspec.open(path, "rb") as file:
-                return file.read()
-        return Path(path).read_bytes()
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise InputError(f"{where}: cannot read {path} ({reason})") from None
-
-
 def _read_table(path: Path, used: Sequence[str], delimiter: str) -> list[tuple[int, dict[str, str]]]:
     """The rows of a table, each with the number of its last line; only the columns in use."""
     if len(delimiter) != 1:
@@ -459,20 +389,3 @@ def _read_table(path: Path, used: Sequence[str], delimiter: str) -> list[tuple[i
         return [(reader.line_num, {name: row[name] or "" for name in used}) for row in reader]
     except csv.Error as error:
         raise InputError(f"{path}: not a readable table ({error}); allowed: a CSV or TSV file in UTF-8") from None
-
-
-def _load_hf_dataset(name_or_path: str, *, split: str, subset: str | None, streaming: bool) -> Any:
-    import datasets
-
-    saved = any((Path(name_or_path) / file).is_file() for file in SAVED_DATASET_FILES)
-    try:
-        if not saved:
-            return datasets.load_dataset(name_or_path, subset, split=split, streaming=streaming)
-        dataset = datasets.load_from_disk(name_or_path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{name_or_path}: `datasets` cannot load it ({str(error).splitlines()[0]})") from None
-    if not isinstance(dataset, datasets.DatasetDict):
-        return dataset
-    if split not in dataset:
-        raise InputError(f"{name_or_path}: no split {split!r}; allowed: {', '.join(dataset)}")
-    return dataset[split]

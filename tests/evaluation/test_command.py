@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow.parquet
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -197,9 +198,14 @@ def swap_in_place(path: Path, old: bytes, new: bytes) -> None:
 
 
 def test_a_set_is_known_by_its_content(
-    sets: Path, models: Sequence[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    sets: Path,
+    models: Sequence[Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Not by the sizes and times of its files, in any layout."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "tables-cache")
     shard, folder = tmp_path / "labels", tmp_path / "folders"
     shutil.copytree(sets / "labels", shard)
     for sample in colour_samples(12):
@@ -209,9 +215,12 @@ def test_a_set_is_known_by_its_content(
     rows = {"image": [{"bytes": sample["png"], "path": None} for sample in colour_samples(12)]}
     rows["label"] = [sample["cls"] for sample in colour_samples(12)]
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=list(CLASSES))})
-    datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(tmp_path / "saved"))
+    table = datasets.Dataset.from_dict(rows, features=features)
+    table.save_to_disk(str(tmp_path / "saved"))
+    (tmp_path / "tables").mkdir()
+    pyarrow.parquet.write_table(table.data.table, tmp_path / "tables" / "test.parquet", compression="none")
     command = ("--model", models[0], "--output", tmp_path / "results", "--cache", tmp_path / "cache", "--data")
-    locations = (shard, folder, tmp_path / "saved")
+    locations = (shard, folder, tmp_path / "saved", tmp_path / "tables")
 
     def counts() -> tuple[str, ...]:
         evaluate(*command, *locations)
@@ -219,8 +228,8 @@ def test_a_set_is_known_by_its_content(
         assert found
         return found.groups()
 
-    assert counts() == ("3", "0")
-    assert counts() == ("0", "3")
+    assert counts() == ("4", "0")
+    assert counts() == ("0", "4")
     pictures = [sample["png"] for sample in colour_samples(12)]
     one, other = next((a, b) for a in pictures for b in pictures if len(a) == len(b) and a != b)
     with tarfile.open(shard / "test" / "0.tar") as tar:
@@ -232,7 +241,8 @@ def test_a_set_is_known_by_its_content(
     os.utime(shard / "test" / "0.tar", ns=(stat.st_atime_ns, stat.st_mtime_ns))
     swap_in_place(next(path for path in folder.rglob("*.png") if path.read_bytes() == one), one, other)
     swap_in_place(next((tmp_path / "saved").glob("*.arrow")), one, other)
-    assert counts() == ("3", "0")
+    swap_in_place(tmp_path / "tables" / "test.parquet", one, other)
+    assert counts() == ("4", "0")
 
 
 @pytest.mark.parametrize("damage", ["accuracy", "record", "cut"])

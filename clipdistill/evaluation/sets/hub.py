@@ -8,10 +8,9 @@ from typing import Any
 
 from clipdistill.errors import InputError
 from clipdistill.evaluation.sets.samples import EncodedSample, EvaluationSet, Kind, name_classes
-from clipdistill.io.urls import one_line
+from clipdistill.io.tables import ImageCells, is_saved, load_table
 from clipdistill.models.class_matching import BOOL_NAMES, ClassLabels, are_numbers, in_class_order
 from clipdistill.models.prompts import PromptSet
-from clipdistill.shards.sources import SAVED_DATASET_FILES, ImageCells
 
 _SUFFIXES = (".parquet", ".csv", ".json", ".jsonl", ".arrow")
 _LABELS = ("label", "labels", "cls", "class", "fine_label")
@@ -28,18 +27,18 @@ class Columns:
     subset: str | None = None
     """Configuration, for a data set with several."""
     image_root: Path | None = None
-    """Folder in which cells of the image column may name files; see `clipdistill.shards.sources.ImageCells`."""
+    """Folder in which cells of the image column may name files; see `clipdistill.io.tables.ImageCells`."""
 
 
 def is_dataset(folder: Path) -> bool:
     """Whether a local folder can be loaded with ``datasets``."""
-    return _is_saved(folder) or any(path.suffix in _SUFFIXES for path in folder.rglob("*"))
+    return is_saved(folder) or any(path.suffix in _SUFFIXES for path in folder.rglob("*"))
 
 
 def holds_tables(folder: Path) -> bool:
     """Whether a local folder holds tables that may contain images; other folders of theirs are no classes."""
     tables = (path for place in (folder, folder / "data") for path in place.glob("*.parquet"))
-    return _is_saved(folder) or next(tables, None) is not None
+    return is_saved(folder) or next(tables, None) is not None
 
 
 def open_dataset(
@@ -66,7 +65,7 @@ def open_dataset(
         InputError: no such data set, split or column, classes without names, or some that are not among the prompts'.
     """
     columns = columns or Columns()
-    dataset = _load(location, split, columns.subset)
+    dataset = load_table(location, split=split, subset=columns.subset)
     features: Mapping[str, Any] = dataset.features
     image = columns.image or next((key for key, kind in features.items() if type(kind).__name__ == "Image"), "image")
     annotation, kind = _annotation(name, features, columns)
@@ -159,26 +158,6 @@ class DatasetReader:
         if index is None:
             raise InputError(f"{where}: {self._annotation} {str(label)[:40]!r}; allowed: {self._labels.allowed}")
         return index
-
-
-def _is_saved(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in SAVED_DATASET_FILES)
-
-
-def _load(location: str, split: str, subset: str | None) -> Any:
-    import datasets
-
-    try:
-        if not _is_saved(Path(location)):
-            return datasets.load_dataset(location, subset, split=split)
-        saved = datasets.load_from_disk(location)
-    except Exception as error:  # errors of the library, the Hub's client, the network
-        raise InputError(f"data {location}, split {split}: cannot be loaded: {one_line(error)[:300]}") from error
-    if not isinstance(saved, datasets.DatasetDict):
-        return saved
-    if split not in saved:
-        raise InputError(f"data {location}: no split {split!r}; allowed: {', '.join(saved)}")
-    return saved[split]
 
 
 def _annotation(name: str, features: Mapping[str, Any], columns: Columns) -> tuple[str, Kind]:
