@@ -1,4 +1,4 @@
-"""The command line: ``clipdistill {quickstart,shards,estimate,cache,train,evaluate,export,report}``.
+"""The command line: ``clipdistill {quickstart,shards,estimate,cache,cache-clean,train,evaluate,export,report}``.
 
 Exit code 0: done. 2: wrong input (one line). 1: an error (one line, if it is a known one).
 75: stopped by SIGTERM or SIGINT, and saved; the same command with ``--resume auto`` resumes. `accelerate launch` and
@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clipdistill import __version__
+from clipdistill.cache_clean import add_arguments as cache_clean_arguments
+from clipdistill.cache_clean import run as run_cache_clean
 from clipdistill.distributed.signals import Interruption, exit_now
 from clipdistill.errors import InputError, Interrupted, ReportedElsewhereError, RunError
 from clipdistill.evaluation.command import add_arguments as evaluation_arguments
@@ -159,6 +161,15 @@ def _parser() -> Parser:
     )
     cache_arguments(cache)
     cache.set_defaults(run=run_cache)
+
+    cache_clean = commands.add_parser(
+        "cache-clean",
+        help="delete indexes, copies of remote shards and class features that are no longer used",
+        description="Delete files of the cache that no command has used for a while: shard indexes, copies of remote "
+        "test sets, class features. All are made again when they are needed. A teacher cache is no part of it.",
+    )
+    cache_clean_arguments(cache_clean)
+    cache_clean.set_defaults(run=run_cache_clean)
 
     evaluate = commands.add_parser(
         "evaluate",

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from clipdistill.data.formats import format_of
 from clipdistill.data.workers import note_shard
 from clipdistill.errors import InputError
+from clipdistill.io.caches import INDEXES, mark_used
 from clipdistill.io.files import write_text
 from clipdistill.io.paths import expand
 from clipdistill.io.urls import ShardFile, Stat, file_name, locate, one_line, shown, stat
@@ -170,6 +171,7 @@ def _index_shard(url: str, cache_dir: str | Path | None) -> ShardIndex:
         version = stat(url)
         cached = _cache_file(cache_dir, url=url, version=version)
         if cached and (known := _load(cached, url=url, version=version)):
+            mark_used(cached)
             return known
         file = ShardFile(url, stat=version)
         try:
@@ -219,7 +221,7 @@ def _cache_file(cache_dir: str | Path | None, *, url: str, version: Stat) -> Pat
     fs, path = locate(url)
     place = fs.unstrip_protocol(path)
     key = hashlib.sha256(json.dumps([_FORMAT, place, *astuple(version)]).encode()).hexdigest()[:32]
-    return expand(cache_dir) / "shards" / f"{key}.json"
+    return expand(cache_dir) / INDEXES / f"{key}.json"
 
 
 def _load(path: Path, *, url: str, version: Stat) -> ShardIndex | None:

@@ -6,6 +6,7 @@ from pydantic import Field
 
 from clipdistill.data.image import Augmentation
 from clipdistill.data.workers import WORKER_TIMEOUT
+from clipdistill.io.caches import DEFAULT_CACHE
 from clipdistill.io.images import MAX_PIXELS
 from clipdistill.settings import Count, CountOrZero, Fraction, LocalPath, Settings
 
@@ -45,6 +46,6 @@ class DataSettings(Settings):
     judged from the first 1,000 on. 1: never stop."""
     max_pixels: Count = MAX_PIXELS
     """Images of more pixels are refused before they are decoded."""
-    cache: LocalPath = "~/.cache/clipdistill"
+    cache: LocalPath = DEFAULT_CACHE
     """Folder for shard indexes and class embeddings, keyed by content."""
     augmentation: Augmentation = Field(default_factory=Augmentation)

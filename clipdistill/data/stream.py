@@ -33,6 +33,9 @@ logger = logging.getLogger(__name__)
 _STATE_VERSION = 3
 _LAYOUT = tuple(field.name for field in fields(Layout))
 _BAD_IN_A_ROW = 1000
+MOST_LOGGED = 1000
+"""Bad samples of one reason that are logged."""
+
 _NAMED = 5
 
 
@@ -338,7 +341,7 @@ class StreamLoader:
         self._cursors = [Cursor()] * stream.plan.workers
         self._samples = 0
         self._skipped: Counter[str] = Counter()
-        self._logged: set[tuple[str, str]] = set()
+        self._logged: dict[str, set[tuple[str, str]]] = {}
         self._opened: dict[int, str] = {}
         self._unreadable: dict[int, str] = {}
         self._live: weakref.ref[Generator[Batch, None, None]] | None = None
@@ -546,9 +549,11 @@ class StreamLoader:
             self._unreadable |= batch._unreadable
         for skip in batch._skips:
             self._skipped[skip.reason] += 1
-            if (skip.url, skip.key) not in self._logged:
-                self._logged.add((skip.url, skip.key))
-                logger.warning("skipped %r in %s: %s %s", skip.key, shown(skip.url), skip.reason, skip.detail)
+            logged = self._logged.setdefault(skip.reason, set())
+            if (skip.url, skip.key) not in logged and len(logged) < MOST_LOGGED:
+                logged.add((skip.url, skip.key))
+                more = " (more of this reason are only counted)" if len(logged) == MOST_LOGGED else ""
+                logger.warning("skipped %r in %s: %s %s%s", skip.key, shown(skip.url), skip.reason, skip.detail, more)
 
 
 def caption_ids(captions: Sequence[str]) -> Tensor:

@@ -4,10 +4,12 @@ import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from clipdistill.errors import InputError
 from clipdistill.evaluation.tasks import SET_TASKS
 from clipdistill.io.arguments import not_negative, path, positive
+from clipdistill.io.caches import DEFAULT_CACHE
 from clipdistill.io.lock import LOCK_FILE, Lock
 from clipdistill.models.class_matching import BY_ORDER_FLAG
 
@@ -93,7 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--cache",
         type=path,
-        default=Path("~/.cache/clipdistill"),
+        default=Path(DEFAULT_CACHE),
         metavar="DIR",
         help="for indexes and copies of remote shards (default: %(default)s)",
     )
@@ -123,6 +125,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="file for CLIP_benchmark's record of one model on one set; or folder for any number of results, which the "
         "same command completes after an interruption (default: printed)",
     )
+    parser.add_argument(
+        "--rebuild",
+        action="store_true",
+        help="measure again what the folder of --output holds, and use nothing of the cache",
+    )
     parser.add_argument("--batch-size", type=positive, default=256, help="images at once (default: %(default)s)")
     parser.add_argument("--workers", type=positive, default=4, help="decoding threads (default: %(default)s)")
     parser.add_argument("--device", help="such as cuda or cpu (default: cuda where there is one)")
@@ -136,7 +143,8 @@ def run(args: argparse.Namespace) -> None:
     with launched(args.device) as device:
         from clipdistill.evaluation.session import evaluate_all
 
-        with _locked(args.output):
+        with _locked(args.output), TemporaryDirectory() if args.rebuild else nullcontext(args.cache) as cache:
+            args.cache = Path(cache)
             evaluate_all(args, device)
 
 

@@ -112,7 +112,8 @@ def evaluate_all(args: argparse.Namespace, device: str) -> None:
                 results += map(measure, evaluations)
             else:
                 key = partial(_key, identify=identify, model=model, teacher=teacher, lines=lines)
-                results += _complete(folder, model, evaluations, key, measure, partial(_settings, args, device))
+                settings = partial(_settings, args, device)
+                results += _complete(folder, model, evaluations, key, measure, settings, rebuild=args.rebuild)
     if rank() == 0:
         _show(args, results)
 
@@ -224,8 +225,11 @@ def _complete(
     key_of: Callable[[SetEvaluation], str],
     measure: Callable[[SetEvaluation], tuple[Record, Details]],
     settings: Callable[[SetEvaluation], dict[str, Any]],
+    *,
+    rebuild: bool,
 ) -> list[tuple[Record, Details]]:
-    """A model's results: those in the folder, without details; missing ones are measured and saved there."""
+    """A model's results: those in the folder, without details; missing ones are measured and saved there, with
+    ``rebuild`` all."""
     results: list[tuple[Record, Details]] = []
     try:
         for evaluation in evaluations:
@@ -235,7 +239,7 @@ def _complete(
                 data=slug(shown(evaluation.location)),
                 task=evaluation.task,
             )
-            saved = from_first_rank(partial(folder.find, name, key))
+            saved = None if rebuild else from_first_rank(partial(folder.find, name, key))
             if saved is not None:
                 results.append((saved, {}))
                 continue

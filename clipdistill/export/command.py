@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clipdistill.io.arguments import path, positive, positive_number
+from clipdistill.io.caches import DEFAULT_CACHE
 
 if TYPE_CHECKING:
     from clipdistill.export.card import TrainedRun
@@ -60,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     checks.add_argument(
         "--cache",
         type=path,
-        default=Path("~/.cache/clipdistill"),
+        default=Path(DEFAULT_CACHE),
         metavar="DIR",
         help="folder for the class features (default: %(default)s)",
     )

@@ -9,6 +9,8 @@ IDENTITY_FILE = "identity.json"
 STUDENT_FOLDER = "student"
 CHECKPOINTS_FOLDER = "checkpoints"
 SAMPLES_FOLDER = "samples"
+ASIDE = "abandoned_"
+"""Begins the names of what is set aside: ``abandoned_001`` in a run, ``abandoned_step_00000500`` among checkpoints."""
 
 
 def checkpoint_folder(checkpoints: Path, step: int) -> Path:

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from clipdistill.errors import InputError
+from clipdistill.io.caches import CLASS_EMBEDDINGS, mark_used
 from clipdistill.io.files import new_file
 from clipdistill.models.prompts import PromptSet
 from clipdistill.models.towers import Tower
@@ -62,9 +63,10 @@ def class_embeddings(
         made_of = [_FORMAT, tower.text_fingerprint(), tokenizer]
         made_of += [prompts.classnames, prompts.templates, prompts.duplicates]
         key = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
-        path = cache / "class_embeddings" / f"{key}.safetensors"
+        path = cache / CLASS_EMBEDDINGS / f"{key}.safetensors"
         stored_CD = _load(path, key, shape=(prompts.num_classes, tower.embed_dim))
         if stored_CD is not None:
+            mark_used(path)
             return stored_CD.to(device)
     if tokens_NL is None:
         tokens_NL = _tokenize(tower, prompts)

@@ -129,14 +129,18 @@ def _uses_teacher_captions(config: Config) -> bool:
     return lent or any(term.needs_teacher for term in over_captions)
 
 
-def index_all(config: Config) -> list[ShardIndex]:
+def index_all(config: Config, *, rebuild: bool = False) -> list[ShardIndex]:
     """The index of all shards; each rank indexes a part of them.
+
+    Args:
+        config: of the run.
+        rebuild: use no cached index.
 
     Raises:
         InputError: a shard is missing, or more than the allowed share of them hold no samples.
     """
     urls = expand_urls(config.data.shards)
-    cache = expand(config.data.cache)
+    cache = None if rebuild else expand(config.data.cache)
     parts = gather_objects(index_shards(urls[rank() :: world_size()], cache_dir=cache))
     index = [parts[number % len(parts)][number // len(parts)] for number in range(len(urls))]
     unusable = [f"shard {shown(shard.url)}: {shard.unusable}" for shard in index if shard.unusable]

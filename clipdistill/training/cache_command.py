@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``run``."""
     parser.add_argument("--config", required=True, type=path, help="the config that will train from the cache")
     parser.add_argument("--dry-run", action="store_true", help="print disk and time of the build; build nothing")
-    parser.add_argument("--rebuild", action="store_true", help="replace all files, not only missing and stale ones")
+    parser.add_argument("--rebuild", action="store_true", help="read all shards again, and replace all files")
     parser.add_argument(
         "--part",
         type=_part,
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
                 teacher.use_channels_last()
             teacher.to(device)
         builder = CacheBuilder(
-            index_all(config),
+            index_all(config, rebuild=args.rebuild),
             teachers,
             content,
             folder=Path(config.teacher_cache.folder),

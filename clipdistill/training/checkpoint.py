@@ -28,7 +28,7 @@ from clipdistill.distributed.collectives import gather_objects, rank, world_size
 from clipdistill.errors import InputError, RunError
 from clipdistill.io.files import settle, sync, why, write_json, writing
 from clipdistill.io.manifest import UnreadableError, find_damage, read_manifest, write_manifest
-from clipdistill.io.run_files import IDENTITY_FILE, checkpoint_folder, checkpoint_folders
+from clipdistill.io.run_files import ASIDE, IDENTITY_FILE, checkpoint_folder, checkpoint_folders
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def save_checkpoint(
         keep: number of newest checkpoints to keep.
         keep_best: number of checkpoints with the best metric to keep in addition; others are deleted once the new one
             is in place. Those of the same or later steps, damaged or from an abandoned branch, are renamed to
-            ``abandoned_step_XXXXXXXX``.
+            ``abandoned_step_XXXXXXXX``, of which the ``keep`` last ones stay.
 
     Raises:
         RunError: on all ranks, if one of them could not write. Nothing of the new checkpoint remains, and all older
@@ -104,9 +104,13 @@ def save_checkpoint(
             content = {"step": step, "ranks": world_size(), "metric": None, "evaluations": None}
             write_manifest(temporary, content)
             settle(temporary)
-            for later in [other for other in checkpoint_folders(root) if other.name >= path.name]:
-                shutil.rmtree(root / f"abandoned_{later.name}", ignore_errors=True)
-                later.rename(root / f"abandoned_{later.name}")
+            for later in [other for other in reversed(checkpoint_folders(root)) if other.name >= path.name]:
+                shutil.rmtree(root / f"{ASIDE}{later.name}", ignore_errors=True)
+                later.touch()
+                later.rename(root / f"{ASIDE}{later.name}")
+            aside = sorted(root.glob(f"{ASIDE}step_*"), key=lambda each: each.stat().st_mtime_ns)
+            for old in aside[:-keep]:
+                shutil.rmtree(old, ignore_errors=True)
             temporary.rename(path)
             sync(root)
             _prune(root, keep=keep, keep_best=keep_best)

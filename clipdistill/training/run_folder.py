@@ -26,6 +26,7 @@ from clipdistill.io.jsonl import read_jsonl
 from clipdistill.io.lock import LOCK_FILE
 from clipdistill.io.manifest import UnreadableError, find_change, fingerprints
 from clipdistill.io.run_files import (
+    ASIDE,
     CHECKPOINTS_FOLDER,
     CONFIG_FILE,
     IDENTITY_FILE,
@@ -148,15 +149,12 @@ def _check_nothing_is_lost(output: Path) -> None:
 def set_aside(output: Path) -> None:
     """Move all that a run's folder holds into a new folder in it."""
     number = 1
-    while (aside := output / f"{_ASIDE}{number:03d}").exists():
+    while (aside := output / f"{ASIDE}{number:03d}").exists():
         number += 1
     aside.mkdir()
     config_last = sorted(filter(_is_of_run, output.iterdir()), key=lambda path: path.name == CONFIG_FILE)
     for path in config_last:
         path.rename(aside / path.name)
-
-
-_ASIDE = "abandoned_"
 
 
 def clear_leftovers(output: Path, *, finished: bool) -> None:
@@ -176,7 +174,7 @@ def _is_leftover(path: Path) -> bool:
 
 
 def _is_of_run(path: Path) -> bool:
-    return not (_is_leftover(path) or path.name == LOCK_FILE or path.name.startswith(_ASIDE))
+    return not (_is_leftover(path) or path.name == LOCK_FILE or path.name.startswith(ASIDE))
 
 
 def complete_checkpoint(output: Path) -> str:

@@ -20,6 +20,7 @@ from PIL import Image
 
 from clipdistill.data import Augmentation, LazyIndex, StreamLoader, expand_urls, index_shards
 from clipdistill.data.class_lists import find_class_lists
+from clipdistill.data.stream import MOST_LOGGED
 from clipdistill.errors import InputError
 from clipdistill.models.prompts import PromptSet
 from tests.streams import make_stream
@@ -213,6 +214,18 @@ def test_one_of_several_captions_is_drawn_for_each_epoch(tmp_path, form, resampl
         return [{key: [image for _, image in shown] for key, shown in samples.items()} for samples in epochs]
 
     assert pictures(epochs("single")) == pictures(drawn)
+
+
+def test_bad_samples_are_logged_up_to_a_number_and_all_counted(tmp_path, caplog):
+    with wds.TarWriter(str(tmp_path / "0.tar")) as tar:
+        for number in range(MOST_LOGGED + 110):
+            tar.write({"__key__": f"{number:04d}", "txt": "no picture"} if number % 100 else good(number))
+    loader = load(index_shards([str(tmp_path / "0.tar")], cache_dir=None), batch_size=2, shuffle=0)
+    take(loader, 10)
+    logged = [record.getMessage() for record in caplog.records if record.getMessage().startswith("skipped")]
+    assert len(logged) == MOST_LOGGED
+    assert [line.endswith("(more of this reason are only counted)") for line in logged[-2:]] == [False, True]
+    assert loader.skipped["no image"] > MOST_LOGGED
 
 
 def test_captions_and_labels_that_nobody_requires_may_be_missing(tmp_path):

@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import hashlib
 import json
 import multiprocessing
 import os
@@ -243,6 +244,23 @@ def test_a_set_is_known_by_its_content(
     swap_in_place(next((tmp_path / "saved").glob("*.arrow")), one, other)
     swap_in_place(tmp_path / "tables" / "test.parquet", one, other)
     assert counts() == ("4", "0")
+
+
+def test_rebuild_measures_again_and_uses_no_cache(
+    sets: Path, models: Sequence[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, cache = tmp_path / "results", tmp_path / "cache"
+    command = ("--model", models[0], "--data", sets / "labels", "--output", output, "--cache", cache)
+    evaluate(*command)
+    first, kept = _tree(output), _tree(cache)
+    (file,) = (cache / "class_embeddings").iterdir()
+    features = load_file(file)["embeddings"].flip(0).contiguous()
+    digest = hashlib.sha256(f"{features.dtype}".encode() + features.numpy().tobytes()).hexdigest()
+    save_file({"embeddings": features}, file, metadata={"key": file.stem, "digest": digest})
+    evaluate(*command, "--rebuild")
+    assert "1 new results, 0 already there" in capsys.readouterr().out.split("\n")[-2]
+    assert_same_results(_tree(output), first)
+    assert _tree(cache).keys() == kept.keys()
 
 
 @pytest.mark.parametrize("damage", ["accuracy", "record", "cut"])

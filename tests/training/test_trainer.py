@@ -420,6 +420,20 @@ def test_checkpoints_of_a_branch_that_was_left_are_set_aside(write_config: Calla
     assert find_checkpoint(root) == root / "step_00000006"
 
 
+def test_of_branches_that_were_left_the_last_checkpoints_stay(
+    write_config: Callable[..., Path], tmp_path: Path
+) -> None:
+    config = load_config(write_config(), ["evaluation.folders=[]", "train.save_every=1", "train.keep=2"])
+    root = tmp_path / "run" / "checkpoints"
+    train(config)
+    for _ in range(3):
+        (tmp_path / "run" / "summary.json").unlink()
+        shutil.copytree(root / "step_00000005", tmp_path / "earlier", dirs_exist_ok=True)
+        train(config, resume=str(root / "step_00000005"))
+        (root / "step_00000005").exists() or shutil.copytree(tmp_path / "earlier", root / "step_00000005")
+    assert len(list(root.glob("abandoned_*"))) <= 2
+
+
 def test_feature_term_needs_equal_dimensions(write_config: Callable[..., Path], tmp_path: Path) -> None:
     path = tmp_path / "wider.json"
     path.write_text(json.dumps({**TINY_MODEL, "embed_dim": 24}))

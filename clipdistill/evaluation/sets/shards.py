@@ -36,6 +36,7 @@ from clipdistill.distributed.collectives import rank, world_size
 from clipdistill.errors import InputError
 from clipdistill.evaluation.ranks import on_all_ranks, with_shared_errors
 from clipdistill.evaluation.sets.samples import EncodedSample, EvaluationSet, Kind, digest, name_classes
+from clipdistill.io.caches import COPIES, mark_used
 from clipdistill.io.files import new_file
 from clipdistill.io.paths import expand
 from clipdistill.io.retries import may_pass
@@ -303,12 +304,13 @@ def _shard_errors(url: str) -> Iterator[None]:
 def _copy(url: str, version: Stat, cache: Path) -> Path:
     """The cached copy of this version of a remote shard, ``VERSION-CONTENT.tar``; downloaded if it is missing, or not
     what was downloaded."""
-    folder = expand(cache) / "copies"
+    folder = expand(cache) / COPIES
     name = digest([url, version.size, version.etag or version.modified])[:_DIGITS]
     for copy in folder.glob(f"{name}-*.tar"):
         with copy.open("rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()[:_DIGITS]
         if version.is_known and copy.stem == f"{name}-{content}":
+            mark_used(copy)
             return copy
         copy.unlink()
     folder.mkdir(parents=True, exist_ok=True)
