@@ -9,8 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from clipdistill.cli import main
+from clipdistill.config import load_config, to_dict
 
 SECONDS = 10
 """Longest time until an input is refused."""
@@ -49,6 +53,7 @@ def reading() -> list[Row]:
         "cache --config": lambda path: ["cache", "--config", path],
         "report": lambda path: ["report", path],
         "evaluate --model": lambda path: ["evaluate", "--model", path, "--data", "SET"],
+        "cache-clean --abandoned": lambda path: ["cache-clean", "--cache", "CACHE", "--abandoned", path],
         "evaluate --data": lambda path: ["evaluate", "--model", "TEACHER", "--data", path],
         "evaluate --prompts": lambda path: [
             "evaluate",
@@ -113,6 +118,8 @@ def numbers() -> list[Row]:
         "--profile": ["train", "--config", "CONFIG"],
         "--size": ["shards", "icons", "--output", "OUT"],
         "--samples-per-shard": ["shards", "folder", "IMAGES", "--output", "OUT"],
+        "--unused-days": ["cache-clean", "--cache", "CACHE"],
+        "--max-gb": ["cache-clean", "--cache", "CACHE"],
     }
     fields = [
         "seed",
@@ -142,7 +149,8 @@ def numbers() -> list[Row]:
     ]
     rows: list[Row] = []
     for name, command in arguments.items():
-        wrong = [number for number in NUMBERS if (name, number) != ("--parity-bound", "1e300")]
+        finite = ("--parity-bound", "--unused-days", "--max-gb")
+        wrong = [number for number in NUMBERS if name not in finite or number != "1e300"]
         rows += [(f"{name} {n[:9]!r}", lambda _, c=command, a=name, n=n: [*c, f"{a}={n}"]) for n in wrong]
     for name in fields:
         for number in ("inf", ".inf", ".nan", "-1", "²", "x", "[1]", "9" * 5000):
@@ -167,6 +175,8 @@ def others() -> list[Row]:
         for kind, content in contents.items()
     ]
     plain: dict[str, list[str]] = {
+        "a cache that is a file": ["cache-clean", "--cache", "SHARD"],
+        "all and some": ["cache-clean", "--all", "--unused-days", "3"],
         "20 million shards": ["train", "--config", "CONFIG", "data.shards=['x{0..20000000}.tar']"],
         "a shard twice by a link": ["train", "--config", "CONFIG", "data.shards=['SHARD', 'LINK']"],
         "unbalanced braces": ["train", "--config", "CONFIG", "data.shards=['{0..']"],
@@ -246,6 +256,7 @@ def test_a_wrong_input_is_one_line(
         "UNKNOWN": root / "unknown",
         "SHARD": root / "0.tar",
         "LINK": root / "link.tar",
+        "CACHE": root / "cache",
     }
     command = ROWS[name](root)
     for short, full in names.items():
@@ -271,3 +282,83 @@ def test_a_wrong_input_is_one_line(
 
 def test_there_are_many_kinds() -> None:
     assert len(ROWS) >= 300
+
+
+def _keys(value: Any, key: str = "") -> list[str]:
+    """Dotted keys of all settings of a config, and of its parts."""
+    if not isinstance(value, dict | list):
+        return [key]
+    parts = value.items() if isinstance(value, dict) else enumerate(value)
+    return [
+        *([key] if key else []),
+        *(each for name, part in parts for each in _keys(part, f"{key}.{name}".strip("."))),
+    ]
+
+
+NUMBERS_DRAWN = st.one_of(st.floats(), st.integers(), st.sampled_from([10**400, -(10**400), 2**63, 1e308, -0.0]))
+SCALARS = st.one_of(st.none(), st.booleans(), NUMBERS_DRAWN, st.text(max_size=20), st.binary(max_size=8))
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.text(max_size=6), inner, max_size=3)),
+)
+SETTINGS = settings(deadline=10_000, max_examples=150, suppress_health_check=list(HealthCheck))
+
+
+def end_of(command: list[str], capfd: pytest.CaptureFixture[str]) -> tuple[Any, str]:
+    """Exit code of a command, and what it wrote to standard error."""
+    capfd.readouterr()
+    try:
+        code: Any = main(command)
+    except SystemExit as stop:
+        code = stop.code
+    return code, capfd.readouterr().err
+
+
+@SETTINGS
+@given(data=st.data())
+def test_any_value_of_any_setting_ends_in_one_line(
+    data: st.DataObject, root: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Beside a setting that is certainly wrong, so that no drawn value can start a run."""
+    keys = _keys(to_dict(load_config(root / "config.yaml")))
+    key = data.draw(st.one_of(st.sampled_from(keys), st.text(max_size=10)))
+    value = data.draw(VALUES)
+    text = data.draw(st.sampled_from([repr(value), str(value), yaml.safe_dump(value).strip()]))
+    before = contents(root)
+    command = ["train", "--config", str(root / "config.yaml"), f"{key}={text}", f"evaluation.folders=[{root}/missing]"]
+    code, error = end_of(command, capfd)
+    assert code == 2, error
+    assert len(error.splitlines()) == 1, error
+    assert contents(root) == before
+
+
+@pytest.mark.slow
+@settings(SETTINGS, max_examples=60)
+@given(
+    name=st.sampled_from(["config.yaml", "metrics.jsonl", "summary.json", "identity.json"]),
+    content=st.one_of(st.binary(max_size=40), VALUES.map(lambda value: repr(value).encode(errors="replace"))),
+    cut=st.one_of(st.none(), st.floats(0, 1)),
+)
+def test_any_content_of_a_runs_files_ends_in_one_line(
+    name: str, content: bytes, cut: float | None, root: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Drawn bytes, or what was there up to some byte: a command does its work in spite of them, or refuses them."""
+    run = root / "drawn"
+    for command in (
+        ["report", str(run), "--no-teacher", "--examples", "0"],
+        ["evaluate", "--model", str(run), "--data", str(root / "missing")],
+        ["train", "--config", str(root / "config.yaml"), f"output={run}", "--resume", "auto"],
+    ):
+        shutil.copytree(root / "run", run)
+        try:
+            whole = (run / name).read_bytes()
+            (run / name).write_bytes(content if cut is None else whole[: int(cut * len(whole))])
+            before = contents(run)
+            code, error = end_of(command, capfd)
+            assert code in (0, 2), error
+            assert "Traceback" not in error
+            if code == 2:
+                assert len([line for line in error.splitlines() if line.startswith("clipdistill: ")]) == 1, error
+                assert contents(run) == before
+        finally:
+            shutil.rmtree(run)
