@@ -8,6 +8,7 @@ The line depends on the models that it is fitted to: these are always given by t
 Shapes: N samples, C classes.
 """
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +20,9 @@ from scipy.stats import linregress
 from clipdistill.errors import InputError
 from clipdistill.evaluation.classification import Metrics, top1_hits
 from clipdistill.evaluation.predictions import Predictions
+from clipdistill.models.class_matching import normalise
+
+log = logging.getLogger(__name__)
 
 TASK = "robustness"
 
@@ -58,7 +62,7 @@ def robustness_metrics(
     metrics: Metrics = {"base_acc1": _accuracy(base_predictions)}
     for name, (names, predictions) in shifts.items():
         accuracy = _accuracy(predictions)
-        base_accuracy = _accuracy(_restricted(base_predictions, base_names, names))
+        base_accuracy = _accuracy(_restricted(base_predictions, base_names, names, shift=name))
         metrics[f"{name}/acc1"] = accuracy
         metrics[f"{name}/base_acc1"] = base_accuracy
         metrics[f"{name}/drop"] = base_accuracy - accuracy
@@ -108,12 +112,27 @@ def _accuracy(predictions: Predictions) -> float:
     return float(top1_hits(predictions).double().mean())
 
 
-def _restricted(predictions: Predictions, names: Sequence[str], kept: Sequence[str]) -> Predictions:
-    """Predictions restricted to some classes and their samples; unchanged if one of them is not among the names."""
-    if len(kept) >= len(names) or not set(kept) <= set(names):
+def _restricted(predictions: Predictions, names: Sequence[str], kept: Sequence[str], *, shift: str) -> Predictions:
+    """Predictions restricted to a shift's classes and their samples; unchanged, with a warning, if one of them is not
+    among the names, in whatever spelling."""
+    if len(kept) >= len(names):
         return predictions
-    number_of = {name: number for number, name in enumerate(names)}
-    classes_K = torch.tensor([number_of[name] for name in kept])
+    spelling = str if set(kept) <= set(names) else normalise
+    number_of = {spelling(name): number for number, name in enumerate(names)}
+    strangers = [name for name in kept if spelling(name) not in number_of]
+    if spelling is normalise and (len(number_of) < len(names) or len(set(map(normalise, kept))) < len(kept)):
+        strangers = [name for name in kept if name not in names]
+    if strangers:
+        log.warning(
+            "--data: %d of the %d classes of %s are not among the base set's (such as %r): its drop is from the accuracy "
+            "over all classes of the base set",
+            len(strangers),
+            len(kept),
+            shift,
+            strangers[0],
+        )
+        return predictions
+    classes_K = torch.tensor([number_of[spelling(name)] for name in kept])
     new_label_C = torch.full((len(names),), -1)
     new_label_C[classes_K] = torch.arange(len(kept))
     labels_N = new_label_C[predictions.labels_N]

@@ -255,6 +255,24 @@ def test_robustness_compares_over_the_classes_of_the_shift(random: tuple[torch.T
     assert metrics["s/effective_robustness"] == pytest.approx(metrics["s/acc1"] - odds / (1 + odds))  # type: ignore[operator]
 
 
+def test_robustness_knows_classes_in_another_spelling(
+    random: tuple[torch.Tensor, torch.Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
+    base = predictions(*random)
+    names = [f"Class-{letter}" for letter in "abcdefghijkl"]
+    shift = predictions(torch.randn(30, 3, generator=torch.Generator().manual_seed(4)), torch.arange(30) % 3)
+
+    def base_accuracy(*kept: str) -> object:
+        return robustness_metrics((names, base), {"s": (kept, shift)})["s/base_acc1"]
+
+    exact = base_accuracy("Class-d", "Class-b", "Class-k")
+    assert base_accuracy("class d", "Class-b", "class_k") == exact
+    assert not caplog.records
+    everything = base_accuracy("class d", "Class-b", "dog")
+    assert everything == robustness_metrics((names, base), {})["base_acc1"] != exact
+    assert "1 of the 3 classes of s are not among the base set's (such as 'dog')" in caplog.text
+
+
 def _result(base: float, shift: float, *, model: str) -> dict[str, object]:
     metrics = {"base_acc1": base, "s/acc1": shift, "s/base_acc1": base, "s/drop": base - shift}
     return {

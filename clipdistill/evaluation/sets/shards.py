@@ -12,6 +12,7 @@ dataset_type.txt, the first sample tells its type; tables beside the tar files a
 
 import hashlib
 import io
+import logging
 import math
 import re
 import tarfile
@@ -39,10 +40,12 @@ from clipdistill.evaluation.sets.samples import EncodedSample, EvaluationSet, Ki
 from clipdistill.io.caches import COPIES, mark_used
 from clipdistill.io.files import new_file
 from clipdistill.io.paths import expand
-from clipdistill.io.retries import may_pass
+from clipdistill.io.retries import may_pass, status_of
 from clipdistill.io.urls import NUMBER_FILE, ShardFile, Stat, expand_urls, one_line, shown, stat
 from clipdistill.models.class_matching import ClassLabels
 from clipdistill.models.prompts import CLASSNAMES_FILE, TEMPLATE_FILES, PromptSet, parse_classnames
+
+log = logging.getLogger(__name__)
 
 _ANNOTATION: dict[Kind, str] = {"classification": "cls", "multilabel": "npy", "retrieval": "txt"}
 _TEXT_BYTES = 64 << 20
@@ -286,6 +289,8 @@ def _text(path: str) -> str | None:
         raise
     except Exception as error:  # each filesystem raises errors of its own
         if isinstance(error, FileNotFoundError) and not may_pass(error):
+            if status_of(error) not in (None, 404, 410):  # some stores answer so for any file that is not there
+                log.warning("%s counts as missing: %s", shown(path), one_line(error, path))
             return None
         raise InputError(f"{shown(path)}: cannot be read: {one_line(error, path)}") from error
 
