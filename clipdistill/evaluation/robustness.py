@@ -124,8 +124,8 @@ def _restricted(predictions: Predictions, names: Sequence[str], kept: Sequence[s
         strangers = [name for name in kept if name not in names]
     if strangers:
         log.warning(
-            "--data: %d of the %d classes of %s are not among the base set's (such as %r): its drop is from the accuracy "
-            "over all classes of the base set",
+            "--data: %d of the %d classes of %s are not among the base set's (such as %r): its drop is from the "
+            "accuracy over all classes of the base set",
             len(strangers),
             len(kept),
             shift,

@@ -105,15 +105,41 @@ def open_image(data: bytes, *, max_pixels: int, formats: tuple[str, ...]) -> Ima
         ValueError: a JPEG of too many scans.
         Exception: any that Pillow raises on data that are not an image.
     """
+    _check_pixels(*_webp_size(data), most=max_pixels)
     try:
         image = Image.open(io.BytesIO(data), formats=formats)
     except Image.DecompressionBombError as error:
         raise TooManyPixelsError(str(error)) from error
-    if image.width * image.height > max_pixels:
-        raise TooManyPixelsError(f"{image.width} x {image.height} pixels, at most {max_pixels:,} are allowed")
+    _check_pixels(image.width, image.height, most=max_pixels)
     if isinstance(image, JpegImageFile):
         _check_scans(image, data)
     return image
+
+
+def _check_pixels(width: int, height: int, *, most: int) -> None:
+    if width * height > most:
+        raise TooManyPixelsError(f"{width} x {height} pixels, at most {most:,} are allowed")
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    """Width and height in the header of a WebP, for which Pillow allocates all pixels when it opens it; else 0, 0.
+
+    https://developers.google.com/speed/webp/docs/riff_container
+    """
+
+    def number(start: int, length: int) -> int:
+        return int.from_bytes(data[start : start + length], "little")
+
+    if not (data.startswith(b"RIFF") and data[8:12] == b"WEBP"):
+        return 0, 0
+    match data[12:16]:
+        case b"VP8X":
+            return 1 + number(24, 3), 1 + number(27, 3)
+        case b"VP8L":
+            return 1 + (number(21, 4) & 0x3FFF), 1 + (number(21, 4) >> 14 & 0x3FFF)
+        case b"VP8 ":
+            return number(26, 2) & 0x3FFF, number(28, 2) & 0x3FFF
+    return 0, 0
 
 
 def read_orientation(image: Image.Image) -> int:

@@ -246,7 +246,7 @@ def from_hf_dataset(
         elif not streaming and "string" in str(getattr(feature, "dtype", "")):
             values = (value for value in dataset.unique(label_column) if value)
             labels = _column_labels(values, classnames, of=of, by_order=by_order, skip_bad=skip_bad)
-        elif by_order:
+        elif by_order and "int" not in str(getattr(feature, "dtype", "")):  # numbers are in order
             raise InputError(f"{of}: has no class names that are known beforehand; allowed: labels by name or index")
     cells = ImageCells(name_or_path, image_root)
 
