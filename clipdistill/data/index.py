@@ -216,7 +216,7 @@ def _scan(file: ShardFile, *, url: str, version: Stat) -> ShardIndex:
 
 
 def _cache_file(cache_dir: str | Path | None, *, url: str, version: Stat) -> Path | None:
-    if cache_dir is None or not version.is_known or version.is_recent:
+    if cache_dir is None or not version.is_known:
         return None
     fs, path = locate(url)
     place = fs.unstrip_protocol(path)

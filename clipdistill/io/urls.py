@@ -4,6 +4,7 @@ A remote shard is read forward in blocks, one request each. A failed request is 
 same byte with half the length, so that a shard can be read even over short-lived connections.
 """
 
+import email.utils
 import glob
 import logging
 import os
@@ -38,8 +39,11 @@ _NUMBER_BYTES = 64
 _MISSING_NAMED = 5
 _BLOCK = 4 << 20
 _LEAST_BLOCK = 64 << 10
-_CLOCK_TICK = 50_000_000
+_TICK_OF_KERNEL = 50_000_000
 """Nanoseconds; times of files are at most this coarse."""
+
+_TICK_OF_HTTP = 2.0
+"""Seconds; a Last-Modified is whole seconds of the server's clock."""
 
 _ETAGS = ("ETag", "etag", "blob_id")
 _TIMES = ("mtime", "Last-Modified", "LastModified", "last_modified")
@@ -69,13 +73,17 @@ class Stat:
 
     @property
     def is_known(self) -> bool:
-        """Whether a rewritten shard of equal size would differ."""
-        return bool(self.etag or self.modified)
-
-    @property
-    def is_recent(self) -> bool:
-        """Whether a local file has just changed: another change might get the same time."""
-        return self.changed is not None and time.time_ns() - self.changed < _CLOCK_TICK
+        """Whether a shard of equal size that is written from now on would differ: it has an ETag, or a time that is not
+        that of this moment."""
+        if self.changed is not None:
+            return time.time_ns() - self.changed > _TICK_OF_KERNEL
+        if self.etag or self.modified is None:
+            return bool(self.etag)
+        try:
+            modified = email.utils.parsedate_to_datetime(self.modified).timestamp()
+        except ValueError:
+            return True  # a store's own time, finer than a second
+        return time.time() - modified > _TICK_OF_HTTP
 
     def agrees(self, other: "Stat") -> bool:
         """Whether both may be the same version; times are compared only if there are no ETags."""

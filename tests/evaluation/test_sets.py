@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from clipdistill.evaluation import EvaluationSet, evaluate_sets, load_for_evalua
 from clipdistill.evaluation.sets.hub import Columns
 from clipdistill.models.towers import Tower
 from tests.conftest import CLASSES, colour_samples, write_tar
-from tests.servers import Hub, Ranges, files, serving
+from tests.servers import Hub, NoRanges, Ranges, age, files, serving
 
 COUNT = 26
 
@@ -222,6 +224,7 @@ class Counting(Ranges):
 
 def test_a_set_over_http_is_read_once(tower: Tower, tmp_path: Path) -> None:
     shard_set(tmp_path / "site" / "colours", colour_samples(COUNT))
+    age(tmp_path / "site")
     local = open_set(tmp_path / "site" / "colours")
     with serving(files(tmp_path / "site", Counting)) as url:
         direct = open_set(f"{url}/colours")
@@ -242,6 +245,7 @@ def test_a_set_over_http_is_read_once(tower: Tower, tmp_path: Path) -> None:
 def test_copies_of_shards_need_no_network(tmp_path: Path) -> None:
     """Each shard is looked up once, when the set is opened; a lost copy is made again, or missed in one line."""
     shard_set(tmp_path / "site", colour_samples(COUNT))
+    age(tmp_path / "site")
     with serving(files(tmp_path / "site", Counting)) as url:
         open_set(url, cache=tmp_path / "cache")
         Counting.requests = 0
@@ -258,6 +262,27 @@ def test_copies_of_shards_need_no_network(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=rf"shard {url}/test/0.tar: cannot be read: .*") as caught:
             list(data.samples())
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("handler", [Ranges, NoRanges])
+def test_a_time_of_this_very_second_tells_no_versions_apart(tmp_path: Path, handler: type[NoRanges]) -> None:
+    """Without ETag, a shard may be written twice within the second of its Last-Modified."""
+    shard_set(tmp_path / "site", colour_samples(COUNT))
+    relabelled = [sample | {"cls": 3 - sample["cls"]} for sample in colour_samples(COUNT)]
+    with serving(files(tmp_path / "site", handler)) as url:
+        before = open_set(url, cache=tmp_path / "cache").identity()
+        stamps = {path: path.stat() for path in (tmp_path / "site" / "test").glob("*.tar")}
+        shard_set(tmp_path / "site", relabelled)
+        for path, info in stamps.items():
+            os.utime(path, ns=(info.st_atime_ns, info.st_mtime_ns))
+            assert path.stat().st_size == info.st_size
+        time.sleep(2.5)
+        data = open_set(url, cache=tmp_path / "cache")
+        assert [sample.label for sample in data.samples()] == [
+            sample["cls"] for sample in relabelled[::2] + relabelled[1::2]
+        ]
+        assert data.identity() != before
+        assert len(list((tmp_path / "cache" / "copies").iterdir())) == 4
 
 
 def test_a_damaged_copy_of_a_shard_is_made_again(tmp_path: Path) -> None:

@@ -11,10 +11,11 @@ from clipdistill.cli import main
 from clipdistill.evaluation.sets.open import open_set
 from tests.conftest import colour_samples
 from tests.evaluation.test_sets import shard_set
-from tests.servers import files, serving
+from tests.servers import age, files, serving
 
 
-def age(path: Path, days: float) -> None:
+def leave(path: Path, days: float) -> None:
+    """Let a file look as if it was last used so many days ago."""
     then = time.time() - days * 24 * 60 * 60
     os.utime(path, (then, then))
 
@@ -24,6 +25,7 @@ def cache(tmp_path: Path, teacher_folder: Path) -> Path:
     """A cache with files of all kinds, and others that are none of its own."""
     folder = tmp_path / "cache"
     shard_set(tmp_path / "site", colour_samples(6))
+    age(tmp_path / "site")
     with serving(files(tmp_path / "site")) as url:
         command = ["evaluate", "--model", str(teacher_folder), "--data", url, "--cache", str(folder)]
         for _ in range(2):  # files that have just been written have no index
@@ -45,7 +47,7 @@ def test_files_that_nobody_has_used_are_deleted(
     assert kinds == ["class_embeddings", *2 * ["copies"], *2 * ["shards"]]
     old = [path for path in own(cache) if path.parent.name != "copies"]
     for path in old:
-        age(path, 31)
+        leave(path, 31)
     capsys.readouterr()
     assert main(["cache-clean", "--cache", str(cache), "--dry-run"]) == 0
     assert f"{cache / 'shards'}: 2 of 2 files would be deleted" in capsys.readouterr().out
@@ -61,7 +63,7 @@ def test_files_that_nobody_has_used_are_deleted(
 
 def test_a_file_in_use_is_none_that_nobody_has_used(cache: Path, teacher_folder: Path, tmp_path: Path) -> None:
     for path in own(cache):
-        age(path, 31)
+        leave(path, 31)
     local = ["--data", str(tmp_path / "site"), "--cache", str(cache), "--output", str(tmp_path / "result.json")]
     assert main(["evaluate", "--model", str(teacher_folder), *local]) == 0
     assert main(["cache-clean", "--cache", str(cache)]) == 0
@@ -71,7 +73,7 @@ def test_a_file_in_use_is_none_that_nobody_has_used(cache: Path, teacher_folder:
 def test_the_least_recently_used_go_first(cache: Path) -> None:
     copies = [path for path in own(cache) if path.parent.name == "copies"]
     for days, path in enumerate([*copies, *(path for path in own(cache) if path not in copies)]):
-        age(path, days)
+        leave(path, days)
     size = copies[0].stat().st_size
     assert main(["cache-clean", "--cache", str(cache), "--max-gb", str(1.5 * size / 1e9)]) == 0
     left = own(cache)

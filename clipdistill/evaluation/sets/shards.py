@@ -310,7 +310,8 @@ def _copy(url: str, version: Stat, cache: Path) -> Path:
     """The cached copy of this version of a remote shard, ``VERSION-CONTENT.tar``; downloaded if it is missing, or not
     what was downloaded."""
     folder = expand(cache) / COPIES
-    name = digest([url, version.size, version.etag or version.modified])[:_DIGITS]
+    made_of = [url, version.size, version.etag or version.modified] if version.is_known else [url]
+    name = digest(made_of)[:_DIGITS]
     for copy in folder.glob(f"{name}-*.tar"):
         with copy.open("rb") as file:
             content = hashlib.file_digest(file, "sha256").hexdigest()[:_DIGITS]
