@@ -10,7 +10,6 @@ import json
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 
 from clipdistill.config import Config, load_config
 from clipdistill.distributed.signals import Interruption
-from clipdistill.io.machine import describe_machine
+from clipdistill.io.machine import describe_machine, device_time
 from clipdistill.losses import GKL, Feature, gkl_loss
 from clipdistill.models.class_embeddings import similarity_logits
 from clipdistill.training.trainer import Run, open_run, start_processes
@@ -26,17 +25,18 @@ from clipdistill.training.trainer import Run, open_run, start_processes
 
 def bare_loop(run: Run, config: Config, steps: int) -> float:
     """Samples/s of a hand-written loop with GKL over prompts (and cosine features, if the config has them)."""
-    batch = next(iter(run.parts.loader))
+    device = run.accelerator.device
+    batch = next(iter(run.parts.loader)).to(device)
     teacher, student, class_CD = run.parts.teachers.models[0], run.parts.student, run.parts.teachers.class_embeddings[0]
     assert class_CD is not None
     gkl = next(term for term in config.objective if isinstance(term, GKL))
     feature = next((term for term in config.objective if isinstance(term, Feature)), None)
     optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=1e-5)
     half = config.train.precision == "bf16"
-    started = time.perf_counter()
+    started = device_time(device)
     for _ in range(steps):
         teacher_BD = teacher.encode_image(batch.image_BCHW)
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+        with torch.autocast(device.type, torch.bfloat16, enabled=half):
             out = student(batch.image_BCHW)
         loss = gkl_loss(
             similarity_logits(out.image_BD, class_CD, out.scale, None),
@@ -51,15 +51,16 @@ def bare_loop(run: Run, config: Config, steps: int) -> float:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
-    return steps * len(batch) / (time.perf_counter() - started)
+    return steps * len(batch) / (device_time(device) - started)
 
 
 def trainer_loop(run: Run, steps: int) -> float:
     """Samples/s of ``Run.fit``, including decoding, augmentation and logging."""
     run.progress.step, run.total_steps = 0, steps
-    started = time.perf_counter()
+    device = run.accelerator.device
+    started = device_time(device)
     run.fit()
-    return steps * run.config.data.batch_size / (time.perf_counter() - started)
+    return steps * run.config.data.batch_size / (device_time(device) - started)
 
 
 def main() -> None:

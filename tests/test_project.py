@@ -198,9 +198,11 @@ def test_slurm_script_launches_every_node_with_arguments_that_accelerate_takes(t
     from accelerate.commands.launch import launch_command_parser
 
     record = '#!/usr/bin/env bash\nshift\nprintf "%s\\0" "$@" > "node-$SLURM_NODEID"\n'
+    record += 'echo "$SRUN_CPUS_PER_TASK" > cores\n'
     job = slurm(tmp_path, record, "my config.yaml", "optimizer.lr=1e-4", "data.shards=[a, b]")
     _, errors = job.communicate(timeout=60)
     assert job.returncode == 0, errors
+    assert (tmp_path / "cores").read_text() == "64\n"
     for node in (0, 1):
         words = (tmp_path / f"node-{node}").read_text().split("\0")[:-1]
         args = launch_command_parser().parse_args(words)

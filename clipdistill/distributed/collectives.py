@@ -16,6 +16,7 @@ import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor
 
+from clipdistill.distributed.launcher import check_number_of_processes
 from clipdistill.errors import InputError
 
 _LONGEST_WAIT = timedelta(days=1)
@@ -75,8 +76,9 @@ def launched(device: str | None) -> Iterator[str]:
         device: from the command line; None: a GPU if available.
 
     Raises:
-        InputError: no such device.
+        InputError: no such device, or the launcher has started another number of processes than it was asked for.
     """
+    check_number_of_processes()
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield available_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return

@@ -26,6 +26,7 @@ from clipdistill.config import Config, save_config, to_dict
 from clipdistill.data import Batch
 from clipdistill.data.workers import dead_worker_message
 from clipdistill.distributed.collectives import AsyncMax, forget_host_group, gather_objects, open_host_group, rank
+from clipdistill.distributed.launcher import check_number_of_processes
 from clipdistill.distributed.signals import Interruption, stopped_by
 from clipdistill.distributed.watchdog import Watchdog
 from clipdistill.errors import InputError, Interrupted, RunError
@@ -186,9 +187,11 @@ def start_processes(config: Config) -> Accelerator:
     """Initialise the device and the process group.
 
     Raises:
-        InputError: a tracker that is not installed, or accumulation set by the launcher.
+        InputError: a tracker that is not installed, accumulation set by the launcher, or another number of processes
+            than it was asked for.
         RunError: the other ranks cannot be reached.
     """
+    check_number_of_processes()
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     timeout = timedelta(seconds=config.train.rank_timeout)

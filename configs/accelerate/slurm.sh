@@ -28,6 +28,11 @@ config=${1:?usage: sbatch slurm.sh CONFIG [KEY=VALUE ...]}
 shift
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 gpus=${GPUS_PER_NODE:-8}
+# Where nodes have several networks, name the one between them (`ip -brief address`); gloo carries the watchdog's and the
+# checkpoints' small messages, NCCL the gradients:
+#     export GLOO_SOCKET_IFNAME=eth0 NCCL_SOCKET_IFNAME=eth0
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-64}  # since SLURM 22.05, srun does not take it over from the batch job
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-${TMPDIR:-/tmp}/triton-$(id -un)}  # not the home folder: all ranks write into it
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=100  # seconds that the launcher leaves a run to finish its step and to save; torch before 2.11 leaves 30
 
 launch=
