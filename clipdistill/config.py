@@ -36,6 +36,7 @@ from clipdistill.io.resources import resource
 from clipdistill.io.urls import is_remote, shown
 from clipdistill.losses import Term
 from clipdistill.models.loading import StudentSettings, TeacherSettings
+from clipdistill.models.precision import chosen_precision
 from clipdistill.models.prompts import shipped_prompt_sets
 from clipdistill.settings import CountOrZero, LocalPath, Settings, check, validate
 from clipdistill.training.optimizer import AdamW, AnyOptimizer
@@ -116,7 +117,7 @@ class Config(Settings):
 def load_config(
     path: str | Path | None, overrides: Sequence[str] = (), *, values: Mapping[str, Any] | None = None
 ) -> Config:
-    """Read a YAML config, apply ``dotted.key=value`` overrides, check everything.
+    """Read a YAML config, apply ``dotted.key=value`` overrides, check everything, choose the automatic precision.
 
     Args:
         path: YAML file; None starts from the defaults.
@@ -134,15 +135,20 @@ def load_config(
             raise InputError(f"override {override!r}: no '='; allowed: dotted.key=value")
         changes.append((key, *_parse_value(override, text)))
     for key, value, text in changes:
-        with _one_line(key):
-            OmegaConf.update(stated, key, value, merge=True)
-            OmegaConf.update(source, key, text, merge=True)
+        try:
+            with _one_line(key):
+                OmegaConf.update(stated, key, value, merge=True)
+                OmegaConf.update(source, key, text, merge=True)
+        except InputError:
+            raise
+        except (LookupError, ValueError) as error:
+            raise InputError(f"{key}: {error}; allowed: names and numbers with dots between them") from error
     for key, text in _texts("", OmegaConf.to_container(stated)):
         if "${" in _RESOURCE.sub("", text):
             raise InputError(f"{key}: {text!r} is not allowed; allowed: ${{resource:PATH}}, or text without '${{'")
     with _one_line(path):
         resolved = OmegaConf.to_container(stated, resolve=True)
-    return _validate(resolved, source)
+    return _with_precision(_validate(resolved, source))
 
 
 def load_saved_config(path: Path) -> Config:
@@ -222,7 +228,7 @@ def _one_line(source: str | Path | None) -> Iterator[None]:
     try:
         yield
     except (OmegaConfBaseException, TypeError, AttributeError) as error:
-        raise InputError(f"{source}: {str(error).splitlines()[0]}") from error
+        raise InputError(f"{source}: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
 
 
 def _texts(key: str, value: Any) -> Iterator[tuple[str, str]]:
@@ -232,6 +238,15 @@ def _texts(key: str, value: Any) -> Iterator[tuple[str, str]]:
     elif isinstance(value, dict | list):
         for name, item in value.items() if isinstance(value, dict) else enumerate(value):
             yield from _texts(f"{key}.{name}" if key else str(name), item)
+
+
+def _with_precision(config: Config) -> Config:
+    """The config with the precisions that ``auto`` stands for on this machine: a run keeps them wherever it resumes."""
+    train = config.train.model_copy(update={"precision": chosen_precision(config.train.precision)})
+    teachers = [
+        teacher.model_copy(update={"precision": chosen_precision(teacher.precision)}) for teacher in config.teachers
+    ]
+    return config.model_copy(update={"train": train, "teachers": teachers})
 
 
 def _validate(values: Any, source: Any) -> Config:
@@ -266,6 +281,7 @@ _FREE_ON_RESUME = frozenset(
         "data.worker_timeout",
         "data.max_bad_share",
         "data.batch_size",
+        "teachers.shard",
         "student.grad_checkpointing",
         "student.compile",
         *(f"train.{name}" for name in ("accumulate", "teacher_micro_batches", "log_every", "evaluate_every")),

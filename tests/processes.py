@@ -96,7 +96,8 @@ def assert_identical(run: Path, other: Path) -> None:
     """Two runs must have left the same, bit for bit."""
     mine, theirs = ({**left_by(folder), **_traces(folder)} for folder in (run, other))
     assert mine.keys() == theirs.keys()
-    assert [name for name in mine if mine[name] != theirs[name]] == []
+    different = [name for name in mine if mine[name] != theirs[name]]
+    assert different == [], different
 
 
 def _traces(run: Path) -> dict[str, Any]:

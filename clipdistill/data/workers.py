@@ -6,13 +6,16 @@ import ctypes
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from multiprocessing import AuthenticationError
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -240,13 +243,20 @@ def _context() -> BaseContext:
 
 
 def _start_worker(number: int, *, max_pixels: int, board: Any) -> None:
-    """Set up a worker process: one thread, Ctrl-C left to the training process, Pillow's pixel limit."""
+    """Set up a worker process: one thread, Ctrl-C left to the training process, Pillow's pixel limit, and no traceback
+    from the thread of Python's that hands over tensors, where the training process has gone."""
     global _slot
+    sys.excepthook = _report_unless_cut_off
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     Image.MAX_IMAGE_PIXELS = max_pixels
     board[2 * number] = os.getpid()
     _slot = board, 2 * number + 1
+
+
+def _report_unless_cut_off(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if not isinstance(error, OSError | EOFError | AuthenticationError):
+        sys.__excepthook__(kind, error, trace)
 
 
 def dead_worker_message(error: BaseException) -> str | None:

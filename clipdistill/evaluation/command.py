@@ -39,7 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     models.add_argument("--teacher", metavar="MODEL", help="a model to compare the others with")
     models.add_argument("--teacher-pretrained", default="", metavar="TAG", help="tag or weights file of the teacher")
-    models.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="default: %(default)s")
+    models.add_argument(
+        "--precision",
+        choices=("auto", "fp32", "bf16"),
+        default="auto",
+        help="auto: bf16 on a GPU that computes in it, else fp32 (default: %(default)s)",
+    )
 
     data = parser.add_argument_group("data")
     data.add_argument(

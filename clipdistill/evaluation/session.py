@@ -36,6 +36,7 @@ from clipdistill.io.files import write_json, writing
 from clipdistill.io.images import MAX_PIXELS, DecodingSettings
 from clipdistill.io.paths import expand
 from clipdistill.io.urls import shown
+from clipdistill.models.precision import chosen_precision, use_tensor_cores
 from clipdistill.models.towers import Tower
 
 _GAINS_SHOWN = 5
@@ -80,6 +81,8 @@ class EvaluatedModel:
 
 def evaluate_all(args: argparse.Namespace, device: str) -> None:
     """Run the command; with several processes, all call this together."""
+    args.precision = chosen_precision(args.precision, device)
+    use_tensor_cores(device)
     evaluations = _open_sets(args)
     lines = _fit_lines(args, evaluations)
     folder = _results_folder(args)

@@ -18,6 +18,7 @@ from clipdistill.io.images import Size, as_size
 from clipdistill.io.resources import resource
 from clipdistill.models.custom_code import load_tokenizer, refuse_code
 from clipdistill.models.initialisation import AnyInitialisation, OwnWeights
+from clipdistill.models.precision import Precision, chosen_precision
 from clipdistill.models.towers import MAX_LOGIT_SCALE, FrozenModel, Student, is_text, text_state
 from clipdistill.models.weights import describe_mismatch, plain_weights
 from clipdistill.settings import Positive, Settings
@@ -34,15 +35,19 @@ class TeacherSettings(Settings):
     """Share of this teacher in every term; the weights of all teachers are normalised to sum to 1."""
     logit_scale: Positive | None = None
     """Multiplier of the cosine similarities; empty: the teacher's own."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """fp32, or bf16 (autocast; features and logits stay float32)."""
+    precision: Precision = "auto"
+    """fp32 (matrix products in TF32 on a GPU), bf16 (autocast; features and logits stay float32), or auto: bf16 on a
+    GPU that computes in it, else fp32."""
     shard: bool = False
     """Shard the teacher's weights over the ranks (FSDP2), for a teacher too large for one device."""
 
     def load(self) -> FrozenModel:
         """Load the teacher, unsharded and on the CPU."""
         return load_frozen_model(
-            self.model, pretrained=self.pretrained, logit_scale=self.logit_scale, precision=self.precision
+            self.model,
+            pretrained=self.pretrained,
+            logit_scale=self.logit_scale,
+            precision=chosen_precision(self.precision),
         )
 
 

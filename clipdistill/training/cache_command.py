@@ -52,6 +52,7 @@ def run(args: argparse.Namespace) -> None:
         from clipdistill.evaluation.ranks import with_shared_errors
         from clipdistill.io.lock import Lock
         from clipdistill.models.loading import read_image_size
+        from clipdistill.models.precision import use_tensor_cores
         from clipdistill.training.build import cache_content, index_all, make_decoder
 
         if not config.teacher_cache.folder:
@@ -72,6 +73,10 @@ def run(args: argparse.Namespace) -> None:
             workers=config.data.workers,
             device=device,
         )
+        for teacher in teachers:
+            if device.startswith("cuda"):
+                teacher.store_as_used()
+        use_tensor_cores(device)
         part, parts = args.part
         mine = range(part - 1, len(builder.index), parts)[rank() :: world_size()]
         missing = list(mine) if args.rebuild else builder.missing(mine)

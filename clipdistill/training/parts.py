@@ -205,6 +205,8 @@ class RunParts:
 
     def _place_teachers(self, frozen: Sequence[FrozenModel]) -> None:
         for teacher, settings in zip(frozen, self._config.teachers, strict=True):
+            if self._device.type == "cuda":
+                teacher.store_as_used()
             if settings.shard and self._accelerator.num_processes > 1:
                 teacher.shard(self._device)
             teacher.to(self._device)

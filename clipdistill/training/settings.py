@@ -1,10 +1,11 @@
 """The settings of the training loop."""
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field
 
 from clipdistill.losses import Implementation
+from clipdistill.models.precision import Precision
 from clipdistill.settings import Count, CountOrZero, Positive, Settings
 
 
@@ -20,8 +21,9 @@ class TrainSettings(Settings):
     itself depends on its micro-batch (batch norm) or on random numbers (dropout)."""
     teacher_micro_batches: Count = 1
     """Micro-batches that the teachers encode at once, if memory allows; they keep nothing for a backward pass."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """fp32, or bf16 (autocast of the student; losses and weights stay float32)."""
+    precision: Precision = "auto"
+    """fp32 (matrix products in TF32 on a GPU), bf16 (autocast of the student; losses and weights stay float32), or
+    auto: bf16 on a GPU that computes in it, else fp32."""
     loss_implementation: Implementation = "auto"
     """Implementation of gkl and kl. plain: from the logit matrices; tiled, triton: directly from the features, without
     these matrices, in PyTorch and in CUDA kernels; auto: plain or tiled, the faster one for the size."""

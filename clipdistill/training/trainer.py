@@ -45,6 +45,7 @@ from clipdistill.io.run_files import (
     SUMMARY_FILE,
     checkpoint_folder,
 )
+from clipdistill.models.precision import use_tensor_cores
 from clipdistill.training.build import bad_shards_message, open_evaluation_sets
 from clipdistill.training.checkpoint import load_checkpoint, rate_checkpoint, save_checkpoint
 from clipdistill.training.metrics import MetricsLog, choose_trackers, flatten
@@ -204,6 +205,7 @@ def start_processes(config: Config) -> Accelerator:
             project_dir=config.output,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
         )
+        use_tensor_cores(accelerator.device)
         if accelerator.device.type == "cpu":
             keep_freed_memory()
             # DDP would rebuild its buckets after its first step. With more than two ranks, the order of summation then

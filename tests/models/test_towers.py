@@ -17,9 +17,9 @@ from torch import nn
 
 from clipdistill.errors import InputError
 from clipdistill.models.class_embeddings import class_embeddings, class_prompt_tokens
-from clipdistill.models.loading import load_frozen_model, load_student
+from clipdistill.models.loading import create_clip, load_frozen_model, load_student
 from clipdistill.models.prompts import PromptSet
-from clipdistill.models.towers import PixelTransform, Student, TextTokenizer
+from clipdistill.models.towers import FrozenModel, PixelTransform, Student, TextTokenizer
 from tests.conftest import TINY_MODEL
 
 
@@ -62,6 +62,25 @@ def test_pixel_transform_without_resize_is_exact() -> None:
     pixels = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
     out = PixelTransform(size=8, mean=(0.5,) * 3, std=(0.25,) * 3, interpolation="bicubic")(pixels)
     torch.testing.assert_close(out, (pixels / 255 - 0.5) / 0.25)
+
+
+@pytest.mark.parametrize("name", ["ViT-B-32", "RN50", "MobileCLIP-S1"])
+def test_weights_stored_in_bfloat16_are_those_that_autocast_uses(name: str) -> None:
+    """As on a GPU, where nn.MultiheadAttention has no fast path under autocast."""
+    torch.manual_seed(0)
+    tower = FrozenModel(name, *create_clip(name, need_weights=False), precision="bf16")
+    image_BCHW = torch.randint(0, 256, (2, 3, *tower.image_size), dtype=torch.uint8)
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        before_BD = tower.encode_image(image_BCHW)
+        tower.store_as_used()
+        after_BD = tower.encode_image(image_BCHW)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+    assert torch.equal(before_BD, after_BD)
+    parameters = list(tower.clip.visual.parameters())
+    stored = sum(parameter.nbytes for parameter in parameters)
+    assert stored < 0.55 * 4 * sum(parameter.numel() for parameter in parameters)
 
 
 @pytest.mark.parametrize("pool", ["argmax", "eos"])
