@@ -14,7 +14,7 @@ from pathlib import PurePath
 
 from clipdistill.errors import InputError
 from clipdistill.io.retries import may_pass, status_of
-from clipdistill.io.urls import ShardFile, one_line, shown
+from clipdistill.io.urls import one_line, read_small, shown
 from clipdistill.models.class_matching import ClassLabels, match_classes
 from clipdistill.models.prompts import CLASSNAMES_FILE, PromptSet, parse_classnames
 
@@ -95,11 +95,7 @@ def _find(folder: str) -> tuple[str, list[str]]:
 def _read(file: str) -> bytes | None:
     """Content of a local or remote file; None if there is none, or no answer, which is logged."""
     try:
-        opened = ShardFile(file)
-        try:
-            return opened.read_at(0, _MAX_BYTES)
-        finally:
-            opened.close()
+        return read_small(file, _MAX_BYTES)
     except Exception as error:  # every filesystem raises its own errors
         missing = status_of(error) in (None, 404, 410) and not may_pass(error)
         if isinstance(error, FileNotFoundError) and missing:

@@ -101,18 +101,23 @@ class LazyIndex(Sequence[ShardIndex]):
     Args:
         urls: Shards, as returned by `expand_urls`.
         cache_dir: As for `index_shards`.
+        sizes: The number of samples of each, as far as they are known (`stated_sizes`).
 
     `index[i]` raises InputError if shard i is missing or cannot be read, and `OtherShardError` if its content is not
-    the expected one.
+    the expected one, or a whole shard has another number of samples.
 
     Attributes:
+        sizes: those given.
         expected: digests of the content of shards that were opened before, by number.
         opened: those of the shards opened since, in this process.
         unreadable: the errors of those that could not be.
     """
 
-    def __init__(self, urls: Sequence[str], *, cache_dir: str | Path | None) -> None:
+    def __init__(
+        self, urls: Sequence[str], *, cache_dir: str | Path | None, sizes: Sequence[int] | None = None
+    ) -> None:
         self.urls = list(urls)
+        self.sizes = None if sizes is None else list(sizes)
         self.expected: dict[int, str] = {}
         self.opened: dict[int, str] = {}
         self.unreadable: dict[int, str] = {}
@@ -132,6 +137,8 @@ class LazyIndex(Sequence[ShardIndex]):
                 self.unreadable[number] = str(error)
                 raise
             self.check(number, index.content)
+            if self.sizes is not None:
+                self._check_size(index, self.sizes[number])
             self._kept[number] = index
             if index.unusable:
                 self.unreadable[number] = f"shard {shown(index.url)}: {index.unusable}"
@@ -141,6 +148,13 @@ class LazyIndex(Sequence[ShardIndex]):
             while len(self._kept) > _KEPT:
                 self._kept.popitem(last=False)
         return self._kept[number]
+
+    def _check_size(self, index: ShardIndex, stated: int) -> None:
+        if len(index) > stated or (len(index) < stated and not index.problems):
+            raise OtherShardError(
+                f"data.shards: {shown(index.url)} has {len(index):,} samples, and the files beside it say {stated:,}; "
+                "allowed: the right number, or no such file"
+            )
 
     def check(self, number: int, content: str) -> None:
         """Note the content of a shard.

@@ -89,11 +89,11 @@ def read_partition(
             shard, sample, number = (
                 int(of_N[wanted]) for of_N in (partition.shard_N, partition.sample_N, partition.number_N)
             )
-            view, rng = 0, plan.pixels(epoch, number)
-            if views.number:
+            raw, view, rng = held.pop(wanted), 0, plan.pixels(epoch, number)
+            if views.number and raw.fault is None:
                 view = plan.view(epoch, number, views.number)
                 rng = view_pixels(views.seed, index[shard].digest, sample, view)
-            yield ScheduledSample(held.pop(wanted), rng, partial(plan.caption, epoch, number), shard, sample, view)
+            yield ScheduledSample(raw, rng, partial(plan.caption, epoch, number), shard, sample, view)
         position = 0
 
 

@@ -15,7 +15,7 @@ from torch.utils.data import get_worker_info
 from clipdistill.data.class_lists import ClassLists
 from clipdistill.data.formats import format_of
 from clipdistill.data.image import Augmentation, Pixels, render
-from clipdistill.data.index import ShardIndex
+from clipdistill.data.index import LazyIndex, OtherShardError, ShardIndex
 from clipdistill.data.shard_format import MAX_SAMPLE_BYTES, BadSampleError, RawSample
 from clipdistill.data.workers import note_shard
 from clipdistill.errors import InputError
@@ -79,12 +79,18 @@ class SampleReader:
         self._failure: str | None = None
 
     def read(self, shard: int, sample: int) -> RawSample:
-        """Read sample number `sample` of shard number `shard`."""
-        entry = self._index[shard]
-        start = int(entry.offsets[sample])
-        stop = int(entry.offsets[sample + 1]) if sample + 1 < len(entry) else entry.end
-        raw = RawSample(url=entry.url, key=f"sample {sample}")
+        """Read sample number `sample` of shard number `shard`.
+
+        Raises:
+            OtherShardError: The shard is not the expected one.
+        """
+        raw = RawSample(url="", key=f"sample {sample}")
         try:
+            entry = self._entry(shard, raw)
+            if sample >= len(entry):
+                raise BadSampleError("shard unreadable", f"damage hides it: {entry.problems[-1]}")
+            start = int(entry.offsets[sample])
+            stop = int(entry.offsets[sample + 1]) if sample + 1 < len(entry) else entry.end
             data = self._read(shard, start, min(stop - start, MAX_SAMPLE_BYTES))
             format_of(entry.url).read_sample(data, self._wanted, raw)
             if sample in entry.repeats:
@@ -99,12 +105,27 @@ class SampleReader:
             self._file.close()
         self._shard = self._file = self._failure = None
 
-    def _read(self, shard: int, start: int, size: int) -> bytes:
-        url = self._index[shard].url
+    def _entry(self, shard: int, raw: RawSample) -> ShardIndex:
+        """The index of a shard, which becomes the open one."""
         if shard != self._shard:
             self.close()
             self._shard = shard
             note_shard(shard)
+        lazy = self._index if isinstance(self._index, LazyIndex) else None
+        raw.url = lazy.urls[shard] if lazy else self._index[shard].url
+        if lazy and self._failure is not None:
+            raise BadSampleError("shard unreadable", self._failure)
+        try:
+            entry: ShardIndex = self._index[shard]
+        except OtherShardError:
+            raise
+        except InputError as error:  # a lazy index finds out here
+            self._failure = str(error)
+            raise BadSampleError("shard unreadable", self._failure) from error
+        return entry
+
+    def _read(self, shard: int, start: int, size: int) -> bytes:
+        url = self._index[shard].url
         if self._failure is None:
             try:
                 if self._file is None:

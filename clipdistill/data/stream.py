@@ -30,7 +30,7 @@ from clipdistill.models.outputs import ModelOutputs
 
 logger = logging.getLogger(__name__)
 
-_STATE_VERSION = 3
+_STATE_VERSION = 4
 _LAYOUT = tuple(field.name for field in fields(Layout))
 _BAD_IN_A_ROW = 1000
 MOST_LOGGED = 1000
@@ -118,7 +118,8 @@ class ImageTextStream(IterableDataset[Batch]):
     """An endless stream of batches for one rank, epoch after epoch. Iterate it through `StreamLoader`.
 
     Args:
-        index: All shards, the same list on every rank; a `LazyIndex` for a resampled stream.
+        index: All shards, the same list on every rank; a `LazyIndex`, with the shards' sizes unless the stream is
+            resampled.
         decoder: Required members of a sample, and their decoding.
         batch_size: Samples per rank and step.
         seed: With the epoch, determines all random numbers.
@@ -161,8 +162,11 @@ class ImageTextStream(IterableDataset[Batch]):
         super().__init__()
         if not 0 <= rank < world_size:
             raise ValueError(f"rank is {rank}, must be from 0 to {world_size - 1}")
-        if isinstance(index, LazyIndex) != (samples_per_epoch is not None):
-            raise ValueError("samples_per_epoch must be given with a LazyIndex, and only with one")
+        sizes = index.sizes if isinstance(index, LazyIndex) else [len(shard) for shard in index]
+        if samples_per_epoch is not None and not isinstance(index, LazyIndex):
+            raise ValueError("samples_per_epoch must be given with a LazyIndex")
+        if samples_per_epoch is None and sizes is None:
+            raise ValueError("a LazyIndex must have sizes, unless samples_per_epoch is given")
         self.index = index
         self.decoder = decoder
         self.views = views
@@ -178,7 +182,7 @@ class ImageTextStream(IterableDataset[Batch]):
             "shuffle": shuffle,
         }
         if samples_per_epoch is None:
-            self.plan = Plan(**layout, seed=seed, sizes=[len(shard) for shard in index])
+            self.plan = Plan(**layout, seed=seed, sizes=sizes or [])
         else:
             self.plan = ResampledPlan(**layout, seed=seed, shards=len(index), samples_per_epoch=samples_per_epoch)
         self.start_at(0, [Cursor()] * self.plan.workers)
@@ -227,7 +231,7 @@ class ImageTextStream(IterableDataset[Batch]):
                 while cursor.batch < batches:
                     batch = self._batch(worker, cursor, samples, share=batches * plan.batch_size)
                     cursor = batch._cursor
-                    yield batch
+                    yield self._with_shards(batch)
             cursor = Cursor(epoch=cursor.epoch + 1)
 
     def _draws(self, plan: ResampledPlan, worker: int, cursor: Cursor, reader: SampleReader) -> Iterator[Batch]:
@@ -248,9 +252,14 @@ class ImageTextStream(IterableDataset[Batch]):
             epoch = plan.epoch_at(cursor.batch * plan.workers + worker)
             batch = self._batch(worker, replace(cursor, epoch=epoch), samples, share=None)
             cursor = batch._cursor
+            yield self._with_shards(batch)
+
+    def _with_shards(self, batch: Batch) -> Batch:
+        """A batch with the shards of a lazy index that were opened for it."""
+        if isinstance(self.index, LazyIndex):
             batch._opened, self.index.opened = self.index.opened, {}
             batch._unreadable, self.index.unreadable = self.index.unreadable, {}
-            yield batch
+        return batch
 
     def _batch(self, worker: int, cursor: Cursor, samples: Iterator[ScheduledSample], *, share: int | None) -> Batch:
         """The next batch, bad samples skipped; after `share` samples, if not None, the partition repeats."""
@@ -389,8 +398,8 @@ class StreamLoader:
 
     @property
     def unreadable(self) -> dict[int, str]:
-        """The errors of the shards that this rank wanted and could not read, by number; only in a resampled stream,
-        as otherwise all are indexed before."""
+        """The errors of the shards that this rank wanted and could not read, by number; only of a `LazyIndex`, as
+        otherwise all are indexed before."""
         return dict(self._unreadable)
 
     @property
@@ -406,8 +415,8 @@ class StreamLoader:
         return [[file_name(shard.url), shard.content] for shard in index]
 
     def expect_shards(self, then: Sequence[Sequence[str]]) -> None:
-        """Accept only the shards of an earlier run, wherever they are; those of a resampled stream are compared when
-        they are opened.
+        """Accept only the shards of an earlier run, wherever they are; those of a `LazyIndex` are compared when they
+        are opened.
 
         Args:
             then: names and digests from `shards_read`, merged over its ranks (`merge_shards`).
@@ -421,7 +430,8 @@ class StreamLoader:
             index.expected = {number: content for number, (_, content) in enumerate(then) if content}
         else:
             now = self.shards_read()
-            same = [content for _, content in then] == [content for _, content in now]
+            known = [[name, content or now[number][1]] for number, (name, content) in enumerate(then[: len(now)])]
+            same = len(then) == len(now) and [content for _, content in known] == [content for _, content in now]
             changes = "" if same else _changes(then, now)
         if changes:
             raise InputError(
@@ -457,7 +467,7 @@ class StreamLoader:
             "skipped": self.skipped,
         }
         if isinstance(plan, Plan):
-            return state | {"past": [asdict(past) for past in plan.past]}
+            return state | {"sizes": _digest_of(plan.sizes), "past": [asdict(past) for past in plan.past]}
         return state | {"samples_per_epoch": plan.samples_per_epoch, "restarts": plan.restarts}
 
     def load_state_dict(self, states: Sequence[Mapping[str, Any]]) -> None:
@@ -516,6 +526,7 @@ class StreamLoader:
         layout = dict(state["layout"])
         if isinstance(now, ResampledPlan):
             return replace(now, **layout, first_epoch=state["first_epoch"], restarts=state["restarts"])
+        _check_same("numbers of samples in the shards", state.get("sizes"), _digest_of(now.sizes))
         past = [PreviousLayout(**past) for past in state["past"]]
         return replace(now, **layout, first_epoch=state["first_epoch"], past=past)
 
@@ -560,6 +571,10 @@ def caption_ids(captions: Sequence[str]) -> Tensor:
     """A 63-bit id of each caption, equal for equal captions on every rank."""
     digests = [hashlib.blake2b(caption.encode(), digest_size=8).digest() for caption in captions]
     return torch.tensor([int.from_bytes(digest, "big") >> 1 for digest in digests])
+
+
+def _digest_of(sizes: Sequence[int]) -> str:
+    return hashlib.sha256(str(list(sizes)).encode()).hexdigest()[:16]
 
 
 def _check_same(name: str, then: object, now: object) -> None:

@@ -203,6 +203,21 @@ def stat(url: str, *, retries: Retries = DEFAULT_RETRIES) -> Stat:
     return _retried(fs, url, retries, lambda: _look(fs, path, url))
 
 
+def read_small(url: str, most: int, *, retries: Retries = DEFAULT_RETRIES) -> bytes:
+    """The first ``most`` bytes of a small local or remote file, in one request.
+
+    Raises:
+        InputError: No filesystem supports its URL.
+        Exception: The filesystem's error if it is missing or unreachable, after the last attempt.
+    """
+    fs, path = locate(url, retries=retries)
+    if isinstance(fs, LocalFileSystem):
+        with Path(path).open("rb") as file:
+            return file.read(most)
+    content: bytes = _retried(fs, url, retries, lambda: fs.cat_file(path, start=0, end=most))
+    return content[:most]
+
+
 class ShardFile:
     """An open shard. Reading at ascending offsets is cheap everywhere: without range support, the server's response is
     read sequentially.

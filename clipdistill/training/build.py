@@ -15,6 +15,7 @@ from clipdistill.data.class_lists import find_class_lists
 from clipdistill.data.embeddings import EmbeddingReader
 from clipdistill.data.reading import Views
 from clipdistill.data.sample import Decoder
+from clipdistill.data.sizes import stated_sizes
 from clipdistill.distill.objective import Objective
 from clipdistill.distill.student_texts import StudentTexts
 from clipdistill.distill.teacher_cache import CacheContent
@@ -23,7 +24,7 @@ from clipdistill.distributed.collectives import gather_objects, rank, world_size
 from clipdistill.errors import InputError
 from clipdistill.evaluation import EvaluationSet, open_set
 from clipdistill.evaluation.benchmark_format import MEAN, RISING
-from clipdistill.evaluation.ranks import from_first_rank
+from clipdistill.evaluation.ranks import from_first_rank, on_all_ranks
 from clipdistill.io.images import Size
 from clipdistill.io.paths import expand
 from clipdistill.io.urls import shown
@@ -129,6 +130,22 @@ def _uses_teacher_captions(config: Config) -> bool:
     return lent or any(term.needs_teacher for term in over_captions)
 
 
+def open_index(config: Config) -> Sequence[ShardIndex]:
+    """The shards of a run: indexed on first use if the files beside them state their sizes, or if samples are drawn;
+    else all of them before the first step.
+
+    Raises:
+        InputError: as `index_all` and `stated_sizes`.
+    """
+    urls, cache = expand_urls(config.data.shards), expand(config.data.cache)
+    if config.data.samples_per_epoch is not None:
+        return LazyIndex(urls, cache_dir=cache)
+    parts = on_all_ranks(lambda: stated_sizes(urls[rank() :: world_size()]))
+    sizes = [parts[number % len(parts)][number // len(parts)] for number in range(len(urls))]
+    known = [size for size in sizes if size is not None]
+    return LazyIndex(urls, cache_dir=cache, sizes=known) if len(known) == len(urls) else index_all(config)
+
+
 def index_all(config: Config, *, rebuild: bool = False) -> list[ShardIndex]:
     """The index of all shards; each rank indexes a part of them.
 
@@ -211,15 +228,10 @@ def open_stream(
 
     Raises:
         InputError: too few samples, a class list beside the shards has classes that the prompts lack, or the teacher
-            cache does not match the shards. (In a resampled stream, whose
-            shards are not known before they are drawn, each file is checked when it is needed.)
+            cache does not match the shards. (Of shards that are indexed on first use, each file is checked then.)
     """
     data = config.data
-    index: Sequence[ShardIndex]
-    if data.samples_per_epoch is None:
-        index = index_all(config)
-    else:
-        index = LazyIndex(expand_urls(data.shards), cache_dir=expand(data.cache))
+    index = open_index(config)
     if config.labels == "dataset" and prompts is not None:
         urls = index.urls if isinstance(index, LazyIndex) else [shard.url for shard in index]
         lists = from_first_rank(lambda: find_class_lists(urls, prompts, by_order=data.labels_by_order))
@@ -228,7 +240,7 @@ def open_stream(
     if config.teacher_cache.folder:
         key = cache_content(config, decoder).key(teachers)
         embeddings = EmbeddingReader(Path(config.teacher_cache.folder), index, key)
-        if data.samples_per_epoch is None:
+        if not isinstance(index, LazyIndex):
             embeddings.check()
     stream = ImageTextStream(
         index,

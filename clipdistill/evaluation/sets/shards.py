@@ -41,7 +41,7 @@ from clipdistill.io.caches import COPIES, mark_used
 from clipdistill.io.files import new_file
 from clipdistill.io.paths import expand
 from clipdistill.io.retries import may_pass, status_of
-from clipdistill.io.urls import NUMBER_FILE, ShardFile, Stat, expand_urls, one_line, shown, stat
+from clipdistill.io.urls import NUMBER_FILE, ShardFile, Stat, expand_urls, one_line, read_small, shown, stat
 from clipdistill.models.class_matching import ClassLabels
 from clipdistill.models.prompts import CLASSNAMES_FILE, TEMPLATE_FILES, PromptSet, parse_classnames
 
@@ -277,11 +277,7 @@ def _load_remote_prompts(root: str, load_prompts: Callable[[str | Path], PromptS
 def _text(path: str) -> str | None:
     """Content of a local or remote text file; None if it does not exist."""
     try:
-        file = ShardFile(path)
-        try:
-            content = file.read_at(0, _TEXT_BYTES + 1)
-        finally:
-            file.close()
+        content = read_small(path, _TEXT_BYTES + 1)
         if len(content) > _TEXT_BYTES:
             raise InputError(f"{shown(path)}: is too large; allowed: a text file of {_TEXT_BYTES >> 20} MiB")
         return content.decode("utf-8")
