@@ -277,6 +277,7 @@ _FREE_ON_RESUME = frozenset(
         "evaluation",
         "data.cache",
         "teacher_cache.folder",
+        "teacher_cache.pixels",
         "data.workers",
         "data.worker_timeout",
         "data.max_bad_share",

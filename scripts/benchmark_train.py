@@ -5,15 +5,15 @@
 
 Two comparisons, each arm in a separate process, alternating:
 
-- ``icons``: the quickstart's teacher and student, online and from the cache, with the accuracy that each seed reaches
-  on an unseen font;
+- ``icons``: the quickstart's teacher and student, online, from the cache, and from one that also stores pixels, with
+  the accuracy that each seed reaches on an unseen font;
 - ``peer``: ``--teacher`` into ``--student`` on synthetic JPEG pictures with captions: open_clip's trainer with
   ``--distill-model``, ours online with the same losses (contrastive, and cross-entropy with the teacher's in-batch
   distribution, in both directions), and ours from the cache. Same batch, precision, resolution, optimizer, number of
   workers. Random weights suffice for speed.
 
 Samples/s are medians over the steps of a run, without the first ones. Without a GPU, the icons' cached arm reserves
-cores for the decoding processes, which makes it faster, and would make the online arm slower.
+cores for the decoding processes, which makes it faster, and would make the others slower.
 """
 
 import argparse
@@ -81,13 +81,15 @@ def icons(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     common = [f"data.shards=[{data}/train]", f"data.cache={folder}/index", f"train.steps={args.steps}"]
     common += ["train.log_every=20", "train.trackers=[]", f"data.workers={args.workers}"]
     cache = [f"data.views={args.views}", f"teacher_cache.folder={folder}/icons-embeddings"]
+    pixels = [f"data.views={args.views}", f"teacher_cache.folder={folder}/icons-pixels", "teacher_cache.pixels=true"]
     building = clipdistill("cache", "--config", config, *common, *cache)
+    building_pixels = clipdistill("cache", "--config", config, *common, *pixels)
     if not torch.cuda.is_available():  # without a teacher, decoding keeps up with a step only on reserved cores
         cache.append(f"train.threads={max(1, torch.get_num_threads() - args.workers)}")
     test = load_classification_set(data / "test")
-    arms: dict[str, list[dict[str, float]]] = {"online": [], "cached": []}
+    arms: dict[str, list[dict[str, float]]] = {"online": [], "cached": [], "cached_pixels": []}
     for seed in range(args.seeds):
-        for arm, more in (("online", []), ("cached", cache)):
+        for arm, more in (("online", []), ("cached", cache), ("cached_pixels", pixels)):
             run = folder / f"icons-{arm}-{seed}"
             seconds = clipdistill("train", "--config", config, *common, *more, f"output={run}", f"seed={seed}")
             student = load_for_evaluation(str(run))
@@ -96,10 +98,14 @@ def icons(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
             arms[arm].append(throughput(run) | {"seconds": seconds, "acc1": accuracy})
     return {
         "views": args.views,
-        "cache_seconds": building,
-        "cache_bytes": sum(path.stat().st_size for path in (folder / "icons-embeddings").iterdir()),
+        "cache_seconds": {"embeddings": building, "pixels": building_pixels},
+        "cache_bytes": {
+            name: sum(path.stat().st_size for path in (folder / f"icons-{name}").iterdir())
+            for name in ("embeddings", "pixels")
+        },
         "arms": arms,
         "cached_over_online": _ratio(arms["cached"], arms["online"]),
+        "cached_pixels_over_online": _ratio(arms["cached_pixels"], arms["online"]),
     }
 
 

@@ -4,6 +4,7 @@
     content      (N,)         int64: digest of the sample's image and caption as stored in the shard
     label        (N,)         int64: -1 for a sample without one, -2 for one that is a name
     image.T      (N, K, D)    of teacher T: unit-norm image embedding of each stored view
+    pixels       (N, K, 3, H, W)  uint8, where pixels are stored: the views themselves
     captions     (N,)         int64, where captions are stored: number of the sample's captions
     captions.T   (M, D)       of teacher T: unit-norm text embedding of each caption, sample by sample
     *.scale      (N, K), (M,) float32: factor of an int8 row
@@ -26,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from clipdistill.data.image import Pixels
 from clipdistill.data.index import ShardIndex
 from clipdistill.data.sample import IMAGE_EXTENSIONS, RawSample
 from clipdistill.errors import InputError
@@ -57,13 +59,20 @@ def unpack(rows: Tensor, scale: Tensor | None) -> Tensor:
     return rows.float() if scale is None else rows.float() * scale[..., None]
 
 
-def bytes_per_sample(dimensions: Sequence[int], *, views: int, captions: float, precision: str) -> int:
-    """Size of a sample in its file: all teachers' rows, their scales, and the sample's own fields.
+def bytes_per_sample(
+    dimensions: Sequence[int], *, views: int, captions: float, precision: str, view_bytes: int = 0
+) -> int:
+    """Size of a sample in its file: all teachers' rows, their scales, its pixels, and its own fields.
 
-    ``captions`` is the mean number of captions stored of a sample; 0: none are.
+    Args:
+        dimensions: of each teacher's embeddings.
+        views: stored views.
+        captions: mean number of captions stored of a sample; 0: none are.
+        precision: storage format of embeddings.
+        view_bytes: of the stored pixels of a view; 0: none are.
     """
     row = sum(dimensions) * EMBEDDING_DTYPES[precision].itemsize + (4 * len(dimensions) if precision == "int8" else 0)
-    return round(row * (views + captions)) + 17 + (8 if captions else 0)
+    return round(row * (views + captions)) + view_bytes * views + 17 + (8 if captions else 0)
 
 
 def content_digest(raw: RawSample, *, caption_key: str, label_key: str) -> int:
@@ -164,6 +173,17 @@ class EmbeddingReader:
                 f"teacher_cache.folder: {self._folder} cannot serve {len(faults)} of {len(self._index)} shards, "
                 f"the first for {faults[0]}; allowed: a cache written by `clipdistill cache` with this config"
             )
+
+    def pixels(self, shard: int, sample: int, view: int) -> Pixels | None:
+        """The stored pixels of a view (3, H, W); None if none are stored, or the sample was bad.
+
+        Raises:
+            InputError: The file is damaged.
+        """
+        if not self._key["pixels"]:
+            return None
+        tensors = self._open(shard)
+        return tensors["pixels"][sample, view].numpy() if tensors["valid"][sample] else None
 
     def read(self, shard: int, sample: int, view: int, caption: int, raw: RawSample) -> list[ModelOutputs]:
         """Each teacher's embeddings of a view of a sample, and of one caption if captions are stored; (D,) float32.

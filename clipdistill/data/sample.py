@@ -170,21 +170,7 @@ class Decoder:
             BadSampleError: A member is missing or broken.
             InputError: The label is outside the class list: the list does not match the data.
         """
-        if raw.fault:
-            raise raw.fault
-        image = find_image(raw)
-        try:
-            captions = _captions(raw.members, self.caption_key)
-        except BadSampleError:
-            if self.require_captions:
-                raise
-            captions = ()
-        try:
-            label = self._label(raw)
-        except BadSampleError:
-            if self.require_labels:
-                raise
-            label = -1
+        image, captions, label = self._members(raw)
         try:
             pixels = render(
                 image,
@@ -200,6 +186,34 @@ class Decoder:
         except Exception as error:  # Pillow's decoders raise almost any error on hostile data
             raise BadSampleError("broken image", one_line(error)) from error
         return DecodedSample(pixels, captions, label)
+
+    def read(self, raw: RawSample, pixels: Pixels) -> DecodedSample:
+        """A sample whose pixels are stored: only its caption and label are decoded.
+
+        Raises:
+            BadSampleError, InputError: as ``decode``, but for the image.
+        """
+        _, captions, label = self._members(raw)
+        return DecodedSample(pixels, captions, label)
+
+    def _members(self, raw: RawSample) -> tuple[bytes, tuple[str, ...], int]:
+        """Encoded image, captions and label."""
+        if raw.fault:
+            raise raw.fault
+        image = find_image(raw)
+        try:
+            captions = _captions(raw.members, self.caption_key)
+        except BadSampleError:
+            if self.require_captions:
+                raise
+            captions = ()
+        try:
+            label = self._label(raw)
+        except BadSampleError:
+            if self.require_labels:
+                raise
+            label = -1
+        return image, captions, label
 
     def has_named_label(self, raw: RawSample) -> bool:
         """Whether the sample's label may be a class name, which only a class list makes a number."""

@@ -21,7 +21,7 @@ from clipdistill.data.embeddings import EmbeddingReader
 from clipdistill.data.index import LazyIndex, ShardIndex
 from clipdistill.data.plan import Layout, Plan, PreviousLayout, ResampledPlan
 from clipdistill.data.reading import NO_VIEWS, ScheduledSample, Views, read_draws, read_partition
-from clipdistill.data.sample import BadSampleError, Decoder, SampleReader
+from clipdistill.data.sample import BadSampleError, DecodedSample, Decoder, SampleReader
 from clipdistill.data.workers import WORKER_TIMEOUT, from_workers
 from clipdistill.errors import InputError
 from clipdistill.io.images import as_size
@@ -261,6 +261,15 @@ class ImageTextStream(IterableDataset[Batch]):
             batch._unreadable, self.index.unreadable = self.index.unreadable, {}
         return batch
 
+    def _decode(self, scheduled: ScheduledSample) -> DecodedSample:
+        """A sample, with its pixels from the teacher cache if they are stored there."""
+        stored = None
+        if self.embeddings and scheduled.raw.fault is None:
+            stored = self.embeddings.pixels(scheduled.shard, scheduled.sample, scheduled.view)
+        if stored is None:
+            return self.decoder.decode(scheduled.raw, scheduled.rng)
+        return self.decoder.read(scheduled.raw, stored)
+
     def _batch(self, worker: int, cursor: Cursor, samples: Iterator[ScheduledSample], *, share: int | None) -> Batch:
         """The next batch, bad samples skipped; after `share` samples, if not None, the partition repeats."""
         size = self.plan.batch_size
@@ -275,7 +284,7 @@ class ImageTextStream(IterableDataset[Batch]):
             scheduled = next(samples)
             raw = scheduled.raw
             try:
-                sample = self.decoder.decode(raw, scheduled.rng)
+                sample = self._decode(scheduled)
             except BadSampleError as bad:
                 in_a_row += 1
                 if share is None or position < share:

@@ -8,6 +8,7 @@ dimensions of a teacher.
 """
 
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -53,6 +54,9 @@ class TeacherCacheSettings(Settings):
     """Folder of the files, one per shard; empty: the teachers run in every step."""
     precision: Literal["fp32", "bf16", "int8"] = "bf16"
     """fp32, bf16, or int8 (with a factor per row)."""
+    pixels: bool = False
+    """Also store the pixels of all views, uncompressed: training then decodes and augments nothing. A view takes three
+    bytes a pixel: 150 KB at 224 x 224."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +69,8 @@ class CacheContent:
     """The stored augmentations of each sample: K of them."""
     precision: str = "bf16"
     """Storage format of embeddings: fp32, bf16, or int8 with a factor per row."""
+    pixels: bool = False
+    """Whether the views' pixels are stored too."""
 
     def __post_init__(self) -> None:
         if self.views.number < 1:
@@ -96,6 +102,7 @@ class CacheContent:
             "label_key": decoder.label_key,
             "captions": self.captions,
             "precision": self.precision,
+            "pixels": self.pixels,
         }
 
 
@@ -220,6 +227,7 @@ class CacheBuilder:
             views=self.content.views.number,
             captions=captions,
             precision=self.content.precision,
+            view_bytes=3 * math.prod(as_size(self.content.decoder.image_size)) if self.content.pixels else 0,
         )
         return CacheEstimate(
             samples=sum(len(self.index[number]) for number in numbers),
@@ -283,6 +291,8 @@ class CacheBuilder:
         tensors = {"valid": chunk.valid_n, "content": chunk.content_n, "label": chunk.labels_n}
         if self.content.captions:
             tensors["captions"] = chunk.captions_n
+        if self.content.pixels:
+            tensors["pixels"] = chunk.pixels
         rows, views = chunk.pixels.shape[:2]
         image_BCHW = chunk.pixels.flatten(0, 1).to(self.device, non_blocking=True)
         for number, teacher in enumerate(self.teachers):

@@ -120,6 +120,7 @@ def cache_content(config: Config, decoder: Decoder) -> CacheContent:
         ),
         views=Views(config.data.views, config.data.view_seed),
         precision=config.teacher_cache.precision,
+        pixels=config.teacher_cache.pixels,
     )
 
 

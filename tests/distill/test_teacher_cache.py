@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from clipdistill.data import Augmentation, LazyIndex, StreamLoader, expand_urls, index_shards
 from clipdistill.data.embeddings import EmbeddingReader, embedding_file, find_fault, pack, unpack
@@ -22,8 +23,9 @@ CHANGES = Augmentation(crop_scale=(0.3, 1.0), rotate=30, flip=0.5)
 DECODER = Decoder(image_size=16, augmentation=CHANGES, require_captions=True, max_pixels=10_000)
 
 
-def content(*, views: int = 3, seed: int = 5, precision: str = "fp32", **changes) -> CacheContent:
-    return CacheContent(decoder=replace(DECODER, **changes), views=Views(views, seed), precision=precision)
+def content(*, views: int = 3, seed: int = 5, precision: str = "fp32", pixels: bool = False, **changes) -> CacheContent:
+    decoder = replace(DECODER, **changes)
+    return CacheContent(decoder=decoder, views=Views(views, seed), precision=precision, pixels=pixels)
 
 
 @pytest.fixture
@@ -64,6 +66,40 @@ def test_batches_carry_what_the_teacher_says_of_their_very_pixels(make_builder, 
         torch.testing.assert_close(stored.image_BD, teacher.encode_image(batch.image_BCHW), atol=bound, rtol=0)
         captions_BD = teacher.encode_tokens(teacher.tokenize(batch.captions))
         torch.testing.assert_close(stored.captions_BD, captions_BD, atol=bound, rtol=0)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_stored_pixels_are_those_that_would_be_decoded(make_builder, tmp_path, workers):
+    """Bad samples included, which are skipped for the same reasons."""
+    samples = colour_samples(30)
+    samples[7]["png"] = b"no picture"
+    del samples[11]["txt"]
+    for number in (0, 1):
+        write_tar(tmp_path / "shards" / f"{number}.tar", samples[number::2])
+    found = []
+    for pixels in (False, True):
+        builder = make_builder(tmp_path / "shards", pixels=pixels)
+        assert builder.missing() == [0, 1]
+        estimate = builder.estimate([0, 1])
+        builder.build([0, 1])
+        size = sum(path.stat().st_size for path in builder.folder.iterdir())
+        assert 0.9 * size - 2 * 4096 < estimate.bytes < 1.1 * size
+        loader = stream(builder, num_workers=workers, require_captions=True)
+        found.append(
+            [
+                (batch.keys, batch.captions, batch.labels_B.tolist(), batch.image_BCHW.numpy().tobytes())
+                for batch in islice(loader, 20)
+            ]
+        )
+        assert loader.skipped.keys() == {"broken image", "no caption"}
+    assert found[0] == found[1]
+
+
+def test_training_with_stored_pixels_decodes_no_picture(make_builder, monkeypatch):
+    builder = make_builder(pixels=True)
+    builder.build(builder.missing())
+    monkeypatch.setattr(Image, "open", lambda *_, **__: pytest.fail("a picture was opened"))
+    assert len(list(islice(stream(builder), 12))) == 12
 
 
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
