@@ -14,7 +14,7 @@ from typing import Any
 
 from clipdistill.errors import InputError
 from clipdistill.io.retries import may_pass
-from clipdistill.io.urls import one_line, read_small, shown
+from clipdistill.io.urls import one_line, read_many_small, read_small, shown
 
 SIZES_FILE = "sizes.json"
 
@@ -22,7 +22,6 @@ _WIDS_KIND = "wids-shard-index-v1"
 _WIDS_FILES = ("index.json", "shardindex.json")
 _STATS = "_stats.json"
 _MAX_BYTES = 64 << 20
-_MAX_STATS_BYTES = 16 << 20
 _THREADS = 32
 
 
@@ -38,11 +37,11 @@ def stated_sizes(urls: Sequence[str]) -> list[int | None]:
     folders = sorted({_folder(url) for url in urls if _is_plain(url)})
     with ThreadPoolExecutor(max_workers=_THREADS) as pool:
         lists = dict(zip(folders, pool.map(_list_of, folders), strict=True))
-        found = [lists[_folder(url)].get(_name(url)) if _is_plain(url) else None for url in urls]
-        asked = [number for number, size in enumerate(found) if size is None and _is_plain(urls[number])]
-        if asked and pool.submit(_stats_of, urls[asked[0]]).result() is not None:  # else none has any
-            for number, size in zip(asked, pool.map(_stats_of, [urls[number] for number in asked]), strict=True):
-                found[number] = size
+    found = [lists[_folder(url)].get(_name(url)) if _is_plain(url) else None for url in urls]
+    asked = [number for number, size in enumerate(found) if size is None and _is_plain(urls[number])]
+    if asked and _stats_of([urls[asked[0]]])[0] is not None:  # else none has any
+        for number, size in zip(asked, _stats_of([urls[number] for number in asked]), strict=True):
+            found[number] = size
     return found
 
 
@@ -93,26 +92,34 @@ def _counts(sizes: Mapping[str, Any], place: str) -> dict[str, int]:
     return {_name(name): size for name, size in sizes.items()}
 
 
-def _stats_of(url: str) -> int | None:
-    """The number of samples in img2dataset's statistics of a shard."""
-    place = url.removesuffix(".tar") + _STATS
-    content = _read_json(place, most=_MAX_STATS_BYTES)
-    if not isinstance(content, dict) or "successes" not in content:
-        return None
-    return _counts({_name(url): content["successes"]}, place)[_name(url)]
+def _stats_of(urls: Sequence[str]) -> list[int | None]:
+    """The number of samples of each shard in img2dataset's statistics."""
+    places = [url.removesuffix(".tar") + _STATS for url in urls]
+    sizes: list[int | None] = []
+    for url, place, content in zip(urls, places, read_many_small(places), strict=True):
+        stats = _parsed(place, content)
+        known = isinstance(stats, dict) and "successes" in stats
+        sizes.append(_counts({_name(url): stats["successes"]}, place)[_name(url)] if known else None)
+    return sizes
 
 
-def _read_json(place: str, *, most: int = _MAX_BYTES) -> Any:
+def _read_json(place: str) -> Any:
     """Content of a local or remote JSON file; None if there is none."""
     try:
-        content = read_small(place, most + 1)
+        content: bytes | Exception = read_small(place, _MAX_BYTES + 1)
     except Exception as error:  # every filesystem raises its own errors
-        if isinstance(error, FileNotFoundError) and not may_pass(error):
-            return None
-        raise InputError(f"{shown(place)}: cannot be read: {one_line(error, place)}") from error
+        content = error
+    return _parsed(place, content)
+
+
+def _parsed(place: str, content: bytes | Exception) -> Any:
+    if isinstance(content, FileNotFoundError) and not may_pass(content):
+        return None
+    if isinstance(content, Exception):
+        raise InputError(f"{shown(place)}: cannot be read: {one_line(content, place)}") from content
     try:
-        if len(content) > most:
-            raise ValueError(f"more than {most:,} bytes")
+        if len(content) > _MAX_BYTES:
+            raise ValueError(f"more than {_MAX_BYTES:,} bytes")
         return json.loads(content)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{shown(place)}: not JSON: {one_line(error)[:200]}; allowed: the sizes of shards") from error

@@ -24,7 +24,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from clipdistill.errors import InputError
 from clipdistill.io.paths import expand
-from clipdistill.io.retries import DEFAULT_RETRIES, Retries, status_of
+from clipdistill.io.retries import DEFAULT_RETRIES, Retries, may_pass, status_of
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +38,7 @@ NUMBER_FILE = "nshards.txt"
 _NUMBER_BYTES = 64
 _MISSING_NAMED = 5
 _BLOCK = 4 << 20
+_SMALL = 16 << 20
 _LEAST_BLOCK = 64 << 10
 _TICK_OF_KERNEL = 50_000_000
 """Nanoseconds; times of files are at most this coarse."""
@@ -216,6 +217,28 @@ def read_small(url: str, most: int, *, retries: Retries = DEFAULT_RETRIES) -> by
             return file.read(most)
     content: bytes = _retried(fs, url, retries, lambda: fs.cat_file(path, start=0, end=most))
     return content[:most]
+
+
+def read_many_small(urls: Sequence[str], *, retries: Retries = DEFAULT_RETRIES) -> list[bytes | Exception]:
+    """The contents of small local or remote files, or their errors; many at once. Requests that fail for a reason that
+    may pass are repeated one by one."""
+    located = [locate(url, retries=retries) for url in urls]
+    found: dict[tuple[int, str], Any] = {}
+    for fs in {id(fs): fs for fs, _ in located}.values():
+        paths = [path for other, path in located if other is fs]
+        answers = fs.cat(paths, on_error="return")
+        answers = answers if isinstance(answers, dict) else {paths[0]: answers}
+        found |= {(id(fs), path): answer for path, answer in answers.items()}
+
+    def again(url: str, answer: Any) -> bytes | Exception:
+        if not isinstance(answer, Exception) or not may_pass(answer):
+            return answer
+        try:
+            return read_small(url, _SMALL, retries=retries)
+        except Exception as error:  # every filesystem raises its own errors
+            return error
+
+    return [again(url, found[id(fs), path]) for url, (fs, path) in zip(urls, located, strict=True)]
 
 
 class ShardFile:
