@@ -26,8 +26,8 @@ class ScheduledSample(NamedTuple):
     """A sample scheduled to be yielded."""
 
     raw: RawSample
-    rng: np.random.Generator
-    """Random generator of its augmentation."""
+    rng: Callable[[], np.random.Generator]
+    """Makes the random generator of its augmentation."""
     choose: Callable[[int], int]
     """Draws one of a number of captions."""
     shard: int
@@ -89,10 +89,10 @@ def read_partition(
             shard, sample, number = (
                 int(of_N[wanted]) for of_N in (partition.shard_N, partition.sample_N, partition.number_N)
             )
-            raw, view, rng = held.pop(wanted), 0, plan.pixels(epoch, number)
+            raw, view, rng = held.pop(wanted), 0, partial(plan.pixels, epoch, number)
             if views.number and raw.fault is None:
                 view = plan.view(epoch, number, views.number)
-                rng = view_pixels(views.seed, index[shard].digest, sample, view)
+                rng = partial(view_pixels, views.seed, index[shard].digest, sample, view)
             yield ScheduledSample(raw, rng, partial(plan.caption, epoch, number), shard, sample, view)
         position = 0
 
@@ -149,10 +149,10 @@ def read_draws(
     order = _in_order(plan, index, rank, worker, draw, first, read)
     for turn, raw, oldest, oldest_first in islice(order, position - first, None):
         assert raw is not None
-        view, rng = 0, plan.pixels(rank, worker, turn.number)
+        view, rng = 0, partial(plan.pixels, rank, worker, turn.number)
         if views.number and raw.fault is None:
             view = plan.view(rank, worker, turn.number, views.number)
-            rng = view_pixels(views.seed, index[turn.shard].digest, turn.sample, view)
+            rng = partial(view_pixels, views.seed, index[turn.shard].digest, turn.sample, view)
         choose = partial(plan.caption, rank, worker, turn.number)
         yield ScheduledSample(raw, rng, choose, turn.shard, turn.sample, view, oldest, oldest_first)
 

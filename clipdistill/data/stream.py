@@ -267,7 +267,7 @@ class ImageTextStream(IterableDataset[Batch]):
         if self.embeddings and scheduled.raw.fault is None:
             stored = self.embeddings.pixels(scheduled.shard, scheduled.sample, scheduled.view)
         if stored is None:
-            return self.decoder.decode(scheduled.raw, scheduled.rng)
+            return self.decoder.decode(scheduled.raw, scheduled.rng())
         return self.decoder.read(scheduled.raw, stored)
 
     def _batch(self, worker: int, cursor: Cursor, samples: Iterator[ScheduledSample], *, share: int | None) -> Batch:
