@@ -85,13 +85,13 @@ class ImageCells:
 
     def __init__(self, dataset: str, root: Path | None = None) -> None:
         import datasets
-        import huggingface_hub
+        from huggingface_hub.constants import HF_HUB_CACHE
 
         own = [] if root is None else [expand(root)]
         own += [Path(dataset)] if Path(dataset).is_dir() else []
         caches = (datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH)
         self._starts = own
-        self._roots = [Path(each).resolve() for each in (*own, *caches, huggingface_hub.constants.HF_HUB_CACHE)]
+        self._roots = [Path(each).resolve() for each in (*own, *caches, HF_HUB_CACHE)]
         self._repository = f"hf://datasets/{dataset}@"
 
     def read(self, cell: Any, *, where: str) -> tuple[bytes, str]:

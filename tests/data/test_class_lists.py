@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
-import huggingface_hub
+import huggingface_hub.constants
 import pytest
 
 from clipdistill.data import StreamLoader, expand_urls, index_shards

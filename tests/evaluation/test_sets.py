@@ -10,7 +10,7 @@ from typing import Any
 
 import datasets
 import fsspec
-import huggingface_hub
+import huggingface_hub.constants
 import numpy as np
 import pytest
 from PIL import Image
