@@ -73,8 +73,9 @@ def _lists_in(folder: str) -> Iterator[tuple[str, dict[str, int]]]:
         content = _read_json(place)
         if isinstance(content, dict) and content.get("__kind__") == _WIDS_KIND:
             listed = content.get("shardlist")
-            entries = listed if isinstance(listed, list) else []
-            yield place, _counts({_name(str(each.get("url"))): each.get("nsamples") for each in entries}, place)
+            if not isinstance(listed, list) or not all(isinstance(each, dict) for each in listed):
+                raise InputError(f"{shown(place)}: shardlist {str(listed)[:40]!r}; allowed: a list of shards")
+            yield place, _counts({_name(str(each.get("url"))): each.get("nsamples") for each in listed}, place)
 
 
 def _mentions_wids(path: Path) -> bool:
@@ -113,8 +114,8 @@ def _read_json(place: str) -> Any:
 
 
 def _parsed(place: str, content: bytes | Exception) -> Any:
-    if isinstance(content, FileNotFoundError) and not may_pass(content):
-        return None
+    if isinstance(content, FileNotFoundError | PermissionError) and not may_pass(content):
+        return None  # stores that list no names answer "forbidden" for a file that is not there
     if isinstance(content, Exception):
         raise InputError(f"{shown(place)}: cannot be read: {one_line(content, place)}") from content
     try:

@@ -110,6 +110,8 @@ def test_without_lists_the_sizes_are_unknown(folder: Path) -> None:
         ({"sizes.json": '{"00000.tar": "7"}'}, r"sizes\.json: '7' samples in 00000\.tar; allowed: a whole number"),
         ({"sizes.json": '{"00000.tar"'}, r"sizes\.json: not JSON: .*; allowed: the sizes of shards"),
         ({"00000_stats.json": '{"successes": -1}'}, r"00000_stats\.json: -1 samples"),
+        ({"i.json": '{"__kind__": "wids-shard-index-v1", "shardlist": [3]}'}, r"i\.json: shardlist '\[3\]'; allowed"),
+        ({"i.json": '{"__kind__": "wids-shard-index-v1"}'}, r"i\.json: shardlist 'None'; allowed: a list of shards"),
         (
             {
                 "sizes.json": '{"00000.tar": 8}',

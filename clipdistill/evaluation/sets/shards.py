@@ -15,6 +15,7 @@ import io
 import logging
 import math
 import re
+import secrets
 import tarfile
 import tempfile
 from bisect import bisect_right
@@ -316,9 +317,10 @@ def _copy(url: str, version: Stat, cache: Path) -> Path:
             return copy
         copy.unlink()
     folder.mkdir(parents=True, exist_ok=True)
+    complete = folder / f"{name}.{secrets.token_hex(8)}.tar"  # another process may copy the same shard
     shard, found = ShardFile(url, stat=version), hashlib.sha256()
     try:
-        with new_file(folder / f"{name}.tar") as temporary, temporary.open("wb") as file:
+        with new_file(complete) as temporary, temporary.open("wb") as file:
             while data := shard.read_at(file.tell(), _DOWNLOAD_BYTES):
                 file.write(data)
                 found.update(data)
@@ -326,7 +328,7 @@ def _copy(url: str, version: Stat, cache: Path) -> Path:
                 raise InputError(f"shard {shown(url)}: ends at byte {file.tell():,}; allowed: {version.size:,} bytes")
     finally:
         shard.close()
-    return (folder / f"{name}.tar").rename(folder / f"{name}-{found.hexdigest()[:_DIGITS]}.tar")
+    return complete.rename(folder / f"{name}-{found.hexdigest()[:_DIGITS]}.tar")
 
 
 def _read_annotation(kind: Kind, content: bytes, labels: ClassLabels, where: str) -> dict[str, Any]:
