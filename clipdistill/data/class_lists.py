@@ -14,7 +14,7 @@ from pathlib import PurePath
 
 from clipdistill.errors import InputError
 from clipdistill.io.retries import may_pass, status_of
-from clipdistill.io.urls import one_line, read_small, shown
+from clipdistill.io.urls import folder_of, one_line, read_small, shown
 from clipdistill.models.class_matching import ClassLabels, match_classes
 from clipdistill.models.prompts import CLASSNAMES_FILE, PromptSet, parse_classnames
 
@@ -38,7 +38,7 @@ class ClassLists:
 
     def of(self, url: str) -> ClassLabels:
         """The reader of a shard's labels."""
-        return self.of_folders.get(_folder(url), self.prompts)
+        return self.of_folders.get(folder_of(url), self.prompts)
 
     def digests(self, urls: Sequence[str]) -> list[str]:
         """What each shard's labels stand for; the same wherever the shards and their lists are."""
@@ -61,7 +61,7 @@ def find_class_lists(urls: Sequence[str], prompts: PromptSet, *, by_order: bool 
     Raises:
         InputError: a list has classes that the prompts lack, or cannot be read.
     """
-    folders = sorted({_folder(url) for url in urls if "?" not in url and "::" not in url})
+    folders = sorted({folder_of(url) for url in urls if "?" not in url and "::" not in url})
     with ThreadPoolExecutor(max_workers=_THREADS) as pool:
         found = list(pool.map(_find, folders))
     of_folders, matched = {}, {}
@@ -106,10 +106,6 @@ def _read(file: str) -> bytes | None:
             "%s: no answer, so labels are not compared with class names: %s", shown(file), one_line(error, file)
         )
         return None
-
-
-def _folder(url: str) -> str:
-    return url.rpartition("/")[0] if "://" in url else str(PurePath(url).parent)
 
 
 def _parent(folder: str) -> str | None:

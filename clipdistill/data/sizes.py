@@ -9,12 +9,12 @@ FOLDER/00000_stats.json       of img2dataset: its "successes"
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from clipdistill.errors import InputError
 from clipdistill.io.retries import may_pass
-from clipdistill.io.urls import one_line, read_many_small, read_small, shown
+from clipdistill.io.urls import folder_of, one_line, read_many_small, read_small, shown
 
 SIZES_FILE = "sizes.json"
 
@@ -34,10 +34,10 @@ def stated_sizes(urls: Sequence[str]) -> list[int | None]:
     Raises:
         InputError: A file that says so is damaged or cannot be read, or two of them differ.
     """
-    folders = sorted({_folder(url) for url in urls if _is_plain(url)})
+    folders = sorted({folder_of(url) for url in urls if _is_plain(url)})
     with ThreadPoolExecutor(max_workers=_THREADS) as pool:
         lists = dict(zip(folders, pool.map(_list_of, folders), strict=True))
-    found = [lists[_folder(url)].get(_name(url)) if _is_plain(url) else None for url in urls]
+    found = [lists[folder_of(url)].get(_name(url)) if _is_plain(url) else None for url in urls]
     asked = [number for number, size in enumerate(found) if size is None and _is_plain(urls[number])]
     if asked and _stats_of([urls[asked[0]]])[0] is not None:  # else none has any
         for number, size in zip(asked, _stats_of([urls[number] for number in asked]), strict=True):
@@ -129,10 +129,6 @@ def _parsed(place: str, content: bytes | Exception) -> Any:
 def _is_plain(url: str) -> bool:
     """Whether files beside a shard have names that follow from its own."""
     return "?" not in url and "::" not in url
-
-
-def _folder(url: str) -> str:
-    return url.rpartition("/")[0] if "://" in url else str(PurePath(url).parent)
 
 
 def _name(url: str) -> str:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, TypeVar
 
 import aiohttp
@@ -157,6 +157,11 @@ def is_remote(location: str) -> bool:
 def file_name(url: str) -> str:
     """The last part of a path or URL, without password, key or signature."""
     return shown(url).replace("\\", "/").rsplit("/", 1)[-1]
+
+
+def folder_of(url: str) -> str:
+    """The folder of a path or URL."""
+    return url.rpartition("/")[0] if "://" in url else str(PurePath(url).parent)
 
 
 def one_line(error: BaseException, url: str = "") -> str:
