@@ -283,6 +283,7 @@ _FREE_ON_RESUME = frozenset(
         "data.max_bad_share",
         "data.batch_size",
         "teachers.shard",
+        "teachers.compile",
         "student.grad_checkpointing",
         "student.compile",
         *(f"train.{name}" for name in ("accumulate", "teacher_micro_batches", "log_every", "evaluate_every")),

@@ -103,6 +103,17 @@ class Batch:
         """The batch with its tensors in pinned memory; DataLoader calls this."""
         return self._with(Tensor.pin_memory)
 
+    def tensors(self) -> list[Tensor]:
+        """All tensors."""
+        found: list[Tensor] = []
+
+        def note(tensor: Tensor) -> Tensor:
+            found.append(tensor)
+            return tensor
+
+        self._with(note)
+        return found
+
     def _with(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         return replace(
             self,

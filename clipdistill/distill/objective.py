@@ -101,7 +101,7 @@ class Objective:
             batches: the targets of the optimizer step's micro-batches, or of their concatenation.
             rows: samples of this rank in all of them.
         """
-        local = {"rows": torch.tensor(float(rows), device=self.device)}
+        local = {"rows": torch.full((), float(rows), device=self.device)}
         for term in self.terms:
             for targets in batches:
                 for key, _, comparison in self._comparisons(term, None, targets):

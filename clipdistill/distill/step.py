@@ -23,6 +23,7 @@ from clipdistill.distill.stopwatch import NoStopwatch
 from clipdistill.distill.student_texts import StudentTexts
 from clipdistill.distill.targets import Labels, Targets, make_targets
 from clipdistill.distill.teachers import Teachers
+from clipdistill.distill.transfer import Transfer
 from clipdistill.losses import LossParts
 from clipdistill.models.outputs import ModelOutputs
 from clipdistill.models.towers import Student
@@ -88,6 +89,7 @@ class DistillationStep:
         self.labels = labels
         self.perturb = perturb
         self.stopwatch = NoStopwatch()
+        self._transfer = Transfer(accelerator.device)
 
     def __call__(self, batches: Sequence[Batch], step: int, *, measure_shares: bool) -> StepLosses:
         """Accumulate the gradients of an optimizer step's micro-batches in the student.
@@ -97,7 +99,7 @@ class DistillationStep:
             step: from 0.
             measure_shares: measure each part's share of the gradient norms.
         """
-        batches = [batch.to(self.accelerator.device) for batch in batches]
+        batches = [self._transfer(batch) for batch in batches]
         with self.stopwatch.section("teacher"):
             targets = self._make_targets(batches)
         rows = sum(len(batch) for batch in batches)
@@ -132,24 +134,45 @@ class DistillationStep:
         step: int,
         measure_shares: bool,
     ) -> StepLosses:
-        """Gradients of terms with independent rows: forward and backward, one micro-batch after another."""
+        """Gradients of terms with independent rows: forward and backward, one micro-batch after another.
+
+        Class prompts with gradient are encoded for the first micro-batch, and for the last one, which passes on the
+        gradients of all.
+        """
         found = StepLosses()
+        with self.stopwatch.section("student forward"):
+            prompts_CD = self._encode_prompts(step) if len(batches) > 1 else None
         for number, (batch, target) in enumerate(zip(batches, targets, strict=True)):
             last = number == len(batches) - 1
             with self._synchronised(last):
                 images = self._perturbed(batch, target, step)
                 with self.stopwatch.section("student forward"):
-                    outputs = self.model(images, **self.texts.inputs(batch, step, prompts=True))
+                    texts = self.texts.inputs(batch, step, prompts=last or prompts_CD is None)
+                    outputs = self.model(images, **texts)
                 with self.stopwatch.section("loss"):
-                    student = Similarities(self.texts.complete(outputs, target))
+                    shared = outputs if last or prompts_CD is None else outputs._replace(prompts_CD=prompts_CD)
+                    student = Similarities(self.texts.complete(shared, target))
                     losses = self.objective.losses(student, target, denominators)
                     if measure_shares and last:
                         found.gradient_shares = self._gradient_shares(losses, student, step)
                     total = self.objective.total(losses, step)
                 with self.stopwatch.section("backward"):
-                    self.accelerator.backward(total * self.accelerator.num_processes)
+                    scaled = total * self.accelerator.num_processes
+                    if last and prompts_CD is not None and prompts_CD.grad is not None:
+                        scaled = scaled + (outputs.prompts_CD * prompts_CD.grad).sum()
+                    self.accelerator.backward(scaled)
             found.add(losses, total)
         return found
+
+    @torch.no_grad()
+    def _encode_prompts(self, step: int) -> Tensor | None:
+        """The class embeddings of a step, a leaf that collects gradients; None if they are fixed, or random."""
+        texts = self.texts.prompt_inputs(step)
+        if not texts or self.student.text_is_random:
+            return None
+        outputs: ModelOutputs = self.model(**texts)
+        assert outputs.prompts_CD is not None
+        return outputs.prompts_CD.requires_grad_()
 
     def _backward_together(
         self,
@@ -205,6 +228,8 @@ class DistillationStep:
             for part, value in losses[term.term_name].parts.items():
                 weighted = self.objective.weight_at(term, step) * value
                 (grad,) = torch.autograd.grad(weighted, image_BD, retain_graph=True, allow_unused=True)
-                norms[f"gradient_share/{term.term_name}/{part}"] = 0.0 if grad is None else float(grad.norm())
-        total = sum(norms.values())
-        return {name: norm / total if total > 0 else 0.0 for name, norm in norms.items()}
+                norm = image_BD.new_zeros(()) if grad is None else grad.norm()
+                norms[f"gradient_share/{term.term_name}/{part}"] = norm
+        values = torch.stack(list(norms.values())).tolist()
+        total = sum(values)
+        return {name: norm / total if total > 0 else 0.0 for name, norm in zip(norms, values, strict=True)}

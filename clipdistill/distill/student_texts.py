@@ -18,8 +18,9 @@ class StudentTexts:
     """Text inputs of the student's forward pass, and the text features that it reuses.
 
     Args:
-        student: its tokenizer trims the prompts.
-        class_tokens_CTL: token ids of every class in every template, if the text tower is trained.
+        student: on its device; its tokenizer trims the prompts.
+        class_tokens_CTL: token ids of every class in every template, if the text tower is trained. This rank's share
+            of the classes stays on the device.
         class_CD: class embeddings, if they are fixed.
         templates_per_step: number of templates encoded per step; 0: all.
         seed: seed of their selection, with the step.
@@ -38,9 +39,12 @@ class StudentTexts:
         caption_tokens: int | None = None,
         teacher_captions: bool = False,
     ) -> None:
-        self._tokenizer = student.text_tokenizer
-        self._device = student.device
-        self._class_tokens_CTL = class_tokens_CTL
+        self._class_tokens_CTL: Tensor | None = None
+        if class_tokens_CTL is not None:
+            tokenizer = student.text_tokenizer
+            self._num_classes = len(class_tokens_CTL)
+            self._used_lengths = [tokenizer.used_length(tokens_CL) for tokens_CL in class_tokens_CTL.unbind(1)]
+            self._class_tokens_CTL = share_of_classes(class_tokens_CTL).to(student.device)
         self._class_CD = class_CD
         self._templates_per_step = templates_per_step
         self._seed = seed
@@ -55,14 +59,17 @@ class StudentTexts:
             step: the optimizer step, from 0.
             prompts: encode class prompts with this micro-batch.
         """
-        texts: dict[str, Any] = {}
-        if prompts and self._class_tokens_CTL is not None:
-            tokens = self._templates_of_step(self._class_tokens_CTL, step)
-            texts["prompt_tokens_NL"] = share_of_classes(tokens).to(self._device)
-            texts["num_classes"] = len(tokens)
+        texts = self.prompt_inputs(step) if prompts else {}
         if self._caption_tokens is not None:
             texts["caption_tokens_BL"] = batch.caption_tokens[self._caption_tokens]
         return texts
+
+    def prompt_inputs(self, step: int) -> dict[str, Any]:
+        """Those of ``inputs`` that encode the class prompts; empty if the class embeddings are fixed."""
+        if self._class_tokens_CTL is None:
+            return {}
+        tokens = self._templates_of_step(self._class_tokens_CTL, step)
+        return {"prompt_tokens_NL": tokens, "num_classes": self._num_classes}
 
     def complete(self, outputs: ModelOutputs, targets: Targets) -> ModelOutputs:
         """The student's outputs, completed with the fixed class embeddings and the teacher's caption features."""
@@ -77,6 +84,7 @@ class StudentTexts:
         wanted = self._templates_per_step or tokens_CTL.shape[1]
         if wanted < tokens_CTL.shape[1]:
             generator = torch.Generator().manual_seed(self._seed * 1_000_003 + step)
-            tokens_CTL = tokens_CTL[:, torch.randperm(tokens_CTL.shape[1], generator=generator)[:wanted]]
-            tokens_CTL = self._tokenizer.trim(tokens_CTL)
+            chosen = torch.randperm(tokens_CTL.shape[1], generator=generator)[:wanted].tolist()
+            length = max(self._used_lengths[template] for template in chosen)
+            tokens_CTL = torch.stack([tokens_CTL[:, template, :length] for template in chosen], dim=1)
         return tokens_CTL[:, 0] if tokens_CTL.shape[1] == 1 else tokens_CTL

@@ -40,6 +40,8 @@ class TeacherSettings(Settings):
     GPU that computes in it, else fp32."""
     shard: bool = False
     """Shard the teacher's weights over the ranks (FSDP2), for a teacher too large for one device."""
+    compile: bool = False
+    """Compile the blocks of the image tower with torch.compile."""
 
     def load(self) -> FrozenModel:
         """Load the teacher, unsharded and on the CPU."""
@@ -69,7 +71,7 @@ class StudentSettings(Settings):
     grad_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: bool = False
-    """Compile the image tower with torch.compile."""
+    """Compile the image tower, and the blocks of a trained text tower, with torch.compile."""
 
     def load(self, teachers: Sequence[FrozenModel] = ()) -> Student:
         """Build the student on the CPU; random weights are drawn from torch's global generator."""

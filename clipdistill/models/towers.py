@@ -107,11 +107,14 @@ class TextTokenizer:
 
     def trim(self, tokens: Tensor) -> Tensor:
         """Token ids (..., L), without the columns beyond the longest text if the tower ignores them."""
+        return tokens[..., : self.used_length(tokens)].contiguous()
+
+    def used_length(self, tokens: Tensor) -> int:
+        """The number of columns of token ids (..., L) that the tower does not ignore."""
         if self.pooling is None:
-            return tokens
+            return tokens.shape[-1]
         pooled = tokens if self.pooling == "argmax" else torch.eq(tokens, self.pooling).int()
-        end = pooled.argmax(dim=-1)
-        return tokens[..., : int(end.max()) + 1].contiguous()
+        return int(pooled.argmax(dim=-1).max()) + 1
 
     def same_as(self, other: "TextTokenizer") -> bool:
         """Whether both provably return the same tokens for every text."""
@@ -326,8 +329,7 @@ class FrozenModel(Tower):
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         visual = self.clip.visual
-        holder = getattr(visual, "trunk", None) or getattr(visual, "transformer", None)
-        blocks = getattr(holder, "blocks", None) or getattr(holder, "resblocks", None)
+        blocks = _blocks(visual)
         if not blocks:
             raise InputError(f"teachers.shard: True for {self.name}; allowed: an image tower with transformer blocks")
         mesh = init_device_mesh(device.type, (world_size(),))
@@ -335,6 +337,12 @@ class FrozenModel(Tower):
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if self.precision == "bf16" else None)
         for module in (*blocks, visual):
             fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
+
+    def compile_blocks(self) -> None:
+        """Compile the image tower with torch.compile: block by block, all with the same code, or else as a whole."""
+        visual = self.clip.visual
+        for module in _blocks(visual) or [visual]:
+            module.compile()
 
     def _autocast(self, device: torch.device) -> torch.autocast:
         return torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16")
@@ -364,10 +372,27 @@ class Student(Tower):
         if text_mode != "train":
             self.freeze_text()
 
+    def compile_towers(self) -> None:
+        """Compile the image tower, and the blocks of the text tower if it is trained, with torch.compile."""
+        self.clip.visual.compile()
+        if self.text_mode == "train":
+            for block in _blocks(self.text):
+                block.compile()
+
     @torch.no_grad()
     def cap_logit_scale(self) -> None:
         """Clamp the multiplier to at most 100 after a step."""
         self.clip.logit_scale.clamp_(max=math.log(MAX_LOGIT_SCALE))
+
+    @property
+    def has_statistics(self) -> bool:
+        """Whether a forward pass in training changes buffers, such as those of batch normalisation."""
+        return any(isinstance(module, nn.modules.batchnorm._NormBase) for module in self.modules())
+
+    @property
+    def text_is_random(self) -> bool:
+        """Whether two forward passes of the text tower may differ in training: it has dropout."""
+        return any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.text.modules())
 
     def freeze_text(self) -> None:
         """Exclude the text tower from training."""
@@ -416,6 +441,12 @@ class Student(Tower):
         classes, templates, length = tokens_NL.shape
         text_ND = self.encode_tokens(tokens_NL.reshape(classes * templates, length))
         return F.normalize(text_ND.view(classes, templates, -1).mean(1), dim=-1)
+
+
+def _blocks(tower: Any) -> Sequence[nn.Module]:
+    """The transformer blocks of an image or text tower of open_clip; empty for other architectures."""
+    holder = getattr(tower, "trunk", None) or getattr(tower, "transformer", None)
+    return getattr(holder, "blocks", None) or getattr(holder, "resblocks", None) or ()
 
 
 def share_of_classes(tokens: Tensor) -> Tensor:

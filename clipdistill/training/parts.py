@@ -207,6 +207,8 @@ class RunParts:
         for teacher, settings in zip(frozen, self._config.teachers, strict=True):
             if self._device.type == "cuda":
                 teacher.store_as_used()
+            if settings.compile:
+                teacher.compile_blocks()
             if settings.shard and self._accelerator.num_processes > 1:
                 teacher.shard(self._device)
             teacher.to(self._device)
@@ -226,7 +228,9 @@ class RunParts:
         freeze_unused(student, self.objective)
         self.ema = None if config.train.ema is None else MovingAverage(student, decay=config.train.ema)
         if config.student.compile:
-            student.clip.visual.compile()
+            student.compile_towers()
+        if self._accelerator.ddp_handler is not None:
+            self._accelerator.ddp_handler.broadcast_buffers = student.has_statistics
         self.model, self.optimizer = self._accelerator.prepare(student, config.optimizer.make(student, self._device))
         if self.ema is not None:
             self.ema.average.to(self._device)

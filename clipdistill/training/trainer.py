@@ -208,9 +208,13 @@ def start_processes(config: Config) -> Accelerator:
         use_tensor_cores(accelerator.device)
         if accelerator.device.type == "cpu":
             keep_freed_memory()
-            # DDP would rebuild its buckets after its first step. With more than two ranks, the order of summation then
-            # changes, and the step after a resume would differ from the same step of an uninterrupted run.
-            accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
+        accelerator.ddp_handler = DistributedDataParallelKwargs(
+            # On the CPU, where runs repeat bit for bit: else DDP would rebuild its buckets after its first step. With
+            # more than two ranks, the order of summation then changes, and the step after a resume would differ from
+            # the same step of an uninterrupted run.
+            find_unused_parameters=accelerator.device.type == "cpu",
+            gradient_as_bucket_view=True,
+        )
         open_host_group(config.train.rank_timeout)
     except torch.distributed.DistError as error:
         raise RunError(f"the processes of the run could not connect: {str(error).splitlines()[0]}") from error
@@ -375,7 +379,7 @@ class Run:
         parts.optimizer.zero_grad(set_to_none=True)
         parts.student.cap_logit_scale()
         if parts.ema is not None:
-            parts.ema.update(parts.student, self.progress.step)
+            parts.ema.update(self.progress.step)
         return grad_norm
 
     def _stop_if_not_finite(self) -> None:

@@ -17,7 +17,7 @@ from clipdistill.distill.student_texts import StudentTexts
 from clipdistill.distill.targets import Targets
 from clipdistill.distill.teachers import Teachers, cat_tokens
 from clipdistill.losses import GKL, KL, Loss, gkl_loss
-from clipdistill.models.class_embeddings import class_embeddings, similarity_logits
+from clipdistill.models.class_embeddings import class_embeddings, class_prompt_tokens, similarity_logits
 from clipdistill.models.loading import load_frozen_model, load_student
 from clipdistill.models.prompts import load_prompts
 from clipdistill.models.towers import FrozenModel, Student
@@ -164,3 +164,37 @@ def test_micro_batches_of_unequal_captions_make_the_features_of_one(teacher: Fro
     short, long = ["red", "a dog"], ["a rather long caption of many words"]
     tokens = cat_tokens([teacher.tokenize(short), teacher.tokenize(long)])
     assert torch.equal(tokens, teacher.tokenize([*short, *long]))
+
+
+def test_prompts_are_encoded_twice_a_step_whatever_the_number_of_micro_batches(
+    accelerator: Accelerator, teacher: FrozenModel, tiny_model: Path, colours: Path
+) -> None:
+    torch.manual_seed(0)
+    student = load_student(str(tiny_model))
+    prompts = load_prompts(str(colours / "prompts"))
+    term = GKL(gamma=0.5, temperature=2.0)
+    step = step_of(accelerator, student, teacher, colours, term)
+    step.texts = StudentTexts(student, class_tokens_CTL=class_prompt_tokens(student, prompts))
+    batches = batches_of(colours, teacher, count=4)
+    passes = []
+    hook = student.clip.transformer.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
+    step(batches, 0, measure_shares=False)
+    hook.remove()
+    assert passes == [False, True]
+    found = gradients(student)
+
+    teacher_CD = class_embeddings(teacher, prompts)
+    class_CD = student.encode_prompts(class_prompt_tokens(student, prompts))
+    image_BCHW = torch.cat([batch.image_BCHW for batch in batches])
+    out = student(image_BCHW)
+    gkl_loss(
+        similarity_logits(out.image_BD, class_CD, out.scale, None),
+        similarity_logits(teacher.encode_image(image_BCHW), teacher_CD, teacher.logit_scale, None),
+        gamma=0.5,
+        temperature=2.0,
+    ).loss.backward()
+    written_out = gradients(student)
+    assert found.keys() == written_out.keys()
+    assert any(name.startswith("clip.transformer") for name in found)
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, written_out[name], rtol=1e-3, atol=1e-6)
