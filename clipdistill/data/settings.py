@@ -8,7 +8,11 @@ from clipdistill.data.image import Augmentation
 from clipdistill.data.workers import WORKER_TIMEOUT
 from clipdistill.io.caches import DEFAULT_CACHE
 from clipdistill.io.images import MAX_PIXELS
+from clipdistill.io.machine import cores_per_process
 from clipdistill.settings import Count, CountOrZero, Fraction, LocalPath, Settings
+
+MOST_WORKERS = 16
+"""More decoding processes are only started if the config says so: each holds batches in shared memory."""
 
 
 class DataSettings(Settings):
@@ -21,8 +25,9 @@ class DataSettings(Settings):
     image_size: Count | tuple[Count, Count] | None = None
     """Side, or height and width, in pixels, of the uint8 crop that all towers share; empty: the largest height and
     width of the towers' inputs."""
-    workers: CountOrZero = 2
-    """Decoding processes for each training process; 0 decodes in the training process itself."""
+    workers: CountOrZero | None = None
+    """Decoding processes for each training process; 0 decodes in the training process itself. Empty: 2; with a GPU,
+    the cores of the machine divided among its training processes, at most 16."""
     worker_timeout: Annotated[float, Field(ge=1)] = WORKER_TIMEOUT
     """Seconds that the run waits for a batch of a decoding process before it names the process and ends."""
     views: CountOrZero = 0
@@ -49,3 +54,9 @@ class DataSettings(Settings):
     cache: LocalPath = DEFAULT_CACHE
     """Folder for shard indexes and class embeddings, keyed by content."""
     augmentation: Augmentation = Field(default_factory=Augmentation)
+
+    def decoding_processes(self, *, on_gpu: bool) -> int:
+        """Number of decoding processes of this training process."""
+        if self.workers is not None:
+            return self.workers
+        return min(cores_per_process(), MOST_WORKERS) if on_gpu else 2

@@ -392,6 +392,11 @@ class StreamLoader:
         return [] if self.class_lists is None else self.class_lists.digests(urls)
 
     @property
+    def workers(self) -> int:
+        """Number of decoding processes; 0: the samples are decoded in this process."""
+        return self._stream.num_workers
+
+    @property
     def shards(self) -> int:
         """Number of shards in the index."""
         return len(self._stream.index)

@@ -136,7 +136,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="measure again what the folder of --output holds, and use nothing of the cache",
     )
     parser.add_argument("--batch-size", type=positive, default=256, help="images at once (default: %(default)s)")
-    parser.add_argument("--workers", type=positive, default=4, help="decoding threads (default: %(default)s)")
+    parser.add_argument("--workers", type=positive, default=0, help="decoding threads (default: one per core)")
     parser.add_argument("--device", help="such as cuda or cpu (default: cuda where there is one)")
 
 

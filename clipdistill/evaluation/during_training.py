@@ -35,7 +35,7 @@ def evaluate_sets(
         model: name of the model in the records.
         pretrained: tag or checkpoint in the records.
         batch_size: images at once.
-        workers: threads of a rank that decode and resize; 0 means one.
+        workers: threads of a rank that decode and resize; 0: one per core.
         device: where the tower is.
         cache: folder for class features, useful while the text tower does not change.
 

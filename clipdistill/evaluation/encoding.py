@@ -22,6 +22,7 @@ from clipdistill.distributed.collectives import rank, world_size
 from clipdistill.errors import InputError
 from clipdistill.evaluation.ranks import on_all_ranks
 from clipdistill.evaluation.sets.samples import EncodedSample, EvaluationSet, Kind, UnreadableImageError
+from clipdistill.io.machine import cores_per_process
 from clipdistill.models.class_embeddings import class_embeddings
 from clipdistill.models.prompts import PromptSet
 from clipdistill.models.towers import Tower
@@ -80,7 +81,7 @@ def encode_set(
         tower: the model; its mode is restored afterwards.
         data: the set.
         batch_size: images at once.
-        workers: threads that decode and resize; 0 means one.
+        workers: threads that decode and resize; 0: one per core.
         device: where the tower is.
         alone: encode the whole set on this rank, without collective calls.
         progress: called with the number of samples this rank has encoded.
@@ -188,7 +189,7 @@ def _encode(
             return _Decoded(fault=str(error))
 
     done = 0
-    with ThreadPoolExecutor(max_workers=max(1, workers)) as pool:
+    with ThreadPoolExecutor(max_workers=workers or cores_per_process()) as pool:
         batches = _decode_ahead(data.samples(positions), batch_size, lambda sample: pool.submit(decode, sample))
         for samples, decoded in batches:
             pixels = [each.pixels for each in decoded if each.pixels is not None]

@@ -42,7 +42,7 @@ class Evaluator:
     Attributes:
         tower: the model.
         batch_size: images at once.
-        workers: threads that decode and resize; 0 means one.
+        workers: threads that decode and resize; 0: one per core.
         device: where the tower is.
         cache: folder for class features.
         progress: called with a set's name, the size of this rank's share of it, and how many of these samples are done.

@@ -54,7 +54,7 @@ def predict(
         tower: the model; its mode is restored afterwards.
         data: the set.
         batch_size: images at once.
-        workers: threads that decode and resize; 0 means one.
+        workers: threads that decode and resize; 0: one per core.
         device: where the tower is.
         cache: folder for class features.
         progress: called with the number of samples done.

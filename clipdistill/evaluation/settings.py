@@ -18,7 +18,7 @@ class EvaluationSettings(DecodingSettings):
     batch_size: Count = 256
     """Images encoded at once."""
     workers: CountOrZero = 0
-    """Decoding threads; 0 means one."""
+    """Decoding threads; 0: one per core."""
 
     @property
     def images(self) -> DecodingSettings:

@@ -1,6 +1,7 @@
 """The machine: its memory allocator, and its name, clock, peak memory and matmul rate for measurements."""
 
 import ctypes
+import math
 import os
 import platform
 import resource
@@ -25,6 +26,26 @@ def keep_freed_memory() -> None:
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 """From malloc.h."""
+
+
+def cores_per_process(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
+    """Cores for this process: those that the system grants it, divided among a launcher's processes on this machine.
+
+    Args:
+        quota: file of Linux's cgroup v2 with a container's share of processor time.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, math.floor(min(cores, _read_quota(quota))) // processes)
+
+
+def _read_quota(file: Path) -> float:
+    """A share of processor time, in cores; infinity without a limit."""
+    try:
+        quota, period = file.read_text(encoding="ascii").split()
+        return math.inf if quota == "max" else int(quota) / int(period)
+    except (OSError, ValueError):
+        return math.inf
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:

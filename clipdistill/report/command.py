@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--examples", type=not_negative, default=24, help="test images shown for each set (default: %(default)s)"
     )
     parser.add_argument("--batch-size", type=positive, default=256, help="images at once (default: %(default)s)")
-    parser.add_argument("--workers", type=positive, default=4, help="decoding threads (default: %(default)s)")
+    parser.add_argument("--workers", type=positive, default=0, help="decoding threads (default: one per core)")
     parser.add_argument("--device", default="cpu", help="such as cuda (default: %(default)s)")
 
 

@@ -81,7 +81,7 @@ def write_report(
             nothing is fetched because its config says so, and the report lists what it leaves out.
         examples: number of test images shown for each set.
         batch_size: images at once.
-        workers: threads that decode images; 0 means one.
+        workers: threads that decode images; 0: one per core.
         device: where the models run.
         progress: called with a description of each step, before it.
 

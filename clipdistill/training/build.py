@@ -196,14 +196,17 @@ class CaptionTokenizers:
     teachers: Sequence[int] = ()
 
     @classmethod
-    def find(cls, config: Config, student: Student, teachers: Sequence[FrozenModel]) -> "CaptionTokenizers":
-        """The tokenizers that a run needs."""
+    def find(
+        cls, config: Config, student: Student, teachers: Sequence[FrozenModel], *, multiple: int = 1
+    ) -> "CaptionTokenizers":
+        """The tokenizers that a run needs; ``multiple`` as for ``TextTokenizer``."""
         if not any(term.over == "captions" for term in config.terms):
             return cls()
         distinct: list[TextTokenizer] = []
 
         def number_of(tower: Tower) -> int:
-            tokenizer = tower.text_tokenizer
+            found = tower.text_tokenizer
+            tokenizer = TextTokenizer(found.tokenizer, found.pooling, multiple=multiple)
             for number, other in enumerate(distinct):
                 if tokenizer.same_as(other):
                     return number
@@ -223,7 +226,7 @@ def open_stream(
     *,
     prompts: PromptSet | None,
     tokenizers: Sequence[TextTokenizer],
-    pin_memory: bool,
+    on_gpu: bool,
 ) -> StreamLoader:
     """This rank's part of the training stream, with the teachers' embeddings if they are cached.
 
@@ -255,9 +258,9 @@ def open_stream(
         samples_per_epoch=data.samples_per_epoch,
         rank=rank(),
         world_size=world_size(),
-        num_workers=data.workers,
+        num_workers=data.decoding_processes(on_gpu=on_gpu),
     )
-    return StreamLoader(stream, pin_memory=pin_memory, timeout=data.worker_timeout)
+    return StreamLoader(stream, pin_memory=on_gpu, timeout=data.worker_timeout)
 
 
 def make_objective(config: Config, *, steps_per_epoch: float, num_classes: int, device: torch.device) -> Objective:

@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
             content,
             folder=Path(config.teacher_cache.folder),
             batch_size=args.batch_size or config.data.batch_size,
-            workers=config.data.workers,
+            workers=config.data.decoding_processes(on_gpu=device.startswith("cuda")),
             device=device,
         )
         for teacher in teachers:

@@ -104,12 +104,12 @@ class RunParts:
         if config.train.channels_last:
             for tower in (self.student, *frozen):
                 tower.use_channels_last()
-        tokenizers = CaptionTokenizers.find(config, self.student, frozen)
+        on_gpu = self._device.type == "cuda"
+        tokenizers = CaptionTokenizers.find(config, self.student, frozen, multiple=8 if on_gpu else 1)
         sizes = [tower.image_size for tower in (self.student, *frozen)]
         decoder = make_decoder(config, sizes)
-        pin_memory = self._device.type == "cuda"
         self.loader = open_stream(
-            config, decoder, frozen, prompts=prompts, tokenizers=tokenizers.tokenizers, pin_memory=pin_memory
+            config, decoder, frozen, prompts=prompts, tokenizers=tokenizers.tokenizers, on_gpu=on_gpu
         )
         self.identity["labels"] = self.loader.class_digests()
         if identity is not None:

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 WARM_UP = 3
 """Steps that are not measured: memory is allocated, kernels are selected, workers start."""
 
+_STARVED = 0.05
+"""Share of a step spent waiting for data from which on data is called the bottleneck."""
+
 SECTIONS = ("data wait", "teacher", "student forward", "loss", "backward", "optimizer")
 
 
@@ -42,6 +45,7 @@ class StepProfile:
         checkpoint_bytes: size of a checkpoint.
         total_steps: steps of the full run.
         processes: number of processes.
+        workers: decoding processes of each.
         device: name of the device.
     """
 
@@ -55,6 +59,7 @@ class StepProfile:
     checkpoint_bytes: int
     total_steps: int
     processes: int
+    workers: int
     device: str
 
     @property
@@ -67,6 +72,22 @@ class StepProfile:
         """Model FLOPs utilisation (MFU): FLOPs per second of a step, relative to ``peak_flops``."""
         return self.flops / self.seconds / self.peak_flops
 
+    @property
+    def bottleneck(self) -> str:
+        """Which part makes the others wait, and what would help."""
+        waiting = self.sections.get("data wait", 0.0)
+        rest = self.samples / (self.seconds - waiting)
+        if waiting > _STARVED * self.seconds:
+            decoders = f"{self.workers} decoding process(es) of each" if self.workers else "decoding in the process"
+            return (
+                f"data starves the rest: {self.samples_per_second:,.0f} samples/s from {decoders}, where the other "
+                f"sections take {rest:,.0f}; more come with data.workers, data.augmentation.fast_jpeg, and a teacher "
+                "cache with teacher_cache.pixels"
+            )
+        longest = max((name for name in self.sections if name != "data wait"), key=lambda name: self.sections[name])
+        hint = "; a teacher cache removes it" if longest == "teacher" else ""
+        return f"data keeps up; the longest section is {longest} ({self.sections[longest] / self.seconds:.0%}{hint})"
+
     def print(self, console: Console) -> None:
         """Print as a table."""
         table = Table(title=f"a step: {self.seconds * 1e3:,.1f} ms, {self.samples:,} samples, on {self.device}")
@@ -77,6 +98,7 @@ class StepProfile:
         for name, seconds in [*self.sections.items(), ("other", max(0.0, rest))]:
             table.add_row(name, f"{seconds * 1e3:,.1f}", f"{seconds / self.seconds:.1%}")
         console.print(table)
+        console.print(self.bottleneck, highlight=False)
         if self.exchange:
             console.print(f"communication: {self.exchange * 1e3:,.1f} ms to exchange the gradients, part of backward")
         console.print(
@@ -144,6 +166,7 @@ def _measure(config: "Config", run: Run) -> StepProfile:
         checkpoint_bytes=sum(file.stat().st_size for file in run.output.glob("checkpoints/*/*")),
         total_steps=config.train.steps or round(batches / config.train.accumulate),
         processes=processes,
+        workers=run.parts.loader.workers,
         device=torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else run.device.type,
     )
 

@@ -102,6 +102,15 @@ def test_trimmed_columns_change_nothing(custom_text: bool, pool: str, tmp_path: 
         torch.testing.assert_close(tower.encode_tokens(trimmed), theirs, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize(("multiple", "columns"), [(1, 7), (2, 8), (5, 10), (8, 8), (11, 11), (13, 12)])
+def test_columns_are_rounded_up_as_far_as_the_context(tiny: Student, multiple: int, columns: int) -> None:
+    texts = ["red", "a rather long caption here"]
+    tokenizer = TextTokenizer(tiny.tokenizer, "argmax", multiple=multiple)
+    tokens = tokenizer(texts)
+    assert tokens.shape[1] == columns
+    torch.testing.assert_close(tiny.encode_tokens(tokens), tiny.encode_tokens(tiny.tokenize(texts)))
+
+
 def test_trimming_keeps_gradients(tiny: Student) -> None:
     texts = ["red", "a green picture"]
 

@@ -6,6 +6,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import open_clip
@@ -52,6 +53,18 @@ def test_what_a_step_computes(write_config: Callable[..., Path], tiny_model: Pat
     assert profile.exchange == 0
     assert profile.checkpoint_bytes > 0
     assert profile.total_steps == 6
+
+
+def test_profile_says_which_part_starves_which(write_config: Callable[..., Path]) -> None:
+    profile = profile_steps(load_config(write_config()), 1)
+    sections = {"data wait": 0.3, "teacher": 0.5, "backward": 0.2}
+    hungry = replace(profile, seconds=1.0, samples=100, workers=3, sections=sections)
+    assert hungry.bottleneck.startswith("data starves the rest: 100 samples/s from 3 decoding process(es)")
+    assert "the other sections take 143" in hungry.bottleneck
+    fed = replace(hungry, sections=sections | {"data wait": 0.01})
+    assert fed.bottleneck == "data keeps up; the longest section is teacher (50%; a teacher cache removes it)"
+    cached = replace(hungry, sections={"data wait": 0.01, "backward": 0.7})
+    assert cached.bottleneck == "data keeps up; the longest section is backward (70%)"
 
 
 def test_profile_leaves_nothing_behind(
