@@ -292,7 +292,8 @@ class _GKL(torch.autograd.Function):
     """Numerators of soft_ce and wMSE and the latter's denominator, computed over blocks of rows.
 
     The backward pass recomputes the probabilities from the logits: on a CPU, a block stays in the cache, which is
-    faster than writing (B, C) matrices to memory and reading them back. Autocast moves none of these operations to
+    faster than writing (B, C) matrices to memory and reading them back. Of matrices that are small themselves, the
+    forward pass keeps both gradients, as most of their time goes into the number of operations. Autocast moves none of these operations to
     half precision.
     """
 
@@ -306,7 +307,16 @@ class _GKL(torch.autograd.Function):
         settings: _Settings,
     ) -> tuple[Tensor, Tensor, Tensor]:
         inputs = (student_BC, teacher_BC, prior_CC, labels_B)
-        statistics = [_statistics(*_block(settings.dtype, rows, *inputs), settings) for rows in row_blocks(student_BC)]
+        blocks = row_blocks(student_BC)
+        ctx.set_materialize_grads(False)
+        ctx.settings, ctx.at_once = settings, len(blocks) == 1 and ctx.needs_input_grad[0] and _is_small(student_BC)
+        if ctx.at_once:
+            soft_ce, wmse, denominator, *gradients = _at_once(*_block(settings.dtype, blocks[0], *inputs), settings)
+            ctx.save_for_backward(*gradients)
+            ctx.dtype = student_BC.dtype
+            ctx.mark_non_differentiable(denominator)
+            return soft_ce, wmse, denominator
+        statistics = [_statistics(*_block(settings.dtype, rows, *inputs), settings) for rows in blocks]
         soft_ce_B, mean_B, variance_B, *masses = torch.cat(statistics).unbind(1)
         if masses:
             square_B = masses[0].square()
@@ -314,14 +324,19 @@ class _GKL(torch.autograd.Function):
         else:
             square_B, denominator = None, mean_B.new_full((), len(mean_B))
         ctx.save_for_backward(mean_B, square_B, student_BC, teacher_BC, labels_B)
-        ctx.prior, ctx.settings = prior_CC, settings
-        ctx.set_materialize_grads(False)
+        ctx.prior = prior_CC
         ctx.mark_non_differentiable(denominator)
         return soft_ce_B.sum(), variance_B.sum() / 2, denominator
 
     @staticmethod
     def backward(ctx: Any, grad_soft_ce: Tensor | None, grad_wmse: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("GKL")
+        if ctx.at_once:
+            ce_BC, wmse_BC = ctx.saved_tensors
+            grad_BC = torch.zeros_like(ce_BC) if grad_soft_ce is None else ce_BC * grad_soft_ce
+            if grad_wmse is not None:
+                grad_BC.addcmul_(wmse_BC, grad_wmse)
+            return grad_BC.to(ctx.dtype), None, None, None, None
         mean_B, square_B, student_BC, teacher_BC, labels_B = ctx.saved_tensors
         grad_BC = torch.empty_like(student_BC)
         for rows in row_blocks(grad_BC):
@@ -359,6 +374,35 @@ def _statistics(student_bC: Tensor, teacher_bC: Tensor, prior_bC: Tensor | None,
     witness_b1 = mean_b1 if prior_bC is None else teacher_bC.amin(1, keepdim=True)
     soft_ce_b1 = 0 * witness_b1 - cross_b1
     return torch.cat([soft_ce_b1, mean_b1, variance_b1] + ([] if mass_b1 is None else [mass_b1]), 1)
+
+
+def _is_small(matrix_BC: Tensor) -> bool:
+    """Whether a matrix, and a few others of its size, fit in a CPU's cache."""
+    return matrix_BC.device.type == "cpu" and matrix_BC.numel() <= 2**17 and not torch.compiler.is_compiling()
+
+
+def _at_once(
+    student_BC: Tensor, teacher_BC: Tensor, prior_BC: Tensor | None, settings: _Settings
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The outputs of ``_GKL``, 0-d, and the gradients of soft_ce and wMSE, (B, C)."""
+    temperature = settings.temperature
+    p_BC = _softmax(teacher_BC, 1 / temperature)
+    share_BC = _shares(teacher_BC, p_BC, prior_BC, settings)
+    mass_B1 = _masses(teacher_BC, p_BC, prior_BC, share_BC, settings)
+    log_q_BC = torch.log_softmax(tempered(student_BC, temperature), 1)
+    delta_BC = teacher_BC - student_BC
+    mean_B1 = (share_BC * delta_BC).sum(1, keepdim=True)
+    weighted_BC = delta_BC.sub_(mean_B1) * share_BC
+    if mass_B1 is None:
+        denominator = mean_B1.new_full((), len(mean_B1))
+    else:
+        square_B1 = mass_B1.square()
+        weighted_BC.mul_(square_B1)
+        denominator = square_B1.sum()
+    witness_B1 = mean_B1 if prior_BC is None else teacher_BC.amin(1, keepdim=True)  # see _statistics
+    soft_ce = 0 * witness_B1.sum() - (p_BC * log_q_BC).sum()
+    wmse = (weighted_BC * delta_BC).sum() / 2
+    return soft_ce, wmse, denominator, tempered(log_q_BC.exp_().sub_(p_BC), temperature), weighted_BC.neg_()
 
 
 def _gradient(
