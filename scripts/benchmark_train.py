@@ -82,6 +82,7 @@ def icons(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     common += ["train.log_every=20", "train.trackers=[]", f"data.workers={args.workers}"]
     cache = [f"data.views={args.views}", f"teacher_cache.folder={folder}/icons-embeddings"]
     pixels = [f"data.views={args.views}", f"teacher_cache.folder={folder}/icons-pixels", "teacher_cache.pixels=true"]
+    pixels += ["data.workers=0"]  # nothing is decoded
     building = clipdistill("cache", "--config", config, *common, *cache)
     building_pixels = clipdistill("cache", "--config", config, *common, *pixels)
     if not torch.cuda.is_available():  # without a teacher, decoding keeps up with a step only on reserved cores

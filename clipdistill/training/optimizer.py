@@ -51,7 +51,7 @@ class AdamW(Optimizer):
             lr=self.lr,
             betas=self.betas,
             eps=self.eps,
-            fused=device.type == "cuda" or None,
+            fused=device.type in ("cuda", "cpu") or None,  # on a CPU, one pass over memory in place of about ten
         )
 
 
