@@ -211,7 +211,7 @@ def _features(bench: Bench, rows: int, columns: int, width: int, dtype: torch.dt
 
 def kernels(bench: Bench) -> dict[str, Any]:
     """Largest errors of the loss and of its gradients, relative to those in float64 of the same features."""
-    implementation = "tiled" if bench.dry else "triton"
+    implementation: Any = "tiled" if bench.dry else "triton"
     shapes = [(5, 7, 16), (33, 40, 32)] if bench.dry else [(512, 1000, 512), (1000, 5457, 768), (257, 333, 640)]
     found = {}
     for rows, columns, width in shapes:
@@ -228,7 +228,7 @@ def kernels(bench: Bench) -> dict[str, Any]:
         ):
             features = _features(bench, rows, columns, width, dtype)
             exact = [tensor.detach().double().requires_grad_(number < 2) for number, tensor in enumerate(features)]
-            exact_values = {
+            exact_values: dict[str, Any] = {
                 key: value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
                 for key, value in values.items()
             }
@@ -247,7 +247,7 @@ def kernels(bench: Bench) -> dict[str, Any]:
                 torch.autograd.grad(ours, features[:2]), torch.autograd.grad(expected, exact[:2]), strict=True
             )
             errors = {
-                "loss": float(abs(ours.double() - expected) / abs(expected)),
+                "loss": float(abs(ours.double() - expected).detach() / abs(expected).detach()),
                 "gradient": max(float((a.double() - b).abs().max() / b.abs().max()) for a, b in gradients),
             }
             allowed = {"loss": 1e-4, "gradient": 1e-3 if dtype == torch.float32 else 2e-2}
@@ -310,12 +310,13 @@ def teacher(bench: Bench) -> dict[str, Any]:
         torch.set_float32_matmul_precision(matmul)
         model = bench.teacher(precision)
         images = bench.images(model.image_size)
-        flops = found["flops"] = found.get("flops") or _flops(lambda: model.encode_image(images)) / len(images)
+        work = partial(model.encode_image, images)
+        flops = found["flops"] = found.get("flops") or _flops(work) / len(images)
         if more:
             model.store_as_used()
         if more == "compiled":
             model.compile_blocks()
-        rate = bench.per_second(lambda: model.encode_image(images), len(images))
+        rate = bench.per_second(work, len(images))
         found[name] = {"images_per_second": rate, "flops_per_second": rate * flops}
     torch.set_float32_matmul_precision(before)
     return found

@@ -20,7 +20,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -155,7 +155,7 @@ class EmbeddingReader:
         self._folder = folder
         self._index = index
         self._key = key
-        self._files: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
+        self._files: OrderedDict[int, _File] = OrderedDict()
 
     def check(self) -> None:
         """Check that every shard has a file with the right key.
@@ -182,8 +182,8 @@ class EmbeddingReader:
         """
         if not self._key["pixels"]:
             return None
-        tensors = self._open(shard)
-        return tensors["pixels"][sample, view].numpy() if tensors["valid"][sample] else None
+        file = self._open(shard)
+        return file.tensors["pixels"][sample, view].numpy() if file.contents[sample] is not None else None
 
     def read(self, shard: int, sample: int, view: int, caption: int, raw: RawSample) -> list[ModelOutputs]:
         """Each teacher's embeddings of a view of a sample, and of one caption if captions are stored; (D,) float32.
@@ -191,24 +191,22 @@ class EmbeddingReader:
         Raises:
             InputError: The file is damaged, or was computed from other content of the shard.
         """
-        tensors = self._open(shard)
-        keys = {name: self._key[name] for name in ("caption_key", "label_key")}
-        if not tensors["valid"][sample] or int(tensors["content"][sample]) != content_digest(raw, **keys):
+        file = self._open(shard)
+        keys = {"caption_key": self._key["caption_key"], "label_key": self._key["label_key"]}
+        if file.contents[sample] != content_digest(raw, **keys):
             raise InputError(
                 f"teacher_cache.folder: sample {raw.key!r} of {shown(raw.url)} is not what {self._path(shard).name} "
                 "was made from; allowed: the same shards, or `clipdistill cache --rebuild`"
             )
 
-        first = int(tensors["captions"][:sample].sum()) if self._key["captions"] else 0
-
         def row(name: str, *at: int) -> Tensor:
-            scale = tensors.get(f"{name}.scale")
-            return unpack(tensors[name][at], None if scale is None else scale[at])
+            scale = file.tensors.get(f"{name}.scale")
+            return unpack(file.tensors[name][at], None if scale is None else scale[at])
 
         return [
             ModelOutputs(
                 row(f"image.{teacher}", sample, view),
-                row(f"captions.{teacher}", first + caption) if self._key["captions"] else None,
+                row(f"captions.{teacher}", file.first_captions[sample] + caption) if file.first_captions else None,
             )
             for teacher in range(len(self._key["teachers"]))
         ]
@@ -219,7 +217,7 @@ class EmbeddingReader:
         Raises:
             InputError: The file is damaged.
         """
-        tensors = self._open(shard)
+        tensors = self._open(shard).tensors
         usable_N = tensors["valid"].bool()
         images = []
         for teacher in range(len(self._key["teachers"])):
@@ -235,7 +233,7 @@ class EmbeddingReader:
     def _path(self, shard: int) -> Path:
         return embedding_file(self._folder, self._index[shard])
 
-    def _open(self, shard: int) -> dict[str, Tensor]:
+    def _open(self, shard: int) -> "_File":
         if shard not in self._files:
             path = self._path(shard)
             fault = find_fault(self._folder, self._index[shard], self._key, thorough=True)
@@ -244,11 +242,28 @@ class EmbeddingReader:
                     f"teacher_cache.folder: {path} {fault}; allowed: a file rebuilt by `clipdistill cache`"
                 )
             with safe_open(path, framework="pt") as file:
-                self._files[shard] = _tensors(file)
+                self._files[shard] = _File.of(_tensors(file))
             while len(self._files) > _OPEN_FILES:
                 self._files.popitem(last=False)
         self._files.move_to_end(shard)
         return self._files[shard]
+
+
+class _File(NamedTuple):
+    """An open file; what is looked up for each sample is a list."""
+
+    tensors: dict[str, Tensor]
+    contents: list[int | None]
+    """Digest of each sample's content; None: the sample is unusable."""
+    first_captions: list[int]
+    """Row of each sample's first caption; empty if captions are not stored."""
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor]) -> "_File":
+        pairs = zip(tensors["content"].tolist(), tensors["valid"].tolist(), strict=True)
+        captions_N = tensors.get("captions")
+        first = [] if captions_N is None else (captions_N.cumsum(0) - captions_N).tolist()
+        return cls(tensors, [content if valid else None for content, valid in pairs], first)
 
 
 def _tensors(file: Any) -> dict[str, Tensor]:

@@ -293,8 +293,8 @@ class _GKL(torch.autograd.Function):
 
     The backward pass recomputes the probabilities from the logits: on a CPU, a block stays in the cache, which is
     faster than writing (B, C) matrices to memory and reading them back. Of matrices that are small themselves, the
-    forward pass keeps both gradients, as most of their time goes into the number of operations. Autocast moves none of these operations to
-    half precision.
+    forward pass keeps both gradients, as most of their time goes into the number of operations. Autocast moves none of
+    these operations to half precision.
     """
 
     @staticmethod
