@@ -109,7 +109,7 @@ def webdatasets(urls: list[str], *, image_size: int, batch_size: int, shuffle: i
 
     def decode(sample: dict[str, Any]) -> tuple[Any, str, int, str]:
         data = next(sample[extension] for extension in ("png", "jpg") if extension in sample)
-        pixels = render(data, image_size=image_size, augmentation=augmentation, rng=rng, max_pixels=MAX_PIXELS)
+        (pixels,) = render(data, image_size=image_size, augmentation=augmentation, rngs=[rng], max_pixels=MAX_PIXELS)
         return pixels, sample["txt"].decode(), int(sample.get("cls", b"-1")), sample["__key__"]
 
     def collate(samples: list[tuple[Any, str, int, str]]) -> tuple[torch.Tensor, list[str], torch.Tensor, list[str]]:

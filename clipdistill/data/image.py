@@ -9,6 +9,7 @@ Shapes: H, W height and width of the view; C channels, 1 (then left out) or 3.
 
 import importlib.util
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -93,23 +94,23 @@ def render(
     *,
     image_size: int | Size,
     augmentation: Augmentation | None,
-    rng: np.random.Generator,
+    rngs: Sequence[np.random.Generator],
     max_pixels: int,
-) -> Pixels:
-    """Decode an image and make a view of it.
+) -> list[Pixels]:
+    """Decode an image once, and make views of it.
 
     PNG, JPEG and WebP are decoded, whatever their name, as `clipdistill.io.images` describes.
 
     Args:
         data: The encoded image.
-        image_size: Height and width of the view, or its side if it is square, in pixels.
+        image_size: Height and width of a view, or its side if it is square, in pixels.
         augmentation: Ranges of the random changes. None: no changes; the largest central crop of the view's aspect
             ratio, as in zero-shot evaluation.
-        rng: Source of the random numbers; every call draws the same number of them.
+        rngs: For each view, the source of its random numbers; each view draws the same number of them.
         max_pixels: Images whose header claims more are refused before decoding.
 
     Returns:
-        uint8 array (3, H, W), RGB; read-only where the image is grey.
+        uint8 arrays (3, H, W), RGB; read-only where the image is grey.
 
     Raises:
         TooManyPixelsError: More than `max_pixels`.
@@ -117,15 +118,66 @@ def render(
     """
     size = as_size(image_size)
     aspect = size[1] / size[0]
-    image = open_image(data, max_pixels=max_pixels, formats=FORMATS)
-    orientation = read_orientation(image)
-    width, height = reversed(image.size) if orientation >= 5 else image.size
+    source = _Source(data, max_pixels=max_pixels)
+    width, height = source.size
     if augmentation is None:
         across, down = min(float(width), height * aspect), min(float(height), width / aspect)
-        box: tuple[float, ...] = ((width - across) / 2, (height - down) / 2, across, down)
-        view = _resize(to_upright(image, orientation), box, size)
-        return _channels_first(np.asarray(view))
+        box = ((width - across) / 2, (height - down) / 2, across, down)
+        view = _resize(source.decode(1.0, fast=False), box, size)
+        return [_channels_first(np.asarray(view))] * len(rngs)
+    return [_view(source, size, augmentation, rng) for rng in rngs]
 
+
+class _Source:
+    """An encoded image, decoded once for each scale at which its views need it.
+
+    Attributes:
+        size: width and height of the upright image.
+    """
+
+    def __init__(self, data: bytes, *, max_pixels: int) -> None:
+        self._data = data
+        self._max_pixels = max_pixels
+        image = self._open()
+        self._unread: Image.Image | None = image
+        self._orientation = read_orientation(image)
+        self._stored_size = image.size
+        self._is_jpeg = isinstance(image, JpegImageFile)
+        self._is_plain = self._is_jpeg and image.mode in ("L", "RGB")
+        self.size = image.size[::-1] if self._orientation >= 5 else image.size
+        self._decoded: dict[object, Image.Image] = {}
+
+    def decode(self, step: float, *, fast: bool) -> Image.Image:
+        """The upright image; a JPEG perhaps smaller, if a pixel of the view covers ``step`` of its pixels or more."""
+        least: Size | None = None  # width and height below which the decoder must not go
+        if self._is_jpeg and step >= 2:
+            least = math.ceil(self._stored_size[0] / step), math.ceil(self._stored_size[1] / step)
+        fast = fast and self._is_plain
+        scale = least if fast else self._draft_scale(least)
+        if scale not in self._decoded:
+            image, self._unread = self._unread or self._open(), None
+            if fast:
+                image = _decode_fast(image.mode, self._data, least or (0, 0))
+            elif least is not None:
+                image.draft(None, least)
+            self._decoded[scale] = to_upright(image, self._orientation)
+        return self._decoded[scale]
+
+    def _draft_scale(self, least: Size | None) -> int:
+        """Factor by which Pillow's JPEG decoder downscales."""
+        if least is None:
+            return 1
+        most = min(self._stored_size[0] // least[0], self._stored_size[1] // least[1])
+        return next(scale for scale in (8, 4, 2, 1) if scale <= most)
+
+    def _open(self) -> Image.Image:
+        return open_image(self._data, max_pixels=self._max_pixels, formats=FORMATS)
+
+
+def _view(source: _Source, size: Size, augmentation: Augmentation, rng: np.random.Generator) -> Pixels:
+    """A random view."""
+    width, height = source.size
+    aspect = size[1] / size[0]
     draw = dict(zip(_DRAWS, rng.random(len(_DRAWS)).tolist(), strict=True))
     box = _crop_box(width, height, aspect, augmentation, draw)
     if augmentation.is_affine:
@@ -133,11 +185,7 @@ def render(
         step = min(math.hypot(matrix[0], matrix[3]), math.hypot(matrix[1], matrix[4]))
     else:
         step = min(box[2] / size[1], box[3] / size[0])
-    if augmentation.fast_jpeg and isinstance(image, JpegImageFile) and image.mode in ("L", "RGB"):
-        image = _decode_fast(image, data, step)
-    else:
-        _draft(image, step)
-    upright = to_upright(image, orientation)
+    upright = source.decode(step, fast=augmentation.fast_jpeg)
     scale_x, scale_y = upright.width / width, upright.height / height
     background = _background(upright)
     if augmentation.is_affine:
@@ -153,26 +201,19 @@ def render(
     return _channels_first(_colour_jitter(pixels, augmentation, draw))
 
 
-def _draft(image: Image.Image, step: float) -> None:
-    """Let the JPEG decoder downscale by 2, 4 or 8 if the view is smaller still."""
-    if step >= 2:
-        image.draft(None, (math.ceil(image.width / step), math.ceil(image.height / step)))
-
-
-def _decode_fast(image: Image.Image, data: bytes, step: float) -> Image.Image:
-    """Decode a JPEG, downscaled as in ``_draft``, with libjpeg-turbo's fastest paths."""
+def _decode_fast(mode: str, data: bytes, least: Size) -> Image.Image:
+    """Decode a JPEG, downscaled by 2, 4 or 8 as far as ``least`` allows, with libjpeg-turbo's fastest paths."""
     import simplejpeg
 
-    least = (math.ceil(image.height / step), math.ceil(image.width / step)) if step >= 2 else (0, 0)
     pixels = simplejpeg.decode_jpeg(
         data,
-        colorspace="GRAY" if image.mode == "L" else "RGB",
+        colorspace="GRAY" if mode == "L" else "RGB",
         fastdct=True,
         fastupsample=True,
-        min_height=least[0],
-        min_width=least[1],
+        min_height=least[1],
+        min_width=least[0],
     )
-    return Image.fromarray(pixels.squeeze(2) if image.mode == "L" else pixels)
+    return Image.fromarray(pixels.squeeze(2) if mode == "L" else pixels)
 
 
 def _crop_box(

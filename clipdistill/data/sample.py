@@ -167,16 +167,24 @@ class Decoder:
         """Decode a sample; `rng` draws its augmentation.
 
         Raises:
+            BadSampleError, InputError: as ``decode_views``.
+        """
+        return self.decode_views(raw, [rng])[0]
+
+    def decode_views(self, raw: RawSample, rngs: Sequence[np.random.Generator]) -> list[DecodedSample]:
+        """Decode a sample once, in several views; each of `rngs` draws the augmentation of one.
+
+        Raises:
             BadSampleError: A member is missing or broken.
             InputError: The label is outside the class list: the list does not match the data.
         """
         image, captions, label = self._members(raw)
         try:
-            pixels = render(
+            views = render(
                 image,
                 image_size=self.image_size,
                 augmentation=self.augmentation,
-                rng=rng,
+                rngs=rngs,
                 max_pixels=self.max_pixels,
             )
         except TooManyPixelsError as error:
@@ -185,7 +193,7 @@ class Decoder:
             raise BadSampleError("broken image", "not a PNG, JPEG or WebP image") from error
         except Exception as error:  # Pillow's decoders raise almost any error on hostile data
             raise BadSampleError("broken image", one_line(error)) from error
-        return DecodedSample(pixels, captions, label)
+        return [DecodedSample(pixels, captions, label) for pixels in views]
 
     def read(self, raw: RawSample, pixels: Pixels) -> DecodedSample:
         """A sample whose pixels are stored: only its caption and label are decoded.

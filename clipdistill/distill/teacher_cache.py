@@ -345,8 +345,8 @@ class _Chunks(IterableDataset["_Chunk | InputError"]):
         for at, sample in enumerate(samples):
             raw = reader.read(number, sample)
             try:
-                for view in range(views.number):
-                    decoded = decoder.decode(raw, view_pixels(views.seed, shard.digest, sample, view))
+                seeds = [view_pixels(views.seed, shard.digest, sample, view) for view in range(views.number)]
+                for view, decoded in enumerate(decoder.decode_views(raw, seeds)):
                     pixels[at, view] = decoded.pixels
             except BadSampleError as bad:
                 if bad.reason == "shard unreadable":  # perhaps only temporarily

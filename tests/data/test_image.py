@@ -27,16 +27,15 @@ def encode(image, image_format="PNG", **options):
     return file.getvalue()
 
 
-def view(data, size=32, seed=0, augmentation=None, max_pixels=10**6):
+def several(data, seeds, size=32, augmentation=None, max_pixels=10**6):
     if isinstance(data, Image.Image):
         data = encode(data)
-    return render(
-        data,
-        image_size=size,
-        augmentation=augmentation,
-        rng=np.random.default_rng(seed),
-        max_pixels=max_pixels,
-    )
+    rngs = [np.random.default_rng(seed) for seed in seeds]
+    return render(data, image_size=size, augmentation=augmentation, rngs=rngs, max_pixels=max_pixels)
+
+
+def view(data, size=32, seed=0, augmentation=None, max_pixels=10**6):
+    return several(data, [seed], size, augmentation, max_pixels)[0]
 
 
 def photo(width=96, height=64):
@@ -474,3 +473,29 @@ def test_settings_out_of_range_are_refused(field, value):
 
 def test_a_view_is_what_a_tensor_can_hold():
     assert torch.from_numpy(np.ascontiguousarray(view(disc()))).shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize(
+    "augmentation",
+    [
+        None,
+        Augmentation(),
+        Augmentation(crop_scale=(0.02, 1.0), flip=0.5),  # decoded at several scales
+        Augmentation(crop_scale=(0.02, 1.0), rotate=20, zoom=(0.5, 2.0), saturation=0.4),
+        Augmentation(crop_scale=(0.02, 1.0), fast_jpeg=True),
+    ],
+    ids=["none", "crop", "zoom", "affine", "fast"],
+)
+def test_views_of_one_decoding_are_those_of_decodings_of_their_own(image_format, orientation, augmentation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(photo(640, 400), image_format, exif=exif)
+    seeds = range(12)
+    together = several(data, seeds, augmentation=augmentation)
+    assert len(together) == len(seeds)
+    for seed, pixels in zip(seeds, together, strict=True):
+        assert np.array_equal(pixels, view(data, seed=seed, augmentation=augmentation))
+    if augmentation is not None:
+        assert len({pixels.tobytes() for pixels in together}) == len(seeds)

@@ -424,7 +424,8 @@ def test_processes_share_a_set_out(sets: Path, models: Sequence[Path], tmp_path:
     assert codes(processes) == [0] * ranks, (tmp_path / "logs" / "0.log").read_text()
     assert_same_results(_tree(tmp_path / "shared"), _tree(tmp_path / "one"))
     assert (tmp_path / "logs" / "0.log").read_text().count("cannot be read, and count as wrong") == 6
-    assert (tmp_path / "logs" / "1.log").read_text() == ""
+    said = (tmp_path / "logs" / "1.log").read_text().splitlines()
+    assert [line for line in said if not line.startswith("[Gloo]")] == []  # which torch 2.8 prints
 
 
 def _evaluate_sets(rank: int, ranks: int, port: int, data: str, output: str) -> None:

@@ -68,7 +68,7 @@ def test_every_way_to_an_image_gives_its_pixels(name: str) -> None:
     content, expected = CASES[name]
     expected = np.broadcast_to(expected if expected.ndim == 3 else expected[..., None], (SIDE, SIDE, 3))
     stored, _ = encode_image(content, where="")
-    view = render(stored, image_size=SIDE, augmentation=None, rng=np.random.default_rng(0), max_pixels=10**6)
+    (view,) = render(stored, image_size=SIDE, augmentation=None, rngs=[np.random.default_rng(0)], max_pixels=10**6)
     for data in (content, stored):
         image = np.asarray(EncodedSample(key="a", where="a", data=data).image())
         np.testing.assert_allclose(image, expected, atol=1)
