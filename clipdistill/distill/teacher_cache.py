@@ -12,7 +12,8 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -157,6 +158,10 @@ class _Chunk:
     skips: list[tuple[str, str, str]]
     """Key, reason and detail of each bad sample."""
 
+    def pin_memory(self) -> "_Chunk":
+        """The chunk with its pixels in pinned memory; DataLoader calls this."""
+        return replace(self, pixels=self.pixels.pin_memory())
+
 
 class CacheBuilder:
     """Builds the files of shards.
@@ -258,30 +263,37 @@ class CacheBuilder:
     def _build(self, numbers: Sequence[int], progress: Callable[[int], None]) -> CacheBuild:
         done = CacheBuild()
         chunks = self._chunks(numbers, workers=self.workers)
-        for number in numbers:
-            shard = self.index[number]
-            parts: list[dict[str, Tensor]] = []
-            for start in range(0, len(shard), self.batch_size):
-                chunk = next(chunks)
-                assert (chunk.shard, chunk.start) == (number, start)
-                for key, reason, detail in chunk.skips:
-                    done.skipped[reason] += 1
-                    log.warning("skipped %r in %s: %s %s", key, shown(shard.url), reason, detail)
-                parts.append(self._encode(chunk))
-                done.samples += len(chunk.labels_n)
-                progress(done.samples)
-            if not parts:
-                parts = [self._encode(_no_samples(number, self.content))]
-            tensors = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-            write_embeddings(self.folder, shard, tensors, self.key)
-            done.written += 1
+        with _Writer(self) as writer:
+            for number in numbers:
+                writer.write(number, self._encode_shard(number, chunks, done, progress))
+                done.written += 1
         return done
+
+    def _encode_shard(
+        self, number: int, chunks: Iterator[_Chunk], done: CacheBuild, progress: Callable[[int], None]
+    ) -> dict[str, Tensor]:
+        """The tensors of a shard's file; its samples are counted in ``done``."""
+        shard = self.index[number]
+        parts: list[dict[str, Tensor]] = []
+        for start in range(0, len(shard), self.batch_size):
+            chunk = next(chunks)
+            assert (chunk.shard, chunk.start) == (number, start)
+            for key, reason, detail in chunk.skips:
+                done.skipped[reason] += 1
+                log.warning("skipped %r in %s: %s %s", key, shown(shard.url), reason, detail)
+            parts.append(self._encode(chunk))
+            done.samples += len(chunk.labels_n)
+            progress(done.samples)
+        if not parts:
+            parts = [self._encode(_no_samples(number, self.content))]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _chunks(self, numbers: Sequence[int], *, workers: int) -> Iterator[_Chunk]:
         return from_workers(
             _Chunks(self, numbers),
             workers=workers,
             max_pixels=self.content.decoder.max_pixels,
+            pin_memory=self.device.type == "cuda",
             shards=[file_name(shard.url) for shard in self.index],
         )
 
@@ -309,6 +321,37 @@ class CacheBuilder:
                 packed = pack(values, self.content.precision)
                 tensors |= {name + suffix: tensor for suffix, tensor in packed.items()}
         return tensors
+
+
+class _Writer:
+    """Writes one shard's file in a thread, while the next shard is encoded."""
+
+    def __init__(self, builder: CacheBuilder) -> None:
+        self._builder = builder
+        self._pool = ThreadPoolExecutor(max_workers=1)
+        self._last: Future[None] | None = None
+
+    def __enter__(self) -> "_Writer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+        self._wait()
+
+    def write(self, number: int, tensors: dict[str, Tensor]) -> None:
+        """Write a shard's file, once that of the shard before is complete.
+
+        Raises:
+            RunError: That one could not be written.
+        """
+        self._wait()
+        builder = self._builder
+        self._last = self._pool.submit(write_embeddings, builder.folder, builder.index[number], tensors, builder.key)
+
+    def _wait(self) -> None:
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
 
 
 class _Chunks(IterableDataset["_Chunk | InputError"]):

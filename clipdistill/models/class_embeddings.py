@@ -7,6 +7,8 @@ import hashlib
 import json
 import logging
 from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -99,7 +101,18 @@ def class_prompt_tokens(tower: Tower, prompts: PromptSet) -> Tensor:
 
 
 def _tokenize(tower: Tower, prompts: PromptSet) -> Tensor:
-    """Token ids (C * T, L), checked."""
+    """Token ids (C * T, L), checked; those of a tokenizer that is still in use are remembered."""
+    known = _TOKENS.setdefault(tower.tokenizer, {})
+    made_of = (tower.text_tokenizer.pooling, prompts)
+    if made_of not in known:
+        known[made_of] = _tokenize_anew(tower, prompts)
+    return known[made_of]
+
+
+_TOKENS: WeakKeyDictionary[Any, dict[Any, Tensor]] = WeakKeyDictionary()
+
+
+def _tokenize_anew(tower: Tower, prompts: PromptSet) -> Tensor:
     tokens_NL = tower.tokenize(prompts.texts())
     context = tower.tokenizer.context_length
     full = 0

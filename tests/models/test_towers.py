@@ -312,3 +312,25 @@ def test_weights_of_another_architecture(teacher_folder: Path, tmp_path: Path) -
     path.write_text(json.dumps({**TINY_MODEL, "vision_cfg": {**TINY_MODEL["vision_cfg"], "layers": 3}}))
     with pytest.raises(InputError, match="weights do not match the architecture"):
         load_frozen_model(str(path), pretrained=str(teacher_folder / "open_clip_model.safetensors"))
+
+
+def test_prompts_are_tokenised_once(tiny_model: Path) -> None:
+    class Counting(SimpleTokenizer):
+        calls = 0
+
+        def __call__(self, texts, context_length=None):
+            self.calls += len(texts) if isinstance(texts, list) else 1
+            return super().__call__(texts, context_length)
+
+    tower = load_student(str(tiny_model))
+    tower.tokenizer = Counting(context_length=12)
+    few, others = (
+        PromptSet("few", ("cat", "dog"), ("{c}", "a {c}")),
+        PromptSet("few", ("cat", "dog"), ("{c}", "the {c}")),
+    )
+    first = class_prompt_tokens(tower, few)
+    calls = tower.tokenizer.calls
+    assert torch.equal(class_prompt_tokens(tower, few), first)
+    assert tower.tokenizer.calls == calls
+    assert not torch.equal(class_prompt_tokens(tower, others), first)
+    assert torch.equal(class_prompt_tokens(tower, few), class_prompt_tokens(load_student(str(tiny_model)), few))
