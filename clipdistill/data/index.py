@@ -19,7 +19,8 @@ from clipdistill.errors import InputError
 from clipdistill.io.caches import INDEXES, mark_used
 from clipdistill.io.files import write_text
 from clipdistill.io.paths import expand
-from clipdistill.io.urls import ShardFile, Stat, file_name, locate, one_line, shown, stat
+from clipdistill.io.spool import Spool
+from clipdistill.io.urls import ShardFile, Stat, file_name, is_remote, locate, one_line, shown, stat
 
 logger = logging.getLogger(__name__)
 
@@ -124,18 +125,36 @@ class LazyIndex(Sequence[ShardIndex]):
         self._cache_dir = cache_dir
         self._kept: OrderedDict[int, ShardIndex] = OrderedDict()
         self._logged: set[int] = set()
+        self._spool_folder = None if cache_dir is None else expand(cache_dir)
+        self._spool: tuple[int, Spool] | None = None
 
     def __len__(self) -> int:
         return len(self.urls)
 
+    def open(self, number: int) -> ShardFile:
+        """Shard `number` for reading; if it was just indexed, without fetching its bytes again.
+
+        Raises:
+            Exception: as `ShardFile`.
+        """
+        index: ShardIndex = self[number]
+        spooled, spool = self._spool or (None, None)
+        return ShardFile(index.url, stat=index.stat, spool=spool if number == spooled else None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_spool": None}  # an open file
+
     def __getitem__(self, number: Any) -> Any:
         if number not in self._kept:
             note_shard(number)
+            spool = Spool(self._spool_folder) if is_remote(self.urls[number]) else None
             try:
-                index = _index_shard(self.urls[number], self._cache_dir)
+                index = _index_shard(self.urls[number], self._cache_dir, spool=spool)
             except InputError as error:
                 self.unreadable[number] = str(error)
                 raise
+            if spool:
+                self._spool = number, spool
             self.check(number, index.content)
             if self.sizes is not None:
                 self._check_size(index, self.sizes[number])
@@ -180,14 +199,14 @@ def _log_problems(index: ShardIndex) -> None:
         logger.warning("shard %s: %s", shown(index.url), problem)
 
 
-def _index_shard(url: str, cache_dir: str | Path | None) -> ShardIndex:
+def _index_shard(url: str, cache_dir: str | Path | None, *, spool: Spool | None = None) -> ShardIndex:
     try:
         version = stat(url)
         cached = _cache_file(cache_dir, url=url, version=version)
         if cached and (known := _load(cached, url=url, version=version)):
             mark_used(cached)
             return known
-        file = ShardFile(url, stat=version)
+        file = ShardFile(url, stat=version, spool=spool)
         try:
             index = _scan(file, url=url, version=version)
         finally:

@@ -129,7 +129,8 @@ class SampleReader:
         if self._failure is None:
             try:
                 if self._file is None:
-                    self._file = ShardFile(url, stat=self._index[shard].stat)
+                    lazy = self._index if isinstance(self._index, LazyIndex) else None
+                    self._file = lazy.open(shard) if lazy else ShardFile(url, stat=self._index[shard].stat)
                 data = self._file.read_at(start, size)
                 if len(data) == size:
                     return data

@@ -25,6 +25,7 @@ from fsspec.implementations.local import LocalFileSystem
 from clipdistill.errors import InputError
 from clipdistill.io.paths import expand
 from clipdistill.io.retries import DEFAULT_RETRIES, Retries, may_pass, status_of
+from clipdistill.io.spool import Spool
 
 logger = logging.getLogger(__name__)
 
@@ -261,6 +262,7 @@ class ShardFile:
         stat: The version to read, as returned by `stat`; for local files only its size counts. None: the current
             version.
         retries: Limits for remote reads.
+        spool: Keeps what is read of a remote shard, and is read in place of it.
 
     Raises:
         ShardChangedError: Here or while reading: the shard's version differs or has changed.
@@ -268,8 +270,16 @@ class ShardFile:
         Exception: The filesystem's error, after the last attempt.
     """
 
-    def __init__(self, url: str, *, stat: Stat | None = None, retries: Retries = DEFAULT_RETRIES) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        stat: Stat | None = None,
+        retries: Retries = DEFAULT_RETRIES,
+        spool: Spool | None = None,
+    ) -> None:
         self._url = url
+        self._spool = spool
         self._retries = retries
         self._fs, self._path = locate(url, retries=retries)
         self._local = isinstance(self._fs, LocalFileSystem)
@@ -301,8 +311,11 @@ class ShardFile:
         """At least one and at most `size` bytes from `offset`."""
         skip = offset - self._start
         if size and not 0 <= skip < len(self._buffer):
-            self._buffer = _retried(self._fs, self._url, self._retries, lambda: self._request(offset), offset)
+            kept = b"" if self._spool is None else self._spool.read(offset, _BLOCK)
+            self._buffer = kept or _retried(self._fs, self._url, self._retries, lambda: self._request(offset), offset)
             self._start, skip = offset, 0
+            if self._spool is not None and not kept:
+                self._spool.write(offset, self._buffer)
         return self._buffer[skip : skip + size]
 
     def _request(self, offset: int) -> bytes:

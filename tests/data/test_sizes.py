@@ -15,7 +15,7 @@ from clipdistill.data import LazyIndex, StreamLoader, expand_urls, index_shards
 from clipdistill.data.sizes import stated_sizes
 from clipdistill.errors import InputError
 from tests.data.test_stream import CHANGES, SETTINGS, good
-from tests.servers import Ranges, files, serving
+from tests.servers import Ranges, age, files, serving, write_noise_shards
 from tests.streams import make_stream
 
 SIZES = (7, 12, 5, 16, 9, 11)
@@ -92,6 +92,44 @@ def test_a_run_starts_with_the_first_shards_alone(folder: Path, name: str) -> No
     with serving(files(folder, Counting)) as url:
         assert seen(lazy(url, shuffle=0), 1) == seen(lazy(folder, shuffle=0), 1)
     assert len([name for name in asked if name.endswith(".tar")]) <= 2
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("cache", ["a folder", "a file", None])
+def test_what_is_fetched_for_the_index_is_not_fetched_again(tmp_path: Path, workers: int, cache: str | None) -> None:
+    """Bytes that a server sends in an epoch: those of the shards, once; twice where no temporary file can be made."""
+    write_noise_shards(tmp_path / "shards")
+    total = sum(path.stat().st_size for path in (tmp_path / "shards").iterdir())
+    (tmp_path / "a file").touch()
+    sent = []
+
+    class Counting(Ranges):
+        def copyfile(self, source: Any, outputfile: Any) -> None:
+            raise AssertionError("a whole file was asked for")
+
+        def send_header(self, keyword: str, value: str) -> None:
+            if keyword == "Content-Length" and self.command == "GET":
+                sent.append(int(value))
+            super().send_header(keyword, value)
+
+    settings = {"batch_size": 4, "image_size": 8, "shuffle": 6, "num_workers": workers, "augmentation": None}
+
+    def run(root: Path | str) -> list[Any]:
+        place = None if cache is None else tmp_path / cache
+        index = LazyIndex(expand_urls([f"{root}/{{0..1}}.tar"]), cache_dir=place, sizes=[10, 14])
+        loader = StreamLoader(make_stream(index, **settings))
+        found = seen(loader, 6)
+        loader.close()
+        return found
+
+    age(tmp_path / "shards")
+    expected = run(tmp_path / "shards")
+    with serving(files(tmp_path / "shards", Counting)) as url:
+        assert run(url) == expected
+        # The epoch begins within a shard, and returns to its beginning at the end; a worker is already in the next one.
+        most = 1.8 if workers else 1.4
+        assert total <= sum(sent) < (most + 1 if cache == "a file" else most) * total
+        assert sum(sent) > most * total or cache != "a file"
 
 
 def test_without_lists_the_sizes_are_unknown(folder: Path) -> None:

@@ -324,10 +324,8 @@ def test_prompts_are_tokenised_once(tiny_model: Path) -> None:
 
     tower = load_student(str(tiny_model))
     tower.tokenizer = Counting(context_length=12)
-    few, others = (
-        PromptSet("few", ("cat", "dog"), ("{c}", "a {c}")),
-        PromptSet("few", ("cat", "dog"), ("{c}", "the {c}")),
-    )
+    few = PromptSet(name="few", classnames=("cat", "dog"), templates=("{c}", "a {c}"))
+    others = replace(few, templates=("{c}", "the {c}"))
     first = class_prompt_tokens(tower, few)
     calls = tower.tokenizer.calls
     assert torch.equal(class_prompt_tokens(tower, few), first)
