@@ -73,7 +73,7 @@ def find_damage(path: Path, *, contents: bool = True) -> str | None:
 def fingerprints(folder: Path) -> dict[str, Any]:
     """Size and sha256 of every file below a folder, by its path in the folder."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {file.relative_to(folder).as_posix(): _fingerprint(file) for file in files}
+    return {file.relative_to(folder).as_posix(): fingerprint(file) for file in files}
 
 
 def find_change(folder: Path, files: Mapping[str, Any], *, contents: bool = True) -> str | None:
@@ -92,7 +92,7 @@ def find_change(folder: Path, files: Mapping[str, Any], *, contents: bool = True
             size = (folder / name).stat().st_size
             if size != expected["bytes"]:
                 return f"{name} has {size} bytes, {expected['bytes']} were written"
-            if contents and _fingerprint(folder / name) != expected:
+            if contents and fingerprint(folder / name) != expected:
                 return f"{name} differs from what was written"
         except _DAMAGE as error:
             return f"{name} is missing: {why(error)}"
@@ -101,7 +101,8 @@ def find_change(folder: Path, files: Mapping[str, Any], *, contents: bool = True
     return None
 
 
-def _fingerprint(file: Path) -> dict[str, Any]:
+def fingerprint(file: Path) -> dict[str, Any]:
+    """Size and sha256 of a file."""
     with file.open("rb") as stream:
         return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
 

@@ -10,10 +10,13 @@ RUN/checkpoints/step_00000500/
     manifest.json          step, number of ranks, evaluation, size and sha256 of every file above, sha256 of itself
 """
 
+import contextlib
 import json
 import logging
 import os
 import shutil
+import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,10 +27,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from clipdistill.distributed.collectives import gather_objects, rank, world_size
+from clipdistill.distributed.collectives import AsyncMax, gather_objects, rank, world_size
 from clipdistill.errors import InputError, RunError
 from clipdistill.io.files import settle, sync, why, write_json, writing
-from clipdistill.io.manifest import UnreadableError, find_damage, read_manifest, write_manifest
+from clipdistill.io.manifest import (
+    UnreadableError,
+    find_damage,
+    fingerprint,
+    fingerprints,
+    read_manifest,
+    write_manifest,
+)
 from clipdistill.io.run_files import ASIDE, IDENTITY_FILE, checkpoint_folder, checkpoint_folders
 
 log = logging.getLogger(__name__)
@@ -57,64 +67,187 @@ class TrainingState:
     evaluations: list[dict[str, Any]] | None = None
 
 
-def save_checkpoint(
-    root: Path,
-    *,
-    step: int,
-    tensors: Mapping[str, Mapping[str, Tensor]],
-    optimizer: Mapping[str, Any],
-    rank_state: Mapping[str, Any],
-    identity: Mapping[str, Any],
-    keep: int = 1,
-    keep_best: int = 0,
-) -> Path:
-    """Write ``root/step_XXXXXXXX``; called by every rank, on a shared file system.
+class CheckpointWriter:
+    """Writes checkpoints in a thread, from copies of the state in the host's memory, while training goes on.
+
+    All ranks call its methods together, on a shared file system. A checkpoint has no name before it is complete. The
+    next one begins when it is.
 
     Args:
         root: folder of the checkpoints.
-        step: see `TrainingState`.
-        tensors: rank 0's are written.
-        optimizer: rank 0's is written.
-        rank_state: state of this rank; every rank's is written.
-        identity: rank 0's is written.
         keep: number of newest checkpoints to keep.
-        keep_best: number of checkpoints with the best metric to keep in addition; others are deleted once the new one
-            is in place. Those of the same or later steps, damaged or from an abandoned branch, are renamed to
+        keep_best: number of checkpoints with the best metric to keep in addition; others are deleted once a new one is
+            in place. Those of the same or later steps, damaged or from an abandoned branch, are renamed to
             ``abandoned_step_XXXXXXXX``, of which the ``keep`` last ones stay.
-
-    Raises:
-        RunError: on all ranks, if one of them could not write. Nothing of the new checkpoint remains, and all older
-            ones are unchanged.
     """
-    path = checkpoint_folder(root, step)
-    temporary = root / f".{path.name}.tmp"
-    with _together(path, temporary):
+
+    def __init__(self, root: Path, *, keep: int = 1, keep_best: int = 0) -> None:
+        self._root = root
+        self._keep = keep
+        self._keep_best = keep_best
+        self._part: _Part | None = None
+        self._votes = AsyncMax()
+
+    def start(
+        self,
+        step: int,
+        *,
+        tensors: Mapping[str, Mapping[str, Tensor]],
+        optimizer: Mapping[str, Any],
+        rank_state: Mapping[str, Any],
+        identity: Mapping[str, Any],
+    ) -> None:
+        """Copy the state, and begin to write ``root/step_XXXXXXXX``; the checkpoint before is completed first.
+
+        Args:
+            step: see `TrainingState`.
+            tensors: rank 0's are written.
+            optimizer: rank 0's is written.
+            rank_state: state of this rank; every rank's is written.
+            identity: rank 0's is written.
+
+        Raises:
+            RunError: as ``finish``.
+        """
+        self.finish()
+        path = checkpoint_folder(self._root, step)
+        temporary = self._root / f".{path.name}.tmp"
+        with _together(path, temporary):
+            if rank() == 0:
+                for stale in self._root.glob(".step_*.tmp"):
+                    shutil.rmtree(stale)
+                temporary.mkdir(parents=True)
+        part = {rank_file(rank()): _copied(dict(rank_state))}
         if rank() == 0:
-            for stale in root.glob(".step_*.tmp"):
-                shutil.rmtree(stale)
-            temporary.mkdir(parents=True)
-    with _together(path, temporary):
-        _save(dict(rank_state), temporary / f"rank_{rank():05d}.pt")
-    with _together(path, temporary):
+            part |= {f"{name}.safetensors": _copied(dict(state)) for name, state in tensors.items()}
+            part |= {"optimizer.pt": _copied(dict(optimizer)), IDENTITY_FILE: dict(identity)}
+        self._part = _Part(step, path, temporary, part)
+
+    def poll(self) -> None:
+        """Complete the checkpoint that is being written, if all ranks have written their parts; call it every step.
+
+        Raises:
+            RunError: as ``finish``.
+        """
+        if self._part is not None and self._votes(_WRITING if self._part.is_alive() else _WRITTEN) == _WRITTEN:
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written, if any, and complete it.
+
+        Raises:
+            RunError: on all ranks, if one of them could not write. Nothing of the new checkpoint remains, and all older
+                ones are unchanged.
+        """
+        part, self._part = self._part, None
+        if part is None:
+            return
+        self._votes.close()
+        part.join()
+        with _together(part.path, part.temporary):
+            if part.error is not None:
+                raise part.error
+        files = {name: found for of_rank in gather_objects(part.files) for name, found in of_rank.items()}
+        with _together(part.path, part.temporary):
+            if rank() == 0:
+                self._complete(part, files)
+
+    def salvage(self) -> None:
+        """As ``finish``, in a run that ends with an error, where no other rank may answer: rank 0 completes the
+        checkpoint if all ranks have written their parts, and else deletes it."""
+        part, self._part = self._part, None
+        if part is None:
+            return
+        part.join(_SALVAGE_SECONDS)
+        names = [rank_file(number) for number in range(world_size())]
+        until = time.monotonic() + _SALVAGE_SECONDS
+        while rank() == 0 and part.error is None and not part.is_alive() and time.monotonic() < until:
+            if all((part.temporary / name).exists() for name in names):
+                with contextlib.suppress(OSError):
+                    self._complete(part, fingerprints(part.temporary))
+                return
+            time.sleep(0.05)
         if rank() == 0:
-            for name, state in tensors.items():
-                save_file({key: value.contiguous() for key, value in state.items()}, temporary / f"{name}.safetensors")
-            _save(dict(optimizer), temporary / "optimizer.pt")
-            write_json(temporary / IDENTITY_FILE, identity)
-            content = {"step": step, "ranks": world_size(), "metric": None, "evaluations": None}
-            write_manifest(temporary, content)
-            settle(temporary)
-            for later in [other for other in reversed(checkpoint_folders(root)) if other.name >= path.name]:
-                shutil.rmtree(root / f"{ASIDE}{later.name}", ignore_errors=True)
-                later.touch()
-                later.rename(root / f"{ASIDE}{later.name}")
-            aside = sorted(root.glob(f"{ASIDE}step_*"), key=lambda each: each.stat().st_mtime_ns)
-            for old in aside[:-keep]:
-                shutil.rmtree(old, ignore_errors=True)
-            temporary.rename(path)
-            sync(root)
-            _prune(root, keep=keep, keep_best=keep_best)
-    return path
+            shutil.rmtree(part.temporary, ignore_errors=True)
+
+    def _complete(self, part: "_Part", files: Mapping[str, Any]) -> None:
+        """Give a checkpoint its manifest and its name."""
+        root, path = self._root, part.path
+        content = {"step": part.step, "ranks": world_size(), "metric": None, "evaluations": None}
+        write_manifest(part.temporary, content | {"files": dict(sorted(files.items()))})
+        settle(part.temporary)
+        for later in [other for other in reversed(checkpoint_folders(root)) if other.name >= path.name]:
+            shutil.rmtree(root / f"{ASIDE}{later.name}", ignore_errors=True)
+            later.touch()
+            later.rename(root / f"{ASIDE}{later.name}")
+        aside = sorted(root.glob(f"{ASIDE}step_*"), key=lambda each: each.stat().st_mtime_ns)
+        for old in aside[: -self._keep]:
+            shutil.rmtree(old, ignore_errors=True)
+        part.temporary.rename(path)
+        sync(root)
+        _prune(root, keep=self._keep, keep_best=self._keep_best)
+        log.info("checkpoint %s", path)
+
+
+_WRITTEN, _WRITING = 1, 2
+"""Votes of the ranks, of which the largest counts; 0: not all have voted yet."""
+
+_SALVAGE_SECONDS = 5.0
+
+
+class _Part(threading.Thread):
+    """This rank's files of a checkpoint, and the thread that writes them.
+
+    Attributes:
+        files: their fingerprints, when they are written.
+        error: why they could not be written.
+    """
+
+    def __init__(self, step: int, path: Path, temporary: Path, contents: Mapping[str, Any]) -> None:
+        super().__init__(name=f"checkpoint {step}", daemon=True)
+        self.step, self.path, self.temporary = step, path, temporary
+        self.files: dict[str, Any] = {}
+        self.error: Exception | None = None
+        self._contents = contents
+        self.start()
+
+    def run(self) -> None:
+        """Write the files; the last one, by whose name ``salvage`` recognises a part that is whole, is the rank's."""
+        try:
+            for name, content in reversed(list(self._contents.items())):
+                self._write(self.temporary / name, content)
+                self.files[name] = fingerprint(self.temporary / name)
+        except Exception as error:  # raised in the main thread
+            self.error = error
+        self._contents = {}
+
+    def _write(self, file: Path, content: Any) -> None:
+        unfinished = file.with_name(f".{file.name}")
+        match file.suffix:
+            case ".safetensors":
+                save_file({key: value.contiguous() for key, value in content.items()}, unfinished)
+            case ".pt":
+                _save(content, unfinished)
+            case _:
+                write_json(unfinished, content)
+        sync(unfinished)
+        unfinished.rename(file)
+
+
+def rank_file(number: int) -> str:
+    """Name of the file with a rank's state."""
+    return f"rank_{number:05d}.pt"
+
+
+def _copied(value: Any) -> Any:
+    """A state whose tensors are copies in the host's memory."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {key: _copied(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_copied(each) for each in value)
+    return value
 
 
 def rate_checkpoint(
@@ -169,7 +302,7 @@ def load_checkpoint(path: Path) -> TrainingState:
             tensors={file.stem: load_file(file) for file in files if file.suffix == ".safetensors"},
             optimizer=torch.load(path / "optimizer.pt", weights_only=True),
             rank_states=[
-                torch.load(path / f"rank_{number:05d}.pt", mmap=True, weights_only=True)  # each rank reads little
+                torch.load(path / rank_file(number), mmap=True, weights_only=True)  # each rank reads little
                 for number in range(manifest["ranks"])
             ],
             identity=json.loads((path / IDENTITY_FILE).read_bytes()),

@@ -81,6 +81,16 @@ def parameter_groups(student: nn.Module, weight_decay: float) -> list[dict[str, 
     ]
 
 
+@torch.no_grad()
+def match_layouts(optimizer: torch.optim.Optimizer) -> None:
+    """Give a restored optimizer's state the memory layout of its parameters: fused updates on a CPU take parameter,
+    gradient and state for equally laid out, and compute something else where they are not."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Set each group's learning rate: ``rate`` times the group's own ``lr_scale``."""
     for group in optimizer.param_groups:

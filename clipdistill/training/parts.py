@@ -33,7 +33,7 @@ from clipdistill.training.checkpoint import TrainingState
 from clipdistill.training.ema import MovingAverage
 from clipdistill.training.identity import Identity, check_same_run, describe
 from clipdistill.training.metrics import Window
-from clipdistill.training.optimizer import Schedule
+from clipdistill.training.optimizer import Schedule, match_layouts
 from clipdistill.training.progress import Progress
 
 
@@ -175,7 +175,7 @@ class RunParts:
         return self.identity | {"shards": merge_shards(gather_objects(self.loader.shards_read()))}
 
     def checkpoint_state(self) -> dict[str, Any]:
-        """The arguments ``tensors``, ``optimizer``, ``rank_state`` and ``identity`` of ``save_checkpoint``."""
+        """The arguments ``tensors``, ``optimizer``, ``rank_state`` and ``identity`` of ``CheckpointWriter.start``."""
         model_state, optimizer_state = get_state_dict(
             self.model,
             self.optimizer.optimizer,
@@ -198,6 +198,7 @@ class RunParts:
             optim_state_dict=dict(state.optimizer),
             options=StateDictOptions(full_state_dict=True),
         )
+        match_layouts(self.optimizer.optimizer)
         for name, shared in self.shared_components.items():
             shared.load_shared_state(state.tensors.get(name, {}))
         restored = ("progress", "stream")

@@ -47,7 +47,7 @@ from clipdistill.io.run_files import (
 )
 from clipdistill.models.precision import use_tensor_cores
 from clipdistill.training.build import bad_shards_message, open_evaluation_sets
-from clipdistill.training.checkpoint import load_checkpoint, rate_checkpoint, save_checkpoint
+from clipdistill.training.checkpoint import CheckpointWriter, load_checkpoint, rate_checkpoint
 from clipdistill.training.metrics import MetricsLog, choose_trackers, flatten
 from clipdistill.training.optimizer import set_learning_rate
 from clipdistill.training.parts import RunParts
@@ -136,6 +136,8 @@ def open_run(
         watchdog.finish()
     except BaseException as error:
         with interruption.leaving():
+            if run is not None:
+                run.checkpoints.salvage()
             ending = error if watchdog is None else watchdog.resolve(_in_one_line(error, watchdog.progress))
             new = start is not None and start.new and not (output / CHECKPOINTS_FOLDER).exists()
             if new and isinstance(ending, InputError | Interrupted):
@@ -256,6 +258,9 @@ class Run:
         self.progress, self.total_steps = self.parts.progress, self.parts.total_steps
         self.parts.loader.give_up = interruption.overdue
         self.signal_votes = AsyncMax()
+        self.checkpoints = CheckpointWriter(
+            self.output / CHECKPOINTS_FOLDER, keep=config.train.keep, keep_best=config.train.keep_best
+        )
         self._open_logs(restart=start.restart)
         watchdog.progress = self.describe_progress
 
@@ -300,6 +305,10 @@ class Run:
                     self._log(parts.window.close() | losses.gradient_shares | {"lr": lr})
                 if saving:
                     self._save()
+                else:
+                    self.checkpoints.poll()
+                if bad_data or stopping or progress.step == self.total_steps or self._evaluation_is_due():
+                    self.checkpoints.finish()
                 if bad_data:
                     raise InputError(bad_data)
                 if stopping := stopping or (self.signal_votes.close() if progress.step == self.total_steps else 0):
@@ -368,6 +377,7 @@ class Run:
             if step == 0 or not alone or checkpoint_folder(self.output / CHECKPOINTS_FOLDER, step).exists():
                 raise Interrupted(stopped) from error
             self._save()
+            self.checkpoints.finish()
             raise Interrupted(f"{stopped}, after step {step}; saved; --resume auto continues") from error
         return micro_batches
 
@@ -462,14 +472,7 @@ class Run:
         self.metrics.sync()
         if self.sample_log is not None:
             self.sample_log.sync()
-        path = save_checkpoint(
-            self.output / CHECKPOINTS_FOLDER,
-            step=self.progress.step,
-            **self.parts.checkpoint_state(),
-            keep=self.config.train.keep,
-            keep_best=self.config.train.keep_best,
-        )
-        log.info("checkpoint %s", path)
+        self.checkpoints.start(self.progress.step, **self.parts.checkpoint_state())
 
     # Evaluation.
 

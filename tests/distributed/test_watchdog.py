@@ -40,7 +40,7 @@ def test_killed_rank_is_named_and_the_run_goes_on(runs: Runs, victim: int) -> No
     """Rank 0 is the one that the others are connected with: each of them then speaks for itself."""
     name = f"killed-{victim}"
     job = start(runs, name)
-    until(lambda: traced(runs.folder / name) >= 5)
+    until(lambda: traced(runs.folder / name) >= 5 and runs.saved_steps(name))
     workers = job.children()
     os.kill(job.pids[victim], signal.SIGKILL)
     expected = [1, 1, 1, 1]
@@ -74,7 +74,7 @@ def test_killed_rank_under_torchrun(runs: Runs, tmp_path: Path) -> None:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4"]
     command = [sys.executable, *launcher, "scripts/train.py", *arguments]
     job = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | ENVIRONMENT)
-    until(lambda: traced(run) >= 5, 180)
+    until(lambda: traced(run) >= 5 and list(run.glob("checkpoints/step_*")), 180)
     ranks = [child for child in psutil.Process(job.pid).children() if "scripts/train.py" in child.cmdline()]
     processes = [job, *psutil.Process(job.pid).children(recursive=True)]
     assert len(ranks) == 4
@@ -105,7 +105,7 @@ def test_bad_input_of_one_rank_ends_all_with_its_line(runs: Runs, tmp_path: Path
 
 def test_dead_data_worker_is_named(runs: Runs) -> None:
     job = runs.start("worker", "data.workers=2", "train.steps=1000")
-    until(lambda: traced(runs.folder / "worker") >= 4)
+    until(lambda: traced(runs.folder / "worker") >= 4 and runs.saved_steps("worker"))
     victim = job.children()[0]
     victim.kill()
     assert job.wait(60) == [1], job.text()
@@ -117,7 +117,7 @@ def test_dead_data_worker_is_named(runs: Runs) -> None:
 @pytest.mark.slow
 def test_frozen_rank_is_given_up_in_time(runs: Runs) -> None:
     job = start(runs, "frozen", "train.rank_timeout=12", "train.steps=1000")
-    until(lambda: traced(runs.folder / "frozen") >= 5)
+    until(lambda: traced(runs.folder / "frozen") >= 5 and runs.saved_steps("frozen"))
     os.kill(job.pids[1], signal.SIGSTOP)
     frozen = time.monotonic()
     codes = [job.join(rank, 60) for rank in (0, 2, 3)]

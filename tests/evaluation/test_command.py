@@ -425,7 +425,7 @@ def test_processes_share_a_set_out(sets: Path, models: Sequence[Path], tmp_path:
     assert_same_results(_tree(tmp_path / "shared"), _tree(tmp_path / "one"))
     assert (tmp_path / "logs" / "0.log").read_text().count("cannot be read, and count as wrong") == 6
     said = (tmp_path / "logs" / "1.log").read_text().splitlines()
-    assert [line for line in said if not line.startswith("[Gloo]")] == []  # which torch 2.8 prints
+    assert [line for line in said if not line.startswith("[Gloo]")] == []  # which some releases of torch print
 
 
 def _evaluate_sets(rank: int, ranks: int, port: int, data: str, output: str) -> None:

@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from clipdistill.errors import InputError, RunError
+from clipdistill.io.run_files import checkpoint_folder
 from clipdistill.training.checkpoint import (
+    CheckpointWriter,
     find_checkpoint,
     find_damage,
     load_checkpoint,
     rate_checkpoint,
     resolve_resume,
-    save_checkpoint,
 )
 from tests.processes import Runs, assert_identical, until
 
@@ -25,16 +26,16 @@ FILES = ("ema.safetensors", "identity.json", "manifest.json", "optimizer.pt", "r
 
 def save(root: Path, step: int, *, size: int = 20, keep: int = 9, keep_best: int = 0) -> Path:
     torch.manual_seed(step)
-    return save_checkpoint(
-        root,
-        step=step,
+    writer = CheckpointWriter(root, keep=keep, keep_best=keep_best)
+    writer.start(
+        step,
         tensors={"student": {"a": torch.randn(size, 3), "b": torch.ones(())}, "ema": {"a": torch.randn(size, 3)}},
         optimizer={"state": {"a": {"exp_avg": torch.randn(size, 3)}}, "param_groups": [{"lr": 0.1}]},
         rank_state={"random": torch.get_rng_state(), "stream": {"step": step, "skipped": {}}},
         identity={"format": 1, "prompts": None},
-        keep=keep,
-        keep_best=keep_best,
     )
+    writer.finish()
+    return checkpoint_folder(root, step)
 
 
 def names(root: Path) -> list[str]:
@@ -237,3 +238,47 @@ def test_run_that_cannot_write_its_metrics_goes_on_later(runs: Runs) -> None:
     again = runs.start("run", ranks=2)
     assert again.wait() == [0, 0], again.text()
     assert_identical(runs.folder / "run", runs.whole(ranks=2))
+
+
+def test_a_checkpoint_holds_the_state_at_its_start(tmp_path: Path) -> None:
+    """Training goes on while it is written: weights, optimizer and random state change in place."""
+    weight, moment, noise = torch.zeros(1000, 1000), torch.zeros(1000, 1000), torch.zeros(10)
+    writer = CheckpointWriter(tmp_path)
+    writer.start(
+        3,
+        tensors={"student": {"weight": weight}},
+        optimizer={"state": {"weight": {"exp_avg": moment}}},
+        rank_state={"random": {"noise": noise}},
+        identity={"format": 1},
+    )
+    for changed in (weight, moment, noise):
+        changed.fill_(7.0)
+    writer.finish()
+    state = load_checkpoint(tmp_path / "step_00000003")
+    saved = [state.tensors["student"]["weight"], state.optimizer["state"]["weight"]["exp_avg"]]
+    for tensor in (*saved, state.rank_states[0]["random"]["noise"]):
+        assert not tensor.any()
+
+
+def test_a_checkpoint_is_complete_some_steps_later(tmp_path: Path) -> None:
+    writer = CheckpointWriter(tmp_path)
+    writer.poll()
+    content = {"tensors": {"student": {"a": torch.ones(3)}}, "optimizer": {}, "rank_state": {}, "identity": {}}
+    writer.start(1, **content)
+    until(lambda: writer.poll() or (tmp_path / "step_00000001").exists())
+    assert find_damage(tmp_path / "step_00000001") is None
+    writer.start(2, **content)
+    writer.start(3, **content)
+    assert find_checkpoint(tmp_path) == tmp_path / "step_00000002"
+    writer.salvage()
+    assert names(tmp_path) == ["step_00000003"]
+    writer.finish()
+
+
+def test_nothing_of_a_checkpoint_that_cannot_be_salvaged_stays(small_disk: Path) -> None:
+    save(small_disk, 1)
+    writer = CheckpointWriter(small_disk)
+    state = {"a": torch.randn(100_000)}
+    writer.start(2, tensors={"student": state}, optimizer={}, rank_state={}, identity={})
+    writer.salvage()
+    assert names(small_disk) == ["step_00000001"]
