@@ -36,8 +36,8 @@ class TrainSettings(Settings):
     evaluate_every: Count | None = None
     """Optimizer steps between evaluations; empty: only at the end."""
     save_every: Count = 500
-    """Optimizer steps between checkpoints (one is also written at each evaluated step, and at the end). They are written
-    while the next steps run, from a copy in the host's memory."""
+    """Optimizer steps between checkpoints (one is also written at each evaluated step, and at the end), which are
+    written while the next steps run, from a copy in the host's memory."""
     keep: Count = 3
     """Number of newest checkpoints to keep."""
     keep_best: CountOrZero = 1
