@@ -389,7 +389,6 @@ def _at_once(
     p_BC = _softmax(teacher_BC, 1 / temperature)
     share_BC = _shares(teacher_BC, p_BC, prior_BC, settings)
     mass_B1 = _masses(teacher_BC, p_BC, prior_BC, share_BC, settings)
-    log_q_BC = torch.log_softmax(tempered(student_BC, temperature), 1)
     delta_BC = teacher_BC - student_BC
     mean_B1 = (share_BC * delta_BC).sum(1, keepdim=True)
     weighted_BC = delta_BC.sub_(mean_B1) * share_BC
@@ -399,9 +398,11 @@ def _at_once(
         square_B1 = mass_B1.square()
         weighted_BC.mul_(square_B1)
         denominator = square_B1.sum()
+    wmse = delta_BC.mul_(weighted_BC).sum() / 2
+    del delta_BC, share_BC
+    log_q_BC = torch.log_softmax(tempered(student_BC, temperature), 1)
     witness_B1 = mean_B1 if prior_BC is None else teacher_BC.amin(1, keepdim=True)  # see _statistics
     soft_ce = 0 * witness_B1.sum() - (p_BC * log_q_BC).sum()
-    wmse = (weighted_BC * delta_BC).sum() / 2
     return soft_ce, wmse, denominator, tempered(log_q_BC.exp_().sub_(p_BC), temperature), weighted_BC.neg_()
 
 
