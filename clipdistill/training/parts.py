@@ -1,6 +1,7 @@
 """The parts of a run: built from its config, restored from a checkpoint, saved into the next one."""
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
@@ -232,7 +233,10 @@ class RunParts:
             student.compile_towers()
         if self._accelerator.ddp_handler is not None:
             self._accelerator.ddp_handler.broadcast_buffers = student.has_statistics
-        self.model, self.optimizer = self._accelerator.prepare(student, config.optimizer.make(student, self._device))
+        optimizer = config.optimizer.make(student, self._device)
+        with warnings.catch_warnings():  # the newer name of the setting is unknown to the older releases
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            self.model, self.optimizer = self._accelerator.prepare(student, optimizer)
         if self.ema is not None:
             self.ema.average.to(self._device)
 

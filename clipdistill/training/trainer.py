@@ -369,8 +369,9 @@ class Run:
             while len(micro_batches) < self.config.train.accumulate:
                 with self.interruption.waiting():
                     micro_batches.append(next(batches))
-        except RunError as error:
-            if not self.interruption.overdue():
+        except RuntimeError as error:
+            given_up = isinstance(error, RunError) or dead_worker_message(error) is not None  # or PyTorch was first
+            if not (given_up and self.interruption.overdue()):
                 raise
             step, stopped = self.progress.step, f"{stopped_by(self.interruption.number)} while waiting for data"
             alone = self.accelerator.num_processes == 1 and not micro_batches
