@@ -20,26 +20,27 @@ class Spool:
     """
 
     def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
         self._file: IO[bytes] | None = None
+        self._usable = True
         self._ranges: list[list[int]] = []
         """First byte and end of what is kept, in the order in which it was read."""
-        try:
-            if folder is not None:
-                folder.mkdir(parents=True, exist_ok=True)
-            self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (it stays open)
-        except OSError as error:
-            log.warning("remote shards are fetched twice, as no temporary file can be made: %s", error)
 
     def write(self, offset: int, data: bytes) -> None:
         """Keep bytes that were read at an offset."""
-        if self._file is None:
+        if not self._usable:
             return
         try:
+            if self._file is None:
+                if self._folder is not None:
+                    self._folder.mkdir(parents=True, exist_ok=True)
+                self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115 (it stays open)
             written = 0
             while written < len(data):
                 written += os.pwrite(self._file.fileno(), memoryview(data)[written:], offset + written)
         except OSError as error:
-            log.warning("remote shards are fetched twice from here on: %s", error)
+            log.warning("a remote shard is fetched twice, as it cannot be kept in a temporary file: %s", error)
+            self._usable = False
             self.close()
             return
         if self._ranges and self._ranges[-1][1] == offset:

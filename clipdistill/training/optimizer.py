@@ -87,7 +87,9 @@ def match_layouts(optimizer: torch.optim.Optimizer) -> None:
     gradient and state for equally laid out, and compute something else where they are not."""
     for parameter, state in optimizer.state.items():
         for name, value in state.items():
-            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+            if not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
+                continue
+            if value.stride() != parameter.stride():
                 state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
