@@ -16,7 +16,7 @@ Parts, and what they decide:
 - ``teacher``, ``student``: the towers in each precision, eager and compiled;
 - ``trainer``: over a bare loop on ready tensors (goal 0.97 or more), from shards, with captions, from a teacher cache;
   waits for the device in a step (goal 0); time of a checkpoint;
-- ``loader``: decoded images/s by number of workers;
+- ``loader``: decoded images/s by number of workers, JPEGs decoded by Pillow and on the device;
 - ``peer``: a distillation step as open_clip's trainer takes it (goals: 1.2 times online, 5 times cached);
 - ``bank``: class embeddings, evaluation;
 - ``resume``: a run that is killed and resumed, against one that is not.
@@ -46,7 +46,7 @@ from typing import Any, cast
 import open_clip
 import torch
 import torch.nn.functional as F
-from benchmark_losses import copy_bandwidth, peak_bytes, timed
+from benchmark_losses import copy_bandwidth, peak_bytes, timed, wait
 from benchmark_overhead import bare_loop, trainer_loop
 from benchmark_train import pictures
 from compare_runs import compare_runs
@@ -415,24 +415,38 @@ def trainer(bench: Bench) -> dict[str, Any]:
 
 
 def loader(bench: Bench) -> dict[str, Any]:
-    """Images/s by number of decoding processes."""
+    """Images/s by number of decoding processes, decoded by Pillow and on the device; and how far the pixels differ."""
     index = index_shards(expand_urls([str(bench.shards / "train")]), cache_dir=None)
     size = 32 if bench.dry else 224
-    found = {}
-    for workers in (0, 1) if bench.dry else (1, 8, 16):
-        decoder = Decoder(image_size=size, augmentation=Augmentation())
-        stream = ImageTextStream(index, decoder, batch_size=bench.batch_size, num_workers=workers)
-        batches = StreamLoader(stream, pin_memory=bench.device.type == "cuda")
-        images, started = 0, 0.0
-        for number, batch in enumerate(batches):
-            if number == 2 * workers:  # what was decoded ahead is used up
-                started = time.perf_counter()
-            elif started:
-                images += len(batch)
-                if time.perf_counter() - started > (0.2 if bench.dry else 4):
-                    break
-        found[f"{workers} workers"] = images / (time.perf_counter() - started)
-        batches.close()
+
+    def batches(workers: int, decoder: str) -> StreamLoader:
+        augmentation = Augmentation.model_validate({"jpeg_decoder": decoder})
+        stream = ImageTextStream(
+            index,
+            Decoder(image_size=size, augmentation=augmentation),
+            batch_size=bench.batch_size,
+            num_workers=workers,
+        )
+        return StreamLoader(stream, pin_memory=bench.device.type == "cuda", device=bench.device)
+
+    first = [next(iter(batches(0, decoder))).image_BCHW.cpu().int() for decoder in ("pillow", "device")]
+    levels = (first[0] - first[1]).abs()
+    found: dict[str, Any] = {"device_from_pillow": {"mean": levels.double().mean().item(), "most": levels.max().item()}}
+    for decoder in ("pillow", "device"):
+        for workers in (0, 1) if bench.dry else (1, 8, 16):
+            stream = batches(workers, decoder)
+            images, started = 0, 0.0
+            for number, batch in enumerate(stream):
+                if number == 2 * workers:  # what was decoded ahead is used up
+                    wait(bench.device.type)
+                    started = time.perf_counter()
+                elif started:
+                    images += len(batch)
+                    if time.perf_counter() - started > (0.2 if bench.dry else 4):
+                        break
+            wait(bench.device.type)
+            found[f"{decoder}, {workers} workers"] = images / (time.perf_counter() - started)
+            stream.close()
     return found
 
 

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from clipdistill.data.image import Pixels
 from clipdistill.data.index import ShardIndex
-from clipdistill.data.sample import IMAGE_EXTENSIONS, RawSample
+from clipdistill.data.sample import BROKEN_IMAGE, IMAGE_EXTENSIONS, BadSampleError, RawSample
 from clipdistill.errors import InputError
 from clipdistill.io.files import new_file, writing
 from clipdistill.io.urls import file_name, shown
@@ -184,6 +184,15 @@ class EmbeddingReader:
             return None
         file = self._open(shard)
         return file.tensors["pixels"][sample, view].numpy() if file.contents[sample] is not None else None
+
+    def check_image(self, shard: int, sample: int) -> None:
+        """Check that the image of a sample, which will be decoded later, was good when the file was made.
+
+        Raises:
+            BadSampleError: It was not.
+        """
+        if self._open(shard).contents[sample] is None:
+            raise BadSampleError(BROKEN_IMAGE, "the teacher cache could not decode it")
 
     def read(self, shard: int, sample: int, view: int, caption: int, raw: RawSample) -> list[ModelOutputs]:
         """Each teacher's embeddings of a view of a sample, and of one caption if captions are stored; (D,) float32.

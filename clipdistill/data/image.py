@@ -7,21 +7,32 @@ stay in one channel until the end.
 Shapes: H, W height and width of the view; C channels, 1 (then left out) or 3.
 """
 
+import functools
 import importlib.util
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 from PIL.JpegImagePlugin import JpegImageFile
-from pydantic import ValidationInfo, field_validator
+from pydantic import ValidationInfo, field_validator, model_validator
 
 from clipdistill.io.images import FORMATS, Size, as_size, open_image, read_orientation, to_upright
 from clipdistill.settings import Fraction, NonNegative, Settings
 
 Pixels = NDArray[np.uint8]
+Box = tuple[float, float, float, float]
+"""Left, top, width and height, in pixels."""
+
+_DECODERS = {"simplejpeg": ("simplejpeg", "fast"), "device": ("torchcodec", "gpu-jpeg")}
+"""Package that a JPEG decoder is, and the extra that installs it."""
+
+_START_OF_SCAN = b"\xff\xda"
+
+_DEVICE_PIXELS = 1 << 24
+"""JPEGs of more pixels are not decoded on the device: Pillow decodes them downscaled."""
 
 _DRAWS = (
     *("crop_scale", "crop_ratio", "crop_x", "crop_y", "flip", "rotate", "translate_x", "translate_y", "zoom"),
@@ -64,9 +75,10 @@ class Augmentation(Settings):
     """Probability that lines grow or shrink by up to a pixel on each side (for line drawings)."""
     outline: Fraction = 0.0
     """Probability that filled shapes become outlines: the morphological gradient (for line drawings)."""
-    fast_jpeg: bool = False
-    """Decode JPEGs with simplejpeg (``pip install 'clipdistill[fast]'``): faster; the pixels differ a little from
-    Pillow's, which evaluation always uses."""
+    jpeg_decoder: Literal["pillow", "simplejpeg", "device"] = "pillow"
+    """Decoder of JPEGs. simplejpeg (``pip install 'clipdistill[fast]'``): faster. device: the training process decodes
+    them on its GPU with torchcodec (``pip install 'clipdistill[gpu-jpeg]'``), and the data workers only read them; with
+    crops and flips alone. The pixels of both differ a little from Pillow's, which evaluation always uses."""
 
     @field_validator("crop_scale", "crop_ratio", "zoom")
     @classmethod
@@ -76,17 +88,48 @@ class Augmentation(Settings):
             raise ValueError(f"[low, high] with 0 < low <= high{' <= 1' if most == 1 else ''}")
         return value
 
-    @field_validator("fast_jpeg")
+    @field_validator("jpeg_decoder")
     @classmethod
-    def _simplejpeg_is_there(cls, value: bool) -> bool:
-        if value and importlib.util.find_spec("simplejpeg") is None:
-            raise ValueError("false, or pip install 'clipdistill[fast]', as simplejpeg is missing")
+    def _decoder_is_there(cls, value: str) -> str:
+        package, extra = _DECODERS.get(value, ("", ""))
+        if package and importlib.util.find_spec(package) is None:
+            raise ValueError(f"pillow, or pip install 'clipdistill[{extra}]', as {package} is missing")
         return value
+
+    @model_validator(mode="after")
+    def _device_can_do_it(self) -> "Augmentation":
+        others = ("brightness", "contrast", "saturation", "stroke", "outline")
+        if self.jpeg_decoder == "device" and (self.is_affine or any(getattr(self, name) for name in others)):
+            raise ValueError("crop_scale, crop_ratio and flip alone, with jpeg_decoder device")
+        return self
 
     @property
     def is_affine(self) -> bool:
         """Whether the geometric augmentation goes beyond a crop and a flip."""
         return self.zoom != (1.0, 1.0) or any((self.rotate, self.translate, self.shear, self.stretch))
+
+
+class EncodedView(NamedTuple):
+    """A view of a JPEG that is not decoded yet."""
+
+    data: bytes
+    orientation: int
+    """EXIF orientation, 1 to 8."""
+    box: Box
+    """The crop, of the upright image."""
+    flip: bool
+    pixels: int
+    """Of the image."""
+
+    def decode(self, size: Size) -> Pixels:
+        """The view (3, H, W), decoded by Pillow.
+
+        Raises:
+            Exception: any that Pillow raises on a broken image.
+        """
+        image = open_image(self.data, max_pixels=_DEVICE_PIXELS, formats=FORMATS)
+        pixels = np.asarray(_resize(to_upright(image, self.orientation), self.box, size))
+        return _channels_first(pixels[:, ::-1] if self.flip else pixels)
 
 
 def render(
@@ -96,7 +139,7 @@ def render(
     augmentation: Augmentation | None,
     rngs: Sequence[np.random.Generator],
     max_pixels: int,
-) -> list[Pixels]:
+) -> list[Pixels | EncodedView]:
     """Decode an image once, and make views of it.
 
     PNG, JPEG and WebP are decoded, whatever their name, as `clipdistill.io.images` describes.
@@ -110,7 +153,8 @@ def render(
         max_pixels: Images whose header claims more are refused before decoding.
 
     Returns:
-        uint8 arrays (3, H, W), RGB; read-only where the image is grey.
+        uint8 arrays (3, H, W), RGB; read-only where the image is grey. With ``jpeg_decoder`` device, JPEGs that a GPU
+        can decode are left encoded.
 
     Raises:
         TooManyPixelsError: More than `max_pixels`.
@@ -125,6 +169,8 @@ def render(
         box = ((width - across) / 2, (height - down) / 2, across, down)
         view = _resize(source.decode(1.0, fast=False), box, size)
         return [_channels_first(np.asarray(view))] * len(rngs)
+    if augmentation.jpeg_decoder == "device" and source.suits_the_device:
+        return [_encoded_view(source, aspect, augmentation, rng) for rng in rngs]
     return [_view(source, size, augmentation, rng) for rng in rngs]
 
 
@@ -133,18 +179,21 @@ class _Source:
 
     Attributes:
         size: width and height of the upright image.
+        orientation: EXIF orientation, 1 to 8.
+        suits_the_device: whether it is a JPEG that nvJPEG decodes to the colours that Pillow gives.
     """
 
     def __init__(self, data: bytes, *, max_pixels: int) -> None:
         self._data = data
         self._max_pixels = max_pixels
         image = self._open()
+        self.suits_the_device = _suits_the_device(image, data)
         self._unread: Image.Image | None = image
-        self._orientation = read_orientation(image)
+        self.orientation = read_orientation(image)
         self._stored_size = image.size
         self._is_jpeg = isinstance(image, JpegImageFile)
         self._is_plain = self._is_jpeg and image.mode in ("L", "RGB")
-        self.size = image.size[::-1] if self._orientation >= 5 else image.size
+        self.size = image.size[::-1] if self.orientation >= 5 else image.size
         self._decoded: dict[object, Image.Image] = {}
 
     def decode(self, step: float, *, fast: bool) -> Image.Image:
@@ -160,8 +209,20 @@ class _Source:
                 image = _decode_fast(image.mode, self._data, least or (0, 0))
             elif least is not None:
                 image.draft(None, least)
-            self._decoded[scale] = to_upright(image, self._orientation)
+            self._decoded[scale] = to_upright(image, self.orientation)
         return self._decoded[scale]
+
+    @functools.cached_property
+    def data_without_exif(self) -> bytes:
+        """The file of a JPEG without its orientation, which some decoders apply and some do not."""
+        kept, at = [self._data[:2]], 2
+        while (marker := self._data[at : at + 2])[:1] == b"\xff" and marker != _START_OF_SCAN:
+            is_fill = marker == b"\xff\xff"
+            end = at + 1 if is_fill else at + 2 + int.from_bytes(self._data[at + 2 : at + 4], "big")
+            if self._data[at + 4 : at + 8] != b"Exif":
+                kept.append(self._data[at:end])
+            at = end
+        return b"".join([*kept, self._data[at:]])
 
     def _draft_scale(self, least: Size | None) -> int:
         """Factor by which Pillow's JPEG decoder downscales."""
@@ -174,18 +235,41 @@ class _Source:
         return open_image(self._data, max_pixels=self._max_pixels, formats=FORMATS)
 
 
+def _suits_the_device(image: Image.Image, data: bytes) -> bool:
+    """Whether an opened image is a JPEG that is not too large, has grey or YCbCr components, and its end."""
+    if not isinstance(image, JpegImageFile) or image.width * image.height > _DEVICE_PIXELS:
+        return False
+    components = [component[0] for component in image.layer]
+    is_ycbcr = image.mode == "RGB" and components in ([1, 2, 3], [0, 1, 2])
+    is_ycbcr = is_ycbcr and image.info.get("adobe_transform", 1) == 1
+    scan = image.fp.tell() if image.fp else 0
+    return (image.mode == "L" or is_ycbcr) and data.rfind(b"\xff\xd9") >= scan
+
+
+def _draw(rng: np.random.Generator) -> dict[str, float]:
+    return dict(zip(_DRAWS, rng.random(len(_DRAWS)).tolist(), strict=True))
+
+
+def _encoded_view(source: _Source, aspect: float, augmentation: Augmentation, rng: np.random.Generator) -> EncodedView:
+    """A random view, left encoded."""
+    draw = _draw(rng)
+    box = _crop_box(*source.size, aspect, augmentation, draw)
+    data = source.data_without_exif
+    return EncodedView(data, source.orientation, box, draw["flip"] < augmentation.flip, math.prod(source.size))
+
+
 def _view(source: _Source, size: Size, augmentation: Augmentation, rng: np.random.Generator) -> Pixels:
     """A random view."""
     width, height = source.size
     aspect = size[1] / size[0]
-    draw = dict(zip(_DRAWS, rng.random(len(_DRAWS)).tolist(), strict=True))
+    draw = _draw(rng)
     box = _crop_box(width, height, aspect, augmentation, draw)
     if augmentation.is_affine:
         matrix = _affine(box, size, augmentation, draw)
         step = min(math.hypot(matrix[0], matrix[3]), math.hypot(matrix[1], matrix[4]))
     else:
         step = min(box[2] / size[1], box[3] / size[0])
-    upright = source.decode(step, fast=augmentation.fast_jpeg)
+    upright = source.decode(step, fast=augmentation.jpeg_decoder == "simplejpeg")
     scale_x, scale_y = upright.width / width, upright.height / height
     background = _background(upright)
     if augmentation.is_affine:
@@ -216,10 +300,8 @@ def _decode_fast(mode: str, data: bytes, least: Size) -> Image.Image:
     return Image.fromarray(pixels.squeeze(2) if mode == "L" else pixels)
 
 
-def _crop_box(
-    width: int, height: int, aspect: float, augmentation: Augmentation, draw: dict[str, float]
-) -> tuple[float, ...]:
-    """A random box (left, top, width, height) inside the image: area first, then a ratio that fits."""
+def _crop_box(width: int, height: int, aspect: float, augmentation: Augmentation, draw: dict[str, float]) -> Box:
+    """A random box inside the image: area first, then a ratio that fits."""
     area = width * height * _between(*augmentation.crop_scale, draw["crop_scale"])
     low, high = (min(max(ratio * aspect, area / height**2), width**2 / area) for ratio in augmentation.crop_ratio)
     ratio = math.exp(_between(math.log(low), math.log(high), draw["crop_ratio"]))
@@ -233,7 +315,7 @@ def _crop_box(
     )
 
 
-def _affine(box: tuple[float, ...], size: Size, augmentation: Augmentation, draw: dict[str, float]) -> list[float]:
+def _affine(box: Box, size: Size, augmentation: Augmentation, draw: dict[str, float]) -> list[float]:
     """The affine map (a, b, c, d, e, f) from pixels of the view to pixels of the source: x = a * u + b * v + c,
     y = d * u + e * v + f."""
     angle = math.radians(augmentation.rotate) * _either_way(draw["rotate"])
@@ -267,7 +349,7 @@ def _transform(
     )
 
 
-def _resize(image: Image.Image, box: tuple[float, ...], size: Size) -> Image.Image:
+def _resize(image: Image.Image, box: Box, size: Size) -> Image.Image:
     left, top, width, height = box
     inside = (left, top, min(left + width, image.width), min(top + height, image.height))
     return image.resize(size[::-1], Image.Resampling.BICUBIC, box=inside, reducing_gap=3.0)

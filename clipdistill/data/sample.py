@@ -14,7 +14,7 @@ from torch.utils.data import get_worker_info
 
 from clipdistill.data.class_lists import ClassLists
 from clipdistill.data.formats import format_of
-from clipdistill.data.image import Augmentation, Pixels, render
+from clipdistill.data.image import Augmentation, EncodedView, Pixels, render
 from clipdistill.data.index import LazyIndex, OtherShardError, ShardIndex
 from clipdistill.data.shard_format import MAX_SAMPLE_BYTES, BadSampleError, RawSample
 from clipdistill.data.workers import note_shard
@@ -28,15 +28,18 @@ IMAGE_EXTENSIONS = ("webp", "png", "jpg", "jpeg")
 """Members that are decoded as images; of several in a sample, the first in this order, which is CLIP_benchmark's. Apart
 from images, only text and json are decoded."""
 
+BROKEN_IMAGE = "broken image"
+"""Reason of a sample whose image cannot be decoded."""
+
 MAX_TEXT_BYTES = 64 << 10
 MAX_JSON_BYTES = 16 << 20
 """Limit of json members: parsing hostile json takes about 20 times its size in memory."""
 
 
 class DecodedSample(NamedTuple):
-    """A decoded sample: uint8 pixels (3, H, W); no captions, and label -1, if missing."""
+    """A decoded sample: uint8 pixels (3, H, W), or a JPEG for the device; no captions, and label -1, if missing."""
 
-    pixels: Pixels
+    pixels: Pixels | EncodedView
     captions: tuple[str, ...]
     label: int
 
@@ -191,9 +194,9 @@ class Decoder:
         except TooManyPixelsError as error:
             raise BadSampleError("too many pixels", str(error)) from error
         except UnidentifiedImageError as error:
-            raise BadSampleError("broken image", "not a PNG, JPEG or WebP image") from error
+            raise BadSampleError(BROKEN_IMAGE, "not a PNG, JPEG or WebP image") from error
         except Exception as error:  # Pillow's decoders raise almost any error on hostile data
-            raise BadSampleError("broken image", one_line(error)) from error
+            raise BadSampleError(BROKEN_IMAGE, one_line(error)) from error
         return [DecodedSample(pixels, captions, label) for pixels in views]
 
     def read(self, raw: RawSample, pixels: Pixels) -> DecodedSample:

@@ -18,10 +18,12 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from clipdistill.data.class_lists import ClassLists
 from clipdistill.data.embeddings import EmbeddingReader
+from clipdistill.data.encoded import DeviceDecoder, EncodedImages
+from clipdistill.data.image import EncodedView
 from clipdistill.data.index import LazyIndex, ShardIndex
 from clipdistill.data.plan import Layout, Plan, PreviousLayout, ResampledPlan
 from clipdistill.data.reading import NO_VIEWS, ScheduledSample, Views, read_draws, read_partition
-from clipdistill.data.sample import BadSampleError, DecodedSample, Decoder, SampleReader
+from clipdistill.data.sample import BROKEN_IMAGE, BadSampleError, DecodedSample, Decoder, SampleReader
 from clipdistill.data.workers import WORKER_TIMEOUT, from_workers
 from clipdistill.errors import InputError
 from clipdistill.io.images import as_size
@@ -85,6 +87,9 @@ class Batch:
     """Token ids (B, L) of the captions, from each of the stream's tokenizers."""
     caption_ids_B: Tensor | None = None
     """int64 id of each caption, equal for equal captions; None unless captions are required."""
+    _encoded: EncodedImages | None = field(default=None, repr=False)
+    """Images that the loader decodes on the device; ``image_BCHW`` holds the others."""
+    _urls: list[str] = field(default_factory=list, repr=False)
     _worker: int = field(default=0, repr=False)
     _cursor: Cursor = field(default=Cursor(), repr=False)
     _skips: list[Skip] = field(default_factory=list, repr=False)
@@ -113,6 +118,36 @@ class Batch:
 
         self._with(note)
         return found
+
+    def with_images(self, decode: DeviceDecoder) -> "Batch":
+        """The batch with its encoded images decoded. A broken one is a bad sample: its row repeats one of the others.
+
+        Raises:
+            InputError: All are broken.
+        """
+        if self._encoded is None:
+            return self
+        image_BCHW, faults = decode(self.image_BCHW, self._encoded, len(self))
+        batch = replace(self, image_BCHW=image_BCHW, _encoded=None)
+        if not faults:
+            return batch
+        good = [row for row in range(len(self)) if row not in faults]
+        if not good:
+            raise InputError(
+                f"shards: all {len(self)} images of a batch are broken; the last is that of {self.keys[-1]!r} in "
+                f"{shown(self._urls[-1])}: {faults[len(self) - 1]}"
+            )
+        order = [good[row % len(good)] if row in faults else row for row in range(len(self))]
+        skips = [
+            Skip(url=self._urls[row], key=self.keys[row], reason=BROKEN_IMAGE, detail=fault)
+            for row, fault in faults.items()
+        ]
+        return replace(
+            batch._with(lambda tensor: tensor[order]),
+            captions=[self.captions[row] for row in order],
+            keys=[self.keys[row] for row in order],
+            _skips=self._skips + skips,
+        )
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         return replace(
@@ -277,17 +312,22 @@ class ImageTextStream(IterableDataset[Batch]):
         stored = None
         if self.embeddings and scheduled.raw.fault is None:
             stored = self.embeddings.pixels(scheduled.shard, scheduled.sample, scheduled.view)
-        if stored is None:
-            return self.decoder.decode(scheduled.raw, scheduled.rng())
-        return self.decoder.read(scheduled.raw, stored)
+        if stored is not None:
+            return self.decoder.read(scheduled.raw, stored)
+        sample = self.decoder.decode(scheduled.raw, scheduled.rng())
+        if isinstance(sample.pixels, EncodedView) and self.embeddings:
+            self.embeddings.check_image(scheduled.shard, scheduled.sample)
+        return sample
 
     def _batch(self, worker: int, cursor: Cursor, samples: Iterator[ScheduledSample], *, share: int | None) -> Batch:
         """The next batch, bad samples skipped; after `share` samples, if not None, the partition repeats."""
         size = self.plan.batch_size
         image_BCHW = np.empty((size, 3, *as_size(self.decoder.image_size)), np.uint8)
+        encoded: dict[int, EncodedView] = {}
         captions: list[str] = []
         labels: list[int] = []
         keys: list[str] = []
+        urls: list[str] = []
         skips: list[Skip] = []
         rows: list[list[ModelOutputs]] = []
         position, in_a_row = cursor.position, 0
@@ -308,17 +348,21 @@ class ImageTextStream(IterableDataset[Batch]):
                     ) from bad
             else:
                 in_a_row = 0
-                image_BCHW[len(keys)] = sample.pixels
+                if isinstance(sample.pixels, EncodedView):
+                    encoded[len(keys)] = sample.pixels
+                else:
+                    image_BCHW[len(keys) - len(encoded)] = sample.pixels
                 chosen = scheduled.choose(len(sample.captions)) if len(sample.captions) > 1 else 0
                 captions.append(sample.captions[chosen] if sample.captions else "")
                 labels.append(sample.label)
                 keys.append(raw.key)
+                urls.append(raw.url)
                 if self.embeddings:
                     at = scheduled.shard, scheduled.sample, scheduled.view, chosen
                     rows.append(self.embeddings.read(*at, raw))
             position += 1
         return Batch(
-            image_BCHW=torch.from_numpy(image_BCHW),
+            image_BCHW=torch.from_numpy(image_BCHW[: size - len(encoded)]),
             captions=captions,
             labels_B=torch.tensor(labels, dtype=torch.int64),
             keys=keys,
@@ -326,6 +370,8 @@ class ImageTextStream(IterableDataset[Batch]):
             teachers=[ModelOutputs.stack(of_teacher) for of_teacher in zip(*rows, strict=True)],
             caption_tokens=[tokenize(captions) for tokenize in self.tokenizers],
             caption_ids_B=caption_ids(captions) if self.decoder.require_captions else None,
+            _encoded=EncodedImages.pack(encoded),
+            _urls=urls if encoded else [],
             _worker=worker,
             _cursor=replace(
                 cursor, batch=cursor.batch + 1, position=position, draw=scheduled.draw, first=scheduled.first
@@ -344,6 +390,7 @@ class StreamLoader:
         prefetch: Batches that each worker prepares ahead.
         pin_memory: Whether to copy batches into pinned memory, for a GPU.
         timeout: Seconds without a batch after which a worker counts as hanging.
+        device: Where JPEGs are decoded that the workers leave encoded.
 
     Attributes:
         give_up: Asked, in another thread, about every second without a batch: whether to wait no longer.
@@ -360,12 +407,16 @@ class StreamLoader:
         prefetch: int = 2,
         pin_memory: bool = False,
         timeout: float = WORKER_TIMEOUT,
+        device: torch.device | str = "cpu",
     ) -> None:
         self.give_up: Callable[[], bool] = lambda: False
         self._stream = stream
         self._prefetch = prefetch
         self._pin_memory = pin_memory
         self._timeout = timeout
+        augmentation = stream.decoder.augmentation
+        on_device = augmentation is not None and augmentation.jpeg_decoder == "device"
+        self._decode = DeviceDecoder(device) if on_device else None
         self._step = 0
         self._cursors = [Cursor()] * stream.plan.workers
         self._samples = 0
@@ -567,7 +618,8 @@ class StreamLoader:
             shards=[name for name, _ in self.shards_read()],
             give_up=lambda: self.give_up(),
         )
-        for batch in batches:
+        for raw in batches:
+            batch = raw if self._decode is None else raw.with_images(self._decode)
             self._count(batch)
             yield batch
 

@@ -32,9 +32,11 @@ from clipdistill.data.embeddings import (
     pack,
     write_embeddings,
 )
+from clipdistill.data.encoded import DeviceDecoder, EncodedImages
+from clipdistill.data.image import EncodedView
 from clipdistill.data.plan import view_pixels
 from clipdistill.data.reading import Views
-from clipdistill.data.sample import BadSampleError, Decoder, SampleReader
+from clipdistill.data.sample import BROKEN_IMAGE, BadSampleError, Decoder, SampleReader
 from clipdistill.data.workers import dead_worker_message, from_workers
 from clipdistill.errors import InputError, RunError
 from clipdistill.io.images import as_size
@@ -82,8 +84,19 @@ class CacheContent:
         """Whether the captions' text embeddings are stored."""
         return self.decoder.require_captions
 
-    def key(self, teachers: Sequence[FrozenModel]) -> dict[str, Any]:
-        """The key in a file's header: everything that the embeddings depend on."""
+    @property
+    def on_device(self) -> bool:
+        """Whether JPEGs are decoded on the device."""
+        augmentation = self.decoder.augmentation
+        return augmentation is not None and augmentation.jpeg_decoder == "device"
+
+    def key(self, teachers: Sequence[FrozenModel], *, device: torch.device | str) -> dict[str, Any]:
+        """The key in a file's header: everything that the embeddings depend on.
+
+        Args:
+            teachers: the models.
+            device: of the run or build, whose decoder of JPEGs may make the pixels.
+        """
         identities = []
         for teacher in teachers:
             identity = {"dimensions": teacher.embed_dim, "image": teacher.image_fingerprint()}
@@ -104,6 +117,7 @@ class CacheContent:
             "captions": self.captions,
             "precision": self.precision,
             "pixels": self.pixels,
+            "jpegs_decoded_on": torch.device(device).type if self.on_device else None,
         }
 
 
@@ -147,7 +161,7 @@ class _Chunk:
     shard: int
     start: int
     pixels: Tensor
-    """(n, K, 3, H, W) uint8."""
+    """(n, K, 3, H, W) uint8; of the samples alone that are not encoded, before the chunk is decoded."""
     captions: list[str]
     """All captions of all samples."""
     captions_n: Tensor
@@ -157,10 +171,40 @@ class _Chunk:
     valid_n: Tensor
     skips: list[tuple[str, str, str]]
     """Key, reason and detail of each bad sample."""
+    keys: list[str] = field(default_factory=list)
+    encoded: EncodedImages | None = None
+    """JPEGs that are decoded on the device; row n * K + k is view k of sample n."""
 
     def pin_memory(self) -> "_Chunk":
         """The chunk with its pixels in pinned memory; DataLoader calls this."""
         return replace(self, pixels=self.pixels.pin_memory())
+
+    def with_images(self, decode: DeviceDecoder) -> "_Chunk":
+        """The chunk with its encoded images decoded; a broken one is a bad sample."""
+        if self.encoded is None:
+            return self
+        samples, views = len(self.labels_n), self.pixels.shape[1]
+        pixels, faults = decode(self.pixels.flatten(0, 1), self.encoded, samples * views)
+        broken = {row // views: fault for row, fault in faults.items()}
+        ends = self.captions_n.cumsum(0).tolist()
+        starts = [0, *ends[:-1]]
+        gone = torch.tensor([sample in broken for sample in range(samples)])
+        return replace(
+            self,
+            pixels=pixels.unflatten(0, (samples, views)),
+            captions=[
+                caption
+                for sample, (start, end) in enumerate(zip(starts, ends, strict=True))
+                if sample not in broken
+                for caption in self.captions[start:end]
+            ],
+            captions_n=self.captions_n.masked_fill(gone, 0),
+            labels_n=self.labels_n.masked_fill(gone, 0),
+            content_n=self.content_n.masked_fill(gone, 0),
+            valid_n=self.valid_n.masked_fill(gone, 0),
+            skips=self.skips + [(self.keys[sample], BROKEN_IMAGE, fault) for sample, fault in broken.items()],
+            encoded=None,
+        )
 
 
 class CacheBuilder:
@@ -194,7 +238,8 @@ class CacheBuilder:
         self.batch_size = batch_size
         self.workers = workers
         self.device = torch.device(device)
-        self.key = content.key(teachers)
+        self.key = content.key(teachers, device=self.device)
+        self._decode = DeviceDecoder(self.device) if content.on_device else None
 
     def missing(self, numbers: Sequence[int] | None = None) -> list[int]:
         """Those of the numbered shards (None: of all) that have no complete file with this key and the shard's content;
@@ -289,13 +334,15 @@ class CacheBuilder:
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _chunks(self, numbers: Sequence[int], *, workers: int) -> Iterator[_Chunk]:
-        return from_workers(
+        chunks = from_workers(
             _Chunks(self, numbers),
             workers=workers,
             max_pixels=self.content.decoder.max_pixels,
             pin_memory=self.device.type == "cuda",
             shards=[file_name(shard.url) for shard in self.index],
         )
+        for chunk in chunks:
+            yield chunk if self._decode is None else chunk.with_images(self._decode)
 
     @torch.no_grad()
     def _encode(self, chunk: _Chunk) -> dict[str, Tensor]:
@@ -304,7 +351,7 @@ class CacheBuilder:
         if self.content.captions:
             tensors["captions"] = chunk.captions_n
         if self.content.pixels:
-            tensors["pixels"] = chunk.pixels
+            tensors["pixels"] = chunk.pixels.cpu()
         rows, views = chunk.pixels.shape[:2]
         image_BCHW = chunk.pixels.flatten(0, 1).to(self.device, non_blocking=True)
         for number, teacher in enumerate(self.teachers):
@@ -385,12 +432,19 @@ class _Chunks(IterableDataset["_Chunk | InputError"]):
         valid, content, labels, count = (np.zeros(len(samples), dtype) for dtype in (np.uint8, *3 * [np.int64]))
         captions: list[str] = []
         skips = []
+        keys = []
+        encoded: dict[int, EncodedView] = {}
+        ready = 0
         for at, sample in enumerate(samples):
             raw = reader.read(number, sample)
+            keys.append(raw.key)
             try:
                 seeds = [view_pixels(views.seed, shard.digest, sample, view) for view in range(views.number)]
                 for view, decoded in enumerate(decoder.decode_views(raw, seeds)):
-                    pixels[at, view] = decoded.pixels
+                    if isinstance(decoded.pixels, EncodedView):
+                        encoded[at * views.number + view] = decoded.pixels
+                    else:
+                        pixels[ready, view] = decoded.pixels
             except BadSampleError as bad:
                 if bad.reason == "shard unreadable":  # perhaps only temporarily
                     raise InputError(
@@ -398,7 +452,9 @@ class _Chunks(IterableDataset["_Chunk | InputError"]):
                         "allowed: a readable shard that is unchanged since it was indexed"
                     ) from bad
                 skips.append((raw.key, bad.reason, bad.detail))
+                ready += 1
                 continue
+            ready += at * views.number not in encoded
             valid[at], labels[at] = 1, decoded.label
             content[at] = content_digest(raw, caption_key=decoder.caption_key, label_key=decoder.label_key)
             if decoded.label < 0 and decoder.has_named_label(raw):
@@ -408,13 +464,15 @@ class _Chunks(IterableDataset["_Chunk | InputError"]):
         return _Chunk(
             shard=number,
             start=start,
-            pixels=torch.from_numpy(pixels),
+            pixels=torch.from_numpy(pixels[:ready]),
             captions=captions,
             captions_n=torch.from_numpy(count),
             labels_n=torch.from_numpy(labels),
             content_n=torch.from_numpy(content),
             valid_n=torch.from_numpy(valid),
             skips=skips,
+            keys=keys,
+            encoded=EncodedImages.pack(encoded),
         )
 
 

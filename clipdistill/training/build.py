@@ -226,7 +226,7 @@ def open_stream(
     *,
     prompts: PromptSet | None,
     tokenizers: Sequence[TextTokenizer],
-    on_gpu: bool,
+    device: torch.device,
 ) -> StreamLoader:
     """This rank's part of the training stream, with the teachers' embeddings if they are cached.
 
@@ -234,7 +234,7 @@ def open_stream(
         InputError: too few samples, a class list beside the shards has classes that the prompts lack, or the teacher
             cache does not match the shards. (Of shards that are indexed on first use, each file is checked then.)
     """
-    data = config.data
+    data, on_gpu = config.data, device.type == "cuda"
     index = open_index(config)
     if config.labels == "dataset" and prompts is not None:
         urls = index.urls if isinstance(index, LazyIndex) else [shard.url for shard in index]
@@ -242,7 +242,7 @@ def open_stream(
         decoder = replace(decoder, class_lists=lists)
     embeddings = None
     if config.teacher_cache.folder:
-        key = cache_content(config, decoder).key(teachers)
+        key = cache_content(config, decoder).key(teachers, device=device)
         embeddings = EmbeddingReader(Path(config.teacher_cache.folder), index, key)
         if not isinstance(index, LazyIndex):
             embeddings.check()
@@ -260,7 +260,7 @@ def open_stream(
         world_size=world_size(),
         num_workers=data.decoding_processes(on_gpu=on_gpu),
     )
-    return StreamLoader(stream, pin_memory=on_gpu, timeout=data.worker_timeout)
+    return StreamLoader(stream, pin_memory=on_gpu, timeout=data.worker_timeout, device=device)
 
 
 def make_objective(config: Config, *, steps_per_epoch: float, num_classes: int, device: torch.device) -> Objective:

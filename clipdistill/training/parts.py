@@ -105,12 +105,12 @@ class RunParts:
         if config.train.channels_last:
             for tower in (self.student, *frozen):
                 tower.use_channels_last()
-        on_gpu = self._device.type == "cuda"
-        tokenizers = CaptionTokenizers.find(config, self.student, frozen, multiple=8 if on_gpu else 1)
+        multiple = 8 if self._device.type == "cuda" else 1
+        tokenizers = CaptionTokenizers.find(config, self.student, frozen, multiple=multiple)
         sizes = [tower.image_size for tower in (self.student, *frozen)]
         decoder = make_decoder(config, sizes)
         self.loader = open_stream(
-            config, decoder, frozen, prompts=prompts, tokenizers=tokenizers.tokenizers, on_gpu=on_gpu
+            config, decoder, frozen, prompts=prompts, tokenizers=tokenizers.tokenizers, device=self._device
         )
         self.identity["labels"] = self.loader.class_digests()
         if identity is not None:

@@ -279,15 +279,15 @@ def test_the_fast_decoder_gives_nearly_the_same_view(mode, orientation):
     data = encode(photo(1200, 800).convert(mode), "JPEG", quality=90, exif=exif)
     for size in (32, 512):
         exact = view(data, size, augmentation=Augmentation(crop_scale=(0.5, 1.0)))
-        fast = view(data, size, augmentation=Augmentation(crop_scale=(0.5, 1.0), fast_jpeg=True))
+        fast = view(data, size, augmentation=Augmentation(crop_scale=(0.5, 1.0), jpeg_decoder="simplejpeg"))
         assert np.abs(fast.astype(int) - exact.astype(int)).mean() < 2
 
 
 def test_the_fast_decoder_leaves_other_formats_and_evaluation_alone():
     png, jpeg = encode(photo()), encode(photo(), "JPEG")
     for data, exact, fast in (
-        (png, Augmentation(), Augmentation(fast_jpeg=True)),
-        (encode(photo().convert("CMYK"), "JPEG"), Augmentation(), Augmentation(fast_jpeg=True)),
+        (png, Augmentation(), Augmentation(jpeg_decoder="simplejpeg")),
+        (encode(photo().convert("CMYK"), "JPEG"), Augmentation(), Augmentation(jpeg_decoder="simplejpeg")),
         (jpeg, None, None),
     ):
         assert np.array_equal(view(data, augmentation=exact), view(data, augmentation=fast))
@@ -296,7 +296,7 @@ def test_the_fast_decoder_leaves_other_formats_and_evaluation_alone():
 def test_the_fast_decoder_refuses_what_is_cut_short():
     data = encode(photo(300, 200), "JPEG")
     with pytest.raises(ValueError, match=r".+"):
-        view(data[: len(data) // 2], augmentation=Augmentation(fast_jpeg=True))
+        view(data[: len(data) // 2], augmentation=Augmentation(jpeg_decoder="simplejpeg"))
 
 
 def exotic():
@@ -484,7 +484,7 @@ def test_a_view_is_what_a_tensor_can_hold():
         Augmentation(),
         Augmentation(crop_scale=(0.02, 1.0), flip=0.5),  # decoded at several scales
         Augmentation(crop_scale=(0.02, 1.0), rotate=20, zoom=(0.5, 2.0), saturation=0.4),
-        Augmentation(crop_scale=(0.02, 1.0), fast_jpeg=True),
+        Augmentation(crop_scale=(0.02, 1.0), jpeg_decoder="simplejpeg"),
     ],
     ids=["none", "crop", "zoom", "affine", "fast"],
 )
