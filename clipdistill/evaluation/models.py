@@ -16,6 +16,7 @@ from clipdistill.io.manifest import UnreadableError, find_damage
 from clipdistill.io.run_files import (
     CHECKPOINTS_FOLDER,
     CONFIG_FILE,
+    FROZEN_FILE,
     METRICS_FILE,
     STUDENT_FOLDER,
     checkpoint_folder,
@@ -121,7 +122,8 @@ def _load_checkpoint(run: Path, step: int, *, precision: str, device: torch.devi
         config.student.model, pretrained=config.student.pretrained, text_mode=config.student.text, teacher=teacher
     )
     try:
-        student.load_state_dict(load_file(weights))
+        frozen = checkpoint / FROZEN_FILE
+        student.load_state_dict({**(load_file(frozen) if frozen.is_file() else {}), **load_file(weights)})
     except (SafetensorError, OSError) as error:
         raise InputError(f"checkpoint {weights}: cannot be loaded: {one_line(error)[:300]}") from error
     except RuntimeError as error:

@@ -398,6 +398,11 @@ class Student(Tower):
         """Whether two forward passes of the text tower may differ in training: it has dropout."""
         return any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.text.modules())
 
+    def frozen_state(self) -> dict[str, Tensor]:
+        """The part of the state dict that training does not change: frozen parameters."""
+        parameters = self.named_parameters(remove_duplicate=False)
+        return {name: parameter.detach() for name, parameter in parameters if not parameter.requires_grad}
+
     def freeze_text(self) -> None:
         """Exclude the text tower from training."""
         for name, parameter in self.clip.named_parameters():

@@ -1,8 +1,9 @@
 """Checkpoints: one folder per step, written under a temporary name and renamed, with the sha256 of every file.
 
 RUN/checkpoints/step_00000500/
-    student.safetensors    weights and buffers
+    student.safetensors    trained weights, and buffers
     ema.safetensors        their moving average, with train.ema
+    frozen.safetensors     frozen weights, if there are any: one file on disk for all checkpoints of a process
     priors.safetensors     class priors, if a term uses them
     optimizer.pt           loaded with weights_only
     rank_00000.pt          one per rank: random state, position in the stream, sums of the current window and epoch
@@ -21,7 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -38,7 +39,7 @@ from clipdistill.io.manifest import (
     read_manifest,
     write_manifest,
 )
-from clipdistill.io.run_files import ASIDE, IDENTITY_FILE, checkpoint_folder, checkpoint_folders
+from clipdistill.io.run_files import ASIDE, FROZEN_FILE, IDENTITY_FILE, checkpoint_folder, checkpoint_folders
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ class TrainingState:
 
     Attributes:
         step: optimizer steps taken.
-        tensors: name -> state dict of tensors, each saved as ``<name>.safetensors`` (``student``, ``ema``, ...).
+        tensors: name -> state dict of tensors, each saved as ``<name>.safetensors``: ``student``, ``ema``, ...
         optimizer: state dict of the optimizer.
         rank_states: the separate state (tensors, plain values) of each rank that wrote the checkpoint, in rank order.
         identity: what the run is made of.
@@ -86,6 +87,7 @@ class CheckpointWriter:
         self._keep = keep
         self._keep_best = keep_best
         self._part: _Part | None = None
+        self._frozen: _Written | None = None
         self._votes = AsyncMax()
 
     def start(
@@ -93,6 +95,7 @@ class CheckpointWriter:
         step: int,
         *,
         tensors: Mapping[str, Mapping[str, Tensor]],
+        frozen: Mapping[str, Tensor],
         optimizer: Mapping[str, Any],
         rank_state: Mapping[str, Any],
         identity: Mapping[str, Any],
@@ -102,6 +105,8 @@ class CheckpointWriter:
         Args:
             step: see `TrainingState`.
             tensors: rank 0's are written.
+            frozen: the same tensors at every step. This writer's first checkpoint writes them; later ones link to its
+                file, as long as that is what was written.
             optimizer: rank 0's is written.
             rank_state: state of this rank; every rank's is written.
             identity: rank 0's is written.
@@ -120,8 +125,9 @@ class CheckpointWriter:
         part = {rank_file(rank()): _copied(dict(rank_state))}
         if rank() == 0:
             part |= {f"{name}.safetensors": _copied(dict(state)) for name, state in tensors.items()}
+            part |= {FROZEN_FILE: dict(frozen)} if frozen else {}
             part |= {"optimizer.pt": _copied(dict(optimizer)), IDENTITY_FILE: dict(identity)}
-        self._part = _Part(step, path, temporary, part)
+        self._part = _Part(step, path, temporary, part, frozen=self._frozen)
 
     def poll(self) -> None:
         """Complete the checkpoint that is being written, if all ranks have written their parts; call it every step.
@@ -185,6 +191,8 @@ class CheckpointWriter:
             shutil.rmtree(old, ignore_errors=True)
         part.temporary.rename(path)
         sync(root)
+        if FROZEN_FILE in files:
+            self._frozen = _Written(path / FROZEN_FILE, files[FROZEN_FILE])
         _prune(root, keep=self._keep, keep_best=self._keep_best)
         log.info("checkpoint %s", path)
 
@@ -195,6 +203,13 @@ _WRITTEN, _WRITING = 1, 2
 _SALVAGE_SECONDS = 5.0
 
 
+class _Written(NamedTuple):
+    """A file of an earlier checkpoint."""
+
+    path: Path
+    fingerprint: dict[str, Any]
+
+
 class _Part(threading.Thread):
     """This rank's files of a checkpoint, and the thread that writes them.
 
@@ -203,23 +218,48 @@ class _Part(threading.Thread):
         error: why they could not be written.
     """
 
-    def __init__(self, step: int, path: Path, temporary: Path, contents: Mapping[str, Any]) -> None:
+    def __init__(
+        self, step: int, path: Path, temporary: Path, contents: Mapping[str, Any], *, frozen: _Written | None
+    ) -> None:
         super().__init__(name=f"checkpoint {step}", daemon=True)
         self.step, self.path, self.temporary = step, path, temporary
         self.files: dict[str, Any] = {}
         self.error: Exception | None = None
         self._contents = contents
+        self._frozen = frozen
         self.start()
 
     def run(self) -> None:
         """Write the files; the last one, by whose name ``salvage`` recognises a part that is whole, is the rank's."""
         try:
             for name, content in reversed(list(self._contents.items())):
-                self._write(self.temporary / name, content)
-                self.files[name] = fingerprint(self.temporary / name)
+                file = self.temporary / name
+                if name == FROZEN_FILE:
+                    if self._link_frozen(file):
+                        continue
+                    content = _copied(content)
+                self._write(file, content)
+                self.files[name] = fingerprint(file)
         except Exception as error:  # raised in the main thread
             self.error = error
         self._contents = {}
+
+    def _link_frozen(self, file: Path) -> bool:
+        """Link to the frozen weights of an earlier checkpoint; False if they are gone or damaged, or where the file
+        system has no links."""
+        if self._frozen is None:
+            return False
+        try:
+            os.link(self._frozen.path, file)
+            if fingerprint(file) == self._frozen.fingerprint:
+                self.files[file.name] = self._frozen.fingerprint
+                return True
+            log.warning("%s differs from what was written: it is written again", self._frozen.path)
+            file.unlink()
+        except OSError as error:
+            log.debug("%s is written again: %s", self._frozen.path, why(error))
+            file.unlink(missing_ok=True)
+        return False
 
     def _write(self, file: Path, content: Any) -> None:
         unfinished = file.with_name(f".{file.name}")

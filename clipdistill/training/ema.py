@@ -27,12 +27,13 @@ class MovingAverage:
         self._buffers = [name for name in student.state_dict() if name not in parameters]
 
     def shared_state(self) -> dict[str, Tensor]:
-        """The averages, the same on all ranks."""
-        return self.average.state_dict()
+        """The averages, without frozen parameters; the same on all ranks."""
+        frozen = self._student.frozen_state()
+        return {name: tensor for name, tensor in self.average.state_dict().items() if name not in frozen}
 
     def load_shared_state(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore saved averages."""
-        self.average.load_state_dict(dict(tensors))
+        """Restore saved averages; the student must be restored before."""
+        self.average.load_state_dict({**self._student.frozen_state(), **tensors})
 
     @torch.no_grad()
     def update(self, number: int) -> None:

@@ -176,16 +176,17 @@ class RunParts:
         return self.identity | {"shards": merge_shards(gather_objects(self.loader.shards_read()))}
 
     def checkpoint_state(self) -> dict[str, Any]:
-        """The arguments ``tensors``, ``optimizer``, ``rank_state`` and ``identity`` of ``CheckpointWriter.start``."""
+        """The arguments of ``CheckpointWriter.start``, except for the step."""
         model_state, optimizer_state = get_state_dict(
             self.model,
             self.optimizer.optimizer,
-            options=StateDictOptions(full_state_dict=True, cpu_offload=True),
+            options=StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True),
         )
         tensors: dict[str, Mapping[str, Any]] = {"student": model_state}
         tensors |= {name: each.shared_state() for name, each in self.shared_components.items()}
         return {
             "tensors": {name: state for name, state in tensors.items() if state},
+            "frozen": self.student.frozen_state(),
             "optimizer": optimizer_state,
             "rank_state": {name: each.state_dict() for name, each in self.components.items()},
             "identity": self.whole_identity(),
@@ -195,7 +196,7 @@ class RunParts:
         set_state_dict(
             self.model,
             self.optimizer.optimizer,
-            model_state_dict=dict(state.tensors["student"]),
+            model_state_dict={**state.tensors.get("frozen", {}), **state.tensors["student"]},
             optim_state_dict=dict(state.optimizer),
             options=StateDictOptions(full_state_dict=True),
         )

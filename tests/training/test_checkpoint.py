@@ -5,6 +5,7 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -21,15 +22,27 @@ from clipdistill.training.checkpoint import (
 )
 from tests.processes import Runs, assert_identical, until
 
-FILES = ("ema.safetensors", "identity.json", "manifest.json", "optimizer.pt", "rank_00000.pt", "student.safetensors")
+FILES = (
+    *("ema.safetensors", "frozen.safetensors", "identity.json", "manifest.json", "optimizer.pt", "rank_00000.pt"),
+    "student.safetensors",
+)
 
 
-def save(root: Path, step: int, *, size: int = 20, keep: int = 9, keep_best: int = 0) -> Path:
+def save(
+    root: Path,
+    step: int,
+    *,
+    size: int = 20,
+    keep: int = 9,
+    keep_best: int = 0,
+    writer: CheckpointWriter | None = None,
+) -> Path:
     torch.manual_seed(step)
-    writer = CheckpointWriter(root, keep=keep, keep_best=keep_best)
+    writer = writer or CheckpointWriter(root, keep=keep, keep_best=keep_best)
     writer.start(
         step,
         tensors={"student": {"a": torch.randn(size, 3), "b": torch.ones(())}, "ema": {"a": torch.randn(size, 3)}},
+        frozen={"c": torch.arange(60.0)},
         optimizer={"state": {"a": {"exp_avg": torch.randn(size, 3)}}, "param_groups": [{"lr": 0.1}]},
         rank_state={"random": torch.get_rng_state(), "stream": {"step": step, "skipped": {}}},
         identity={"format": 1, "prompts": None},
@@ -247,6 +260,7 @@ def test_a_checkpoint_holds_the_state_at_its_start(tmp_path: Path) -> None:
     writer.start(
         3,
         tensors={"student": {"weight": weight}},
+        frozen={},
         optimizer={"state": {"weight": {"exp_avg": moment}}},
         rank_state={"random": {"noise": noise}},
         identity={"format": 1},
@@ -263,7 +277,8 @@ def test_a_checkpoint_holds_the_state_at_its_start(tmp_path: Path) -> None:
 def test_a_checkpoint_is_complete_some_steps_later(tmp_path: Path) -> None:
     writer = CheckpointWriter(tmp_path)
     writer.poll()
-    content = {"tensors": {"student": {"a": torch.ones(3)}}, "optimizer": {}, "rank_state": {}, "identity": {}}
+    state = {"student": {"a": torch.ones(3)}}
+    content = {"tensors": state, "frozen": {}, "optimizer": {}, "rank_state": {}, "identity": {}}
     writer.start(1, **content)
     until(lambda: writer.poll() or (tmp_path / "step_00000001").exists())
     assert find_damage(tmp_path / "step_00000001") is None
@@ -275,10 +290,43 @@ def test_a_checkpoint_is_complete_some_steps_later(tmp_path: Path) -> None:
     writer.finish()
 
 
+def test_frozen_weights_are_on_disk_once(tmp_path: Path) -> None:
+    """Those of another process are written anew: its checkpoints do not depend on the same bytes."""
+    writer = CheckpointWriter(tmp_path, keep=2)
+    paths = [save(tmp_path, step, writer=writer) for step in (1, 2, 3)]
+    paths.append(save(tmp_path, 4))
+    assert names(tmp_path) == ["step_00000002", "step_00000003", "step_00000004"]
+    files = [(path / "frozen.safetensors").stat().st_ino for path in paths[1:]]
+    assert files[0] == files[1] != files[2]
+    for path in paths[1:]:
+        assert find_damage(path) is None
+        assert torch.equal(load_checkpoint(path).tensors["frozen"]["c"], torch.arange(60.0))
+
+
+@pytest.mark.parametrize("change", ["damaged", "deleted", "no links"])
+def test_frozen_weights_are_written_again_where_the_earlier_file_does_not_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    writer = CheckpointWriter(tmp_path, keep=9)
+    earlier = save(tmp_path, 1, writer=writer) / "frozen.safetensors"
+    match change:
+        case "damaged":
+            with earlier.open("r+b") as file:
+                file.seek(-4, 2)
+                file.write(b"\0" * 4)
+        case "deleted":
+            earlier.unlink()
+        case "no links":
+            monkeypatch.setattr("os.link", Mock(side_effect=PermissionError(1, "Operation not permitted")))
+    path = save(tmp_path, 2, writer=writer)
+    assert find_damage(path) is None
+    assert torch.equal(load_checkpoint(path).tensors["frozen"]["c"], torch.arange(60.0))
+
+
 def test_nothing_of_a_checkpoint_that_cannot_be_salvaged_stays(small_disk: Path) -> None:
     save(small_disk, 1)
     writer = CheckpointWriter(small_disk)
     state = {"a": torch.randn(100_000)}
-    writer.start(2, tensors={"student": state}, optimizer={}, rank_state={}, identity={})
+    writer.start(2, tensors={"student": state}, frozen={}, optimizer={}, rank_state={}, identity={})
     writer.salvage()
     assert names(small_disk) == ["step_00000001"]

@@ -455,3 +455,25 @@ def test_feature_term_needs_equal_dimensions(write_config: Callable[..., Path], 
     with pytest.raises(InputError, match=r"^objective\.loss: feature compares the student's 24 dimensions with the 16"):
         train(config)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("text", ["teacher", "freeze", "train"])
+def test_frozen_weights_are_saved_once(write_config: Callable[..., Path], tmp_path: Path, text: str) -> None:
+    changes = [f"student.text={text}", "evaluation.folders=[]", "train.save_every=1", "train.keep=9", "train.ema=0.5"]
+    config = load_config(write_config(), changes)
+    train(config)
+    root = tmp_path / "run" / "checkpoints"
+    files = [path / "frozen.safetensors" for path in sorted(root.iterdir())]
+    assert [file.exists() for file in files] == [text != "train"] * 6
+    if text == "train":
+        return
+    assert len({file.stat().st_ino for file in files}) == 1
+    last = files[-1].parent
+    parts = [load_file(last / f"{name}.safetensors").keys() for name in ("student", "ema", "frozen")]
+    assert parts[0] == parts[1]
+    assert not parts[0] & parts[2]
+    expected = weights(tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()
+    train(config, resume=str(root / "step_00000003"))
+    assert weights(tmp_path / "run").keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(tmp_path / "run").items())
