@@ -5,6 +5,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from clipdistill.io.machine import device_time
+from clipdistill.models.last_block import all_tokens
 from clipdistill.models.towers import Tower
 
 
@@ -25,7 +26,8 @@ def images_per_second(tower: Tower, *, batch_size: int, seconds: float = 1.0) ->
 def image_tower_cost(tower: Tower) -> dict[str, float]:
     """Parameters (millions) and GFLOPs per image (2 per multiply-add), counted by torch's FlopCounterMode.
 
-    The counter knows no fused attention of the CPU, nor the fast path of ``nn.MultiheadAttention``: both are off.
+    The counter knows no fused attention of the CPU, nor the fast path of ``nn.MultiheadAttention``: both are off. The
+    last block is counted for all tokens, as others compute it.
     """
     parameters = sum(parameter.numel() for parameter in tower.clip.visual.parameters())
     images = torch.zeros(1, 3, *tower.image_size, dtype=torch.uint8, device=tower.device)
@@ -34,7 +36,8 @@ def image_tower_cost(tower: Tower) -> dict[str, float]:
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        counter = FlopCounterMode(display=False)
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), all_tokens(tower.clip.visual), counter:
             tower.encode_image(images)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)

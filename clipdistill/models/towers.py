@@ -21,6 +21,7 @@ from torch.func import functional_call
 from clipdistill.distributed.collectives import gather_rows, rank, world_size
 from clipdistill.errors import InputError
 from clipdistill.io.images import Size, as_size
+from clipdistill.models.last_block import pooled_at, shorten_image_tower, shorten_text_tower
 from clipdistill.models.outputs import ModelOutputs
 
 MAX_LOGIT_SCALE = 100.0
@@ -116,8 +117,7 @@ class TextTokenizer:
         """The number of columns of token ids (..., L) that the tower does not ignore, rounded up to ``multiple``."""
         if self.pooling is None:
             return tokens.shape[-1]
-        pooled = tokens if self.pooling == "argmax" else torch.eq(tokens, self.pooling).int()
-        used = int(pooled.argmax(dim=-1).max()) + 1
+        used = int(pooled_positions(tokens, self.pooling).max()) + 1
         return min(-(-used // self.multiple) * self.multiple, tokens.shape[-1])
 
     def same_as(self, other: "TextTokenizer") -> bool:
@@ -161,6 +161,11 @@ def find_pooling(text: Any) -> Literal["argmax"] | int | None:
     return None
 
 
+def pooled_positions(tokens: Tensor, pooling: Literal["argmax"] | int) -> Tensor:
+    """Position in each row of token ids (..., L) at which a tower pools, by its ``find_pooling``."""
+    return (tokens if pooling == "argmax" else torch.eq(tokens, pooling).int()).argmax(dim=-1)
+
+
 class Tower(nn.Module):
     """An open_clip model with its tokenizer and pixel transform; the base of ``FrozenModel`` and ``Student``.
 
@@ -193,6 +198,7 @@ class Tower(nn.Module):
             fill=preprocess["fill_color"],
         )
         self.embed_dim: int = model_config["embed_dim"]
+        shorten_image_tower(clip.visual)
 
     @property
     def device(self) -> torch.device:
@@ -227,7 +233,10 @@ class Tower(nn.Module):
                 f"{prefix}positional_embedding": text.positional_embedding[:length],
                 f"{prefix}attn_mask": text.attn_mask[:length, :length],
             }
-        features = functional_call(self.clip, replaced, kwargs={"text": tokens_NL})
+        pooling = find_pooling(text)
+        pooled_N = None if pooling is None else pooled_positions(tokens_NL, pooling)
+        with pooled_at(shorten_text_tower(text), pooled_N):
+            features = functional_call(self.clip, replaced, kwargs={"text": tokens_NL})
         text_ND = features["text_features"] if isinstance(features, dict) else features[1]
         return F.normalize(text_ND.float(), dim=-1)
 
