@@ -29,6 +29,7 @@ from clipdistill.errors import InputError
 from clipdistill.io.images import as_size
 from clipdistill.io.urls import file_name, shown
 from clipdistill.models.outputs import ModelOutputs
+from clipdistill.models.tokens import TokenGroups
 
 logger = logging.getLogger(__name__)
 
@@ -83,8 +84,8 @@ class Batch:
     """Number of the epoch, from 0."""
     teachers: list[ModelOutputs] = field(default_factory=list)
     """Each teacher's stored features of exactly these pixels; empty without a teacher cache."""
-    caption_tokens: list[Tensor] = field(default_factory=list)
-    """Token ids (B, L) of the captions, from each of the stream's tokenizers."""
+    caption_tokens: list[TokenGroups] = field(default_factory=list)
+    """Token ids of the captions, from each of the stream's tokenizers."""
     caption_ids_B: Tensor | None = None
     """int64 id of each caption, equal for equal captions; None unless captions are required."""
     _encoded: EncodedImages | None = field(default=None, repr=False)
@@ -143,7 +144,12 @@ class Batch:
             for row, fault in faults.items()
         ]
         return replace(
-            batch._with(lambda tensor: tensor[order]),
+            batch,
+            image_BCHW=image_BCHW[order],
+            labels_B=self.labels_B[order],
+            teachers=[teacher.map(lambda tensor: tensor[order]) for teacher in self.teachers],
+            caption_tokens=[tokens.rows(order) for tokens in self.caption_tokens],
+            caption_ids_B=None if self.caption_ids_B is None else self.caption_ids_B[order],
             captions=[self.captions[row] for row in order],
             keys=[self.keys[row] for row in order],
             _skips=self._skips + skips,
@@ -155,7 +161,7 @@ class Batch:
             image_BCHW=change(self.image_BCHW),
             labels_B=change(self.labels_B),
             teachers=[teacher.map(change) for teacher in self.teachers],
-            caption_tokens=[change(tokens_BL) for tokens_BL in self.caption_tokens],
+            caption_tokens=[tokens.map(change) for tokens in self.caption_tokens],
             caption_ids_B=None if self.caption_ids_B is None else change(self.caption_ids_B),
         )
 
@@ -172,7 +178,7 @@ class ImageTextStream(IterableDataset[Batch]):
         shuffle: Window of the sample shuffle; 0: off (the order of shards still changes each epoch).
         views: Fixed augmentations of each sample, of which an epoch shows one; none: a new one each epoch.
         embeddings: Stored teachers' embeddings of the views; None: batches carry none.
-        tokenizers: Captions -> token ids (B, L), run in the decoding process.
+        tokenizers: Captions -> token ids, run in the decoding process.
         samples_per_epoch: None: an epoch is every sample once. A number: shards are drawn at random with
             replacement, and an epoch is that many samples.
         rank: Rank of this process, from 0 to `world_size` - 1.
@@ -199,7 +205,7 @@ class ImageTextStream(IterableDataset[Batch]):
         shuffle: int = 1000,
         views: Views = NO_VIEWS,
         embeddings: EmbeddingReader | None = None,
-        tokenizers: Sequence[Callable[[Sequence[str]], Tensor]] = (),
+        tokenizers: Sequence[Callable[[Sequence[str]], TokenGroups]] = (),
         samples_per_epoch: int | None = None,
         rank: int = 0,
         world_size: int = 1,

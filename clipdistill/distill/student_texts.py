@@ -1,6 +1,6 @@
 """The student's text inputs: class prompts and captions, according to its text mode.
 
-Shapes: B samples, C classes, T templates, N prompts, L tokens, D features.
+Shapes: C classes, n of a rank or a group, T templates, L tokens, D features.
 """
 
 from typing import Any
@@ -11,6 +11,7 @@ from torch import Tensor
 from clipdistill.data import Batch
 from clipdistill.distill.targets import Targets
 from clipdistill.models.outputs import ModelOutputs
+from clipdistill.models.tokens import TextTokenizer, TokenGroups
 from clipdistill.models.towers import Student, share_of_classes
 
 
@@ -39,12 +40,14 @@ class StudentTexts:
         caption_tokens: int | None = None,
         teacher_captions: bool = False,
     ) -> None:
-        self._class_tokens_CTL: Tensor | None = None
+        self._class_tokens: TokenGroups | None = None
         if class_tokens_CTL is not None:
-            tokenizer = student.text_tokenizer
+            tokenizer = TextTokenizer.for_device(student.text_tokenizer, student.device)
             self._num_classes = len(class_tokens_CTL)
-            self._used_lengths = [tokenizer.used_length(tokens_CL) for tokens_CL in class_tokens_CTL.unbind(1)]
-            self._class_tokens_CTL = share_of_classes(class_tokens_CTL).to(student.device)
+            share_nTL = share_of_classes(class_tokens_CTL)
+            groups = tokenizer.group(share_nTL, tokenizer.number_of_groups(len(share_nTL)))
+            self._used_lengths = [[tokenizer.used_length(part) for part in each.unbind(1)] for each in groups.tokens]
+            self._class_tokens = groups.map(lambda tokens: tokens.to(student.device))
         self._class_CD = class_CD
         self._templates_per_step = templates_per_step
         self._seed = seed
@@ -61,15 +64,14 @@ class StudentTexts:
         """
         texts = self.prompt_inputs(step) if prompts else {}
         if self._caption_tokens is not None:
-            texts["caption_tokens_BL"] = batch.caption_tokens[self._caption_tokens]
+            texts["caption_tokens"] = batch.caption_tokens[self._caption_tokens]
         return texts
 
     def prompt_inputs(self, step: int) -> dict[str, Any]:
         """Those of ``inputs`` that encode the class prompts; empty if the class embeddings are fixed."""
-        if self._class_tokens_CTL is None:
+        if self._class_tokens is None:
             return {}
-        tokens = self._templates_of_step(self._class_tokens_CTL, step)
-        return {"prompt_tokens_NL": tokens, "num_classes": self._num_classes}
+        return {"prompt_tokens": self._templates_of_step(self._class_tokens, step), "num_classes": self._num_classes}
 
     def complete(self, outputs: ModelOutputs, targets: Targets) -> ModelOutputs:
         """The student's outputs, completed with the fixed class embeddings and the teacher's caption features."""
@@ -79,12 +81,15 @@ class StudentTexts:
             outputs = outputs._replace(captions_BD=targets.teachers[0].outputs.captions_BD)
         return outputs
 
-    def _templates_of_step(self, tokens_CTL: Tensor, step: int) -> Tensor:
-        """Token ids of this step's templates: (C, L) for one, (C, t, L) for several; drawn from (seed, step)."""
-        wanted = self._templates_per_step or tokens_CTL.shape[1]
-        if wanted < tokens_CTL.shape[1]:
+    def _templates_of_step(self, groups: TokenGroups, step: int) -> TokenGroups:
+        """Token ids of this step's templates: (n, L) for one, (n, t, L) for several; drawn from (seed, step)."""
+        templates = groups.tokens[0].shape[1]
+        wanted = self._templates_per_step or templates
+        parts = list(groups.tokens)
+        if wanted < templates:
             generator = torch.Generator().manual_seed(self._seed * 1_000_003 + step)
-            chosen = torch.randperm(tokens_CTL.shape[1], generator=generator)[:wanted].tolist()
-            length = max(self._used_lengths[template] for template in chosen)
-            tokens_CTL = torch.stack([tokens_CTL[:, template, :length] for template in chosen], dim=1)
-        return tokens_CTL[:, 0] if tokens_CTL.shape[1] == 1 else tokens_CTL
+            chosen = torch.randperm(templates, generator=generator)[:wanted].tolist()
+            for number, lengths in enumerate(self._used_lengths):
+                length = max(lengths[template] for template in chosen)
+                parts[number] = torch.stack([parts[number][:, template, :length] for template in chosen], dim=1)
+        return groups._replace(tokens=tuple(each[:, 0] if each.shape[1] == 1 else each for each in parts))

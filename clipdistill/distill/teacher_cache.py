@@ -41,6 +41,7 @@ from clipdistill.data.workers import dead_worker_message, from_workers
 from clipdistill.errors import InputError, RunError
 from clipdistill.io.images import as_size
 from clipdistill.io.urls import file_name, shown
+from clipdistill.models.tokens import TextTokenizer
 from clipdistill.models.towers import FrozenModel
 from clipdistill.settings import LocalPath, Settings
 
@@ -361,8 +362,9 @@ class CacheBuilder:
             if self.content.captions:
                 text_mD = torch.empty(0, teacher.embed_dim)
                 if chunk.captions:
-                    tokens_mL = teacher.tokenize(chunk.captions).to(self.device)
-                    text_mD = torch.cat([teacher.encode_tokens(part) for part in tokens_mL.split(self.batch_size)])
+                    tokenizer = TextTokenizer.for_device(teacher.text_tokenizer, self.device)
+                    tokens = tokenizer.grouped(chunk.captions, at_most=self.batch_size)
+                    text_mD = tokens.map(lambda each: each.to(self.device)).encode(teacher.encode_tokens)
                 stored[f"captions.{number}"] = text_mD
             for name, values in stored.items():
                 packed = pack(values, self.content.precision)

@@ -1,18 +1,18 @@
 """The frozen teachers of a run: they encode a batch, or their features are read from the teacher cache.
 
-Shapes: B samples, L tokens.
+Shapes: B samples.
 """
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from clipdistill.data import Batch
 from clipdistill.models.class_embeddings import class_embeddings
 from clipdistill.models.outputs import ModelOutputs
 from clipdistill.models.prompts import PromptSet
+from clipdistill.models.tokens import TokenGroups
 from clipdistill.models.towers import FrozenModel
 
 
@@ -76,14 +76,8 @@ class Teachers:
             captions_BD = None
             if captions:
                 tokenizer = self._tokenizers[number]
-                captions_BD = model.encode_tokens(cat_tokens([batch.caption_tokens[tokenizer] for batch in batches]))
+                tokens = [batch.caption_tokens[tokenizer] for batch in batches]
+                captions_BD = TokenGroups.encode_together(tokens, model.encode_tokens)
             features = ModelOutputs(image_BD=model.encode_image(image_BCHW), captions_BD=captions_BD)
             of_teachers.append(features.split(sizes))
         return [list(of_batch) for of_batch in zip(*of_teachers, strict=True)]
-
-
-def cat_tokens(parts: Sequence[Tensor]) -> Tensor:
-    """Token ids (B, L) of several micro-batches; shorter ones are padded with columns that their tower ignores."""
-    if len({part.shape[1] for part in parts}) == 1:
-        return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
-    return pad_sequence([row for part in parts for row in part], batch_first=True)

@@ -200,7 +200,8 @@ def _encode(
             captions = [caption for sample in samples for caption in sample.captions]
             text_MD = torch.zeros(0, tower.embed_dim)
             if captions:
-                text_MD = tower.encode_tokens(tower.tokenize(captions).to(device)).cpu()
+                tokens = tower.text_tokenizer.grouped(captions).map(lambda each: each.to(device))
+                text_MD = tokens.encode(tower.encode_tokens).cpu()
             faults = [each.fault for each in decoded]
             ambiguous = sum(each.ambiguous for each in decoded)
             yield _Batch([replace(sample, data=b"") for sample in samples], faults, image_BD, text_MD, ambiguous)

@@ -75,7 +75,9 @@ def class_embeddings(
     was_training = tower.training
     tower.eval()
     with torch.no_grad():
-        text_ND = torch.cat([tower.encode_tokens(chunk.to(device)) for chunk in tokens_NL.split(batch_size)])
+        groups = tower.text_tokenizer.group(tokens_NL, -(-len(tokens_NL) // batch_size))
+        groups = groups._replace(place_N=groups.place_N.to(device))
+        text_ND = groups.encode(lambda tokens: tower.encode_tokens(tokens.to(device)))
     tower.train(was_training)
     text_CTD = text_ND.view(prompts.num_classes, prompts.num_templates, -1)
     class_CD = F.normalize(text_CTD.mean(1), dim=-1)

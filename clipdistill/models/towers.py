@@ -6,14 +6,12 @@ Shapes: B images, N texts, C classes, L tokens, D features, H and W pixels.
 import hashlib
 import json
 import math
-import pickle
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import open_clip
 import torch
 import torch.nn.functional as F
-from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from open_clip.transform import center_crop_or_pad
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -23,6 +21,7 @@ from clipdistill.errors import InputError
 from clipdistill.io.images import Size, as_size
 from clipdistill.models.last_block import pooled_at, shorten_image_tower, shorten_text_tower
 from clipdistill.models.outputs import ModelOutputs
+from clipdistill.models.tokens import TextTokenizer, TokenGroups, find_pooling, pooled_positions
 
 MAX_LOGIT_SCALE = 100.0
 """CLIP's cap on the multiplier of the cosine similarities (Radford et al. 2021, section 2.5)."""
@@ -88,82 +87,6 @@ class PixelTransform(nn.Module):
         """uint8 (B, 3, any height, any width), or the result of ``resize``, -> float32 (B, 3, H, W), normalised."""
         pixels = image_BCHW if image_BCHW.is_floating_point() else self.resize(image_BCHW)
         return (pixels - self.mean) / self.std
-
-
-class TextTokenizer:
-    """Converts texts to token ids for a text tower, independently of it: data workers tokenise captions with it.
-
-    Args:
-        tokenizer: texts -> (N, L) token ids.
-        pooling: the tower's pooling position, from ``find_pooling``.
-        multiple: trimmed token ids have a multiple of this number of columns, as far as the context length allows.
-            (On a GPU, fewer shapes and aligned ones are faster.)
-    """
-
-    def __init__(self, tokenizer: Any, pooling: Literal["argmax"] | int | None, *, multiple: int = 1) -> None:
-        self.tokenizer = tokenizer
-        self.pooling = pooling
-        self.multiple = multiple
-
-    def __call__(self, texts: Sequence[str]) -> Tensor:
-        """Token ids (N, L), trimmed."""
-        return self.trim(self.tokenizer(list(texts)))
-
-    def trim(self, tokens: Tensor) -> Tensor:
-        """Token ids (..., L), without the columns beyond the longest text if the tower ignores them."""
-        return tokens[..., : self.used_length(tokens)].contiguous()
-
-    def used_length(self, tokens: Tensor) -> int:
-        """The number of columns of token ids (..., L) that the tower does not ignore, rounded up to ``multiple``."""
-        if self.pooling is None:
-            return tokens.shape[-1]
-        used = int(pooled_positions(tokens, self.pooling).max()) + 1
-        return min(-(-used // self.multiple) * self.multiple, tokens.shape[-1])
-
-    def same_as(self, other: "TextTokenizer") -> bool:
-        """Whether both provably return the same tokens for every text."""
-        if (self.pooling, self.multiple) != (other.pooling, other.multiple):
-            return False
-        return self.tokenizer is other.tokenizer or pickle.dumps(self.tokenizer) == pickle.dumps(other.tokenizer)
-
-    def digest(self) -> str | None:
-        """sha256 of vocabulary and settings, which alone determine the tokens of a text; None: of unknown make."""
-        tokenizer = self.tokenizer
-        if type(tokenizer) not in (SimpleTokenizer, HFTokenizer) or not hasattr(tokenizer.clean_fn, "__qualname__"):
-            return None
-        settings = [type(tokenizer).__name__, self.pooling, tokenizer.context_length, tokenizer.clean_fn.__qualname__]
-        if isinstance(tokenizer, SimpleTokenizer):
-            if tokenizer.reduction_fn is not None:
-                return None
-            settings += [tokenizer.encoder, list(tokenizer.bpe_ranks)]
-        else:
-            own = tokenizer.tokenizer
-            if not own.is_fast:
-                return None
-            model = json.loads(own.backend_tokenizer.to_str())
-            settings += [{**model, "truncation": None, "padding": None}]  # set anew by each call
-            settings += [tokenizer.strip_sep_token, tokenizer.tokenizer_mode, getattr(own, "src_lang", None)]
-            settings += [own.padding_side, own.truncation_side, own.pad_token_id]
-        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-
-
-def find_pooling(text: Any) -> Literal["argmax"] | int | None:
-    """Pooling position of a causal text tower: at the largest token id, or at this id; None if later columns may
-    affect the features."""
-    causal = getattr(text, "attn_mask", None) is not None
-    if not causal or getattr(text, "cls_emb", None) is not None:
-        return None
-    match getattr(text, "pool_type", None) or getattr(text, "text_pool_type", None):
-        case "argmax":
-            return "argmax"
-        case "eos":
-            return int(text.eos_id if hasattr(text, "eos_id") else text.text_eos_id)
-    return None
-
-
-def pooled_positions(tokens: Tensor, pooling: Literal["argmax"] | int) -> Tensor:
-    """Position in each row of token ids (..., L) at which a tower pools, by its ``find_pooling``."""
-    return (tokens if pooling == "argmax" else torch.eq(tokens, pooling).int()).argmax(dim=-1)
 
 
 class Tower(nn.Module):
@@ -429,27 +352,27 @@ class Student(Tower):
         self,
         image_BCHW: Tensor | None = None,
         *,
-        prompt_tokens_NL: Tensor | None = None,
+        prompt_tokens: TokenGroups | None = None,
         num_classes: int = 0,
-        caption_tokens_BL: Tensor | None = None,
+        caption_tokens: TokenGroups | None = None,
     ) -> ModelOutputs:
         """Features of the inputs that are given, each unit-norm float32.
 
         Args:
             image_BCHW: images, in the input format of ``PixelTransform``.
-            prompt_tokens_NL: this rank's share of the class prompts, from ``share_of_classes``, encoded with gradient
-                and gathered over ranks.
-            num_classes: C, with ``prompt_tokens_NL``; rows beyond it are padding.
-            caption_tokens_BL: token ids of the captions.
+            prompt_tokens: this rank's share of the class prompts, from ``share_of_classes``, encoded with gradient and
+                gathered over ranks.
+            num_classes: C, with ``prompt_tokens``; rows beyond it are padding.
+            caption_tokens: token ids of the captions.
         """
         scale = self.clip.logit_scale.exp()
         image_BD = prompts_CD = captions_BD = None
         if image_BCHW is not None:
             image_BD = self.encode_image(image_BCHW)
-        if prompt_tokens_NL is not None:
-            prompts_CD = gather_rows(self.encode_prompts(prompt_tokens_NL))[:num_classes]
-        if caption_tokens_BL is not None:
-            captions_BD = self.encode_tokens(caption_tokens_BL)
+        if prompt_tokens is not None:
+            prompts_CD = gather_rows(prompt_tokens.encode(self.encode_prompts))[:num_classes]
+        if caption_tokens is not None:
+            captions_BD = caption_tokens.encode(self.encode_tokens)
         return ModelOutputs(image_BD, captions_BD, prompts_CD, scale, self.logit_bias())
 
     def encode_prompts(self, tokens_NL: Tensor) -> Tensor:

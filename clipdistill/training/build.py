@@ -30,7 +30,8 @@ from clipdistill.io.paths import expand
 from clipdistill.io.urls import shown
 from clipdistill.models.class_embeddings import class_embeddings, class_prompt_tokens
 from clipdistill.models.prompts import PromptSet, load_prompts
-from clipdistill.models.towers import FrozenModel, Student, TextTokenizer, Tower
+from clipdistill.models.tokens import TextTokenizer
+from clipdistill.models.towers import FrozenModel, Student, Tower
 
 
 def open_prompts(config: Config) -> PromptSet | None:
@@ -197,16 +198,15 @@ class CaptionTokenizers:
 
     @classmethod
     def find(
-        cls, config: Config, student: Student, teachers: Sequence[FrozenModel], *, multiple: int = 1
+        cls, config: Config, student: Student, teachers: Sequence[FrozenModel], *, device: torch.device
     ) -> "CaptionTokenizers":
-        """The tokenizers that a run needs; ``multiple`` as for ``TextTokenizer``."""
+        """The tokenizers that a run needs on a device."""
         if not any(term.over == "captions" for term in config.terms):
             return cls()
         distinct: list[TextTokenizer] = []
 
         def number_of(tower: Tower) -> int:
-            found = tower.text_tokenizer
-            tokenizer = TextTokenizer(found.tokenizer, found.pooling, multiple=multiple)
+            tokenizer = TextTokenizer.for_device(tower.text_tokenizer, device)
             for number, other in enumerate(distinct):
                 if tokenizer.same_as(other):
                     return number
@@ -254,7 +254,7 @@ def open_stream(
         shuffle=data.shuffle,
         views=Views(data.views, data.view_seed),
         embeddings=embeddings,
-        tokenizers=tokenizers,
+        tokenizers=[tokenizer.grouped for tokenizer in tokenizers],
         samples_per_epoch=data.samples_per_epoch,
         rank=rank(),
         world_size=world_size(),

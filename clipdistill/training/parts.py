@@ -105,8 +105,7 @@ class RunParts:
         if config.train.channels_last:
             for tower in (self.student, *frozen):
                 tower.use_channels_last()
-        multiple = 8 if self._device.type == "cuda" else 1
-        tokenizers = CaptionTokenizers.find(config, self.student, frozen, multiple=multiple)
+        tokenizers = CaptionTokenizers.find(config, self.student, frozen, device=self._device)
         sizes = [tower.image_size for tower in (self.student, *frozen)]
         decoder = make_decoder(config, sizes)
         self.loader = open_stream(

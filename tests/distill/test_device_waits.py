@@ -113,7 +113,7 @@ def test_a_step_waits_for_nothing(
         batch_size=6,
         image_size=16,
         require_captions=True,
-        tokenizers=[teacher.text_tokenizer],
+        tokenizers=[teacher.text_tokenizer.grouped],
     )
     loader: Iterator[Batch] = iter(StreamLoader(with_batches))
     for number in range(2):

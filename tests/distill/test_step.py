@@ -1,6 +1,6 @@
 """One step of distillation by itself: against the same losses written out by hand, and under a perturbation."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -15,11 +15,12 @@ from clipdistill.distill.objective import Objective
 from clipdistill.distill.step import DistillationStep
 from clipdistill.distill.student_texts import StudentTexts
 from clipdistill.distill.targets import Targets
-from clipdistill.distill.teachers import Teachers, cat_tokens
+from clipdistill.distill.teachers import Teachers
 from clipdistill.losses import GKL, KL, Loss, gkl_loss
 from clipdistill.models.class_embeddings import class_embeddings, class_prompt_tokens, similarity_logits
 from clipdistill.models.loading import load_frozen_model, load_student
 from clipdistill.models.prompts import load_prompts
+from clipdistill.models.tokens import TokenGroups, cat_tokens
 from clipdistill.models.towers import FrozenModel, Student
 from tests.streams import make_stream
 
@@ -43,7 +44,7 @@ def student(tiny_model: Path, teacher: FrozenModel) -> Student:
 
 def batches_of(colours: Path, *towers: Student | FrozenModel, count: int = 1) -> list[Batch]:
     index = index_shards(expand_urls([str(colours / "train")]), cache_dir=None)
-    tokenizers = [tower.text_tokenizer for tower in towers]
+    tokenizers = [tower.text_tokenizer.grouped for tower in towers]
     stream = make_stream(index, batch_size=6, image_size=16, require_captions=True, tokenizers=tokenizers)
     return list(islice(StreamLoader(stream), count))
 
@@ -140,21 +141,25 @@ def test_workers_tokenise_captions_for_each_tower(
     assert student.text_tokenizer.same_as(teacher.text_tokenizer)
     assert load_student(str(tiny_model)).text_tokenizer.same_as(teacher.text_tokenizer)
     index = index_shards(expand_urls([str(colours / "train")]), cache_dir=None)
+
+    def lengths(texts: Sequence[str]) -> TokenGroups:
+        return TokenGroups((torch.tensor([[len(text)] for text in texts]),), torch.arange(len(texts)))
+
     stream = make_stream(
         index,
         batch_size=6,
         image_size=16,
         require_captions=True,
         num_workers=1,
-        tokenizers=[teacher.text_tokenizer, lambda texts: torch.tensor([[len(text)] for text in texts])],
+        tokenizers=[teacher.text_tokenizer.grouped, lengths],
     )
     loader = StreamLoader(stream)
     batches = list(islice(loader, 5))
     loader.close()
     for batch in batches:
-        tokens_BL, lengths_B1 = batch.caption_tokens
-        assert torch.equal(tokens_BL, teacher.tokenize(batch.captions))
-        assert lengths_B1[:, 0].tolist() == list(map(len, batch.captions))
+        tokens, of_lengths = batch.caption_tokens
+        assert torch.equal(tokens.encode(lambda each: each), teacher.tokenize(batch.captions))
+        assert of_lengths.tokens[0][:, 0].tolist() == list(map(len, batch.captions))
         assert batch.caption_ids_B is not None
         equal = [[one == other for other in batch.captions] for one in batch.captions]
         assert (batch.caption_ids_B[:, None] == batch.caption_ids_B).tolist() == equal

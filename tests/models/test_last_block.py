@@ -73,19 +73,19 @@ def test_features_and_gradients_are_open_clips(tmp_path: Any, config: dict[str, 
 
 def test_a_copy_and_a_compiled_tower_give_the_same(tmp_path: Any) -> None:
     ours, _ = tower({}, tmp_path)
-    images, tokens = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8), ours.tokenize(TEXTS)
-    expected = ours(images, caption_tokens_BL=tokens)
+    images, tokens = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8), ours.text_tokenizer.grouped(TEXTS)
+    expected = ours(images, caption_tokens=tokens)
     average = copy.deepcopy(ours)
     with torch.no_grad():
         for parameter in ours.parameters():
             parameter.zero_()
-    copied = average(images, caption_tokens_BL=tokens)
+    copied = average(images, caption_tokens=tokens)
     assert torch.equal(copied.image_BD, expected.image_BD)
     assert torch.equal(copied.captions_BD, expected.captions_BD)
     average.compile_towers()
     for texts in (TEXTS, TEXTS[:2], ["another text of some length"]):
-        tokens = average.tokenize(texts)
-        compiled = average(images, caption_tokens_BL=tokens)
+        tokens = average.text_tokenizer.grouped(texts)
+        compiled = average(images, caption_tokens=tokens)
         torch.testing.assert_close(compiled.image_BD, expected.image_BD, atol=1e-5, rtol=0)
         if texts != ["another text of some length"]:
             torch.testing.assert_close(compiled.captions_BD, expected.captions_BD[: len(texts)], atol=1e-5, rtol=0)

@@ -19,7 +19,8 @@ from clipdistill.errors import InputError
 from clipdistill.models.class_embeddings import class_embeddings, class_prompt_tokens
 from clipdistill.models.loading import create_clip, load_frozen_model, load_student
 from clipdistill.models.prompts import PromptSet
-from clipdistill.models.towers import FrozenModel, PixelTransform, Student, TextTokenizer
+from clipdistill.models.tokens import TextTokenizer
+from clipdistill.models.towers import FrozenModel, PixelTransform, Student
 from tests.conftest import TINY_MODEL
 
 

@@ -1,0 +1,93 @@
+"""Texts in groups of similar lengths, against the same texts in one."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from clipdistill.distill.student_texts import StudentTexts
+from clipdistill.models.class_embeddings import class_embeddings, class_prompt_tokens
+from clipdistill.models.loading import load_student
+from clipdistill.models.prompts import load_prompts
+from clipdistill.models.tokens import TextTokenizer, TokenGroups
+from clipdistill.models.towers import Student
+
+TEXTS = [f"{'word ' * (number * 7 % 9)}text {number}" for number in range(30)]
+
+
+@pytest.fixture
+def tiny(tiny_model: Path) -> Student:
+    torch.manual_seed(1)
+    return load_student(str(tiny_model))
+
+
+def with_gradients(student: Student, text_ND: Tensor) -> list[Tensor]:
+    student.zero_grad()
+    (text_ND * torch.linspace(-1, 1, text_ND.numel()).view_as(text_ND)).sum().backward()
+    gradients = [parameter.grad for parameter in student.parameters() if parameter.grad is not None]
+    assert len(gradients) > 10
+    return [text_ND, *gradients]
+
+
+@pytest.mark.parametrize("group_size", [1, 8, 100])
+def test_features_and_gradients_are_those_of_one_group(tiny: Student, group_size: int) -> None:
+    tokens = TextTokenizer(tiny.tokenizer, "argmax", group_size=group_size).grouped(TEXTS)
+    assert len(tokens.tokens) == {1: 4, 8: 3, 100: 1}[group_size]
+    widths = [part.shape[1] for part in tokens.tokens]
+    assert widths == sorted(widths)
+    assert widths[-1] == tiny.tokenize(TEXTS).shape[1]
+    found = with_gradients(tiny, tokens.encode(tiny.encode_tokens))
+    expected = with_gradients(tiny, tiny.encode_tokens(tiny.tokenize(TEXTS)))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5 * other.abs().max().item() + 1e-7, rtol=0)
+
+
+def test_columns_are_spared(tiny: Student) -> None:
+    tokens = tiny.text_tokenizer.grouped(TEXTS)
+    columns = sum(part.numel() for part in tokens.tokens)
+    assert columns < 0.85 * tiny.tokenize(TEXTS).numel()
+    assert tiny.text_tokenizer.grouped(TEXTS, at_most=4).tokens[0].shape[0] == 4
+
+
+def test_a_tower_that_sees_all_columns_has_one_group() -> None:
+    tokens = TextTokenizer(lambda _: torch.arange(20).view(10, 2), None, group_size=1).grouped(TEXTS[:10])
+    assert torch.equal(tokens.tokens[0], torch.arange(20).view(10, 2))
+
+
+def test_micro_batches_are_encoded_together(tiny: Student) -> None:
+    tokenizer = TextTokenizer(tiny.tokenizer, "argmax", group_size=3)
+    parts = [tokenizer.grouped(texts) for texts in (TEXTS[:10], TEXTS[10:20], TEXTS[20:])]
+    calls = []
+
+    def encode(tokens: Tensor) -> Tensor:
+        calls.append(len(tokens))
+        return tiny.encode_tokens(tokens)
+
+    found = TokenGroups.encode_together(parts, encode)
+    assert calls == [12, 9, 9]
+    torch.testing.assert_close(found, tiny.encode_tokens(tiny.tokenize(TEXTS)), atol=1e-6, rtol=0)
+
+
+def test_rows_can_be_put_in_another_order(tiny: Student) -> None:
+    order = [3, 3, 29, 0]
+    tokens = tiny.text_tokenizer.grouped(TEXTS).rows(order)
+    expected = tiny.encode_tokens(tiny.tokenize([TEXTS[row] for row in order]))
+    torch.testing.assert_close(tokens.encode(tiny.encode_tokens), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("templates_per_step", [0, 1, 2])
+def test_class_prompts_in_groups_are_the_class_embeddings(tiny: Student, templates_per_step: int) -> None:
+    prompts = load_prompts("cifar100")
+    tokens_CTL = class_prompt_tokens(tiny, prompts)
+    texts = StudentTexts(tiny, class_tokens_CTL=tokens_CTL, templates_per_step=templates_per_step, seed=3)
+    inputs = texts.prompt_inputs(7)
+    assert len(inputs["prompt_tokens"].tokens) == 4
+    found_CD = tiny(**inputs).prompts_CD
+    if templates_per_step:
+        generator = torch.Generator().manual_seed(3 * 1_000_003 + 7)
+        chosen = torch.randperm(prompts.num_templates, generator=generator)[:templates_per_step]
+        expected_CD = tiny.encode_prompts(tokens_CTL[:, chosen])
+    else:
+        expected_CD = class_embeddings(tiny, prompts, batch_size=50)
+    torch.testing.assert_close(found_CD, expected_CD, atol=1e-6, rtol=0)
