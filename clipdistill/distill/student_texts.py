@@ -45,7 +45,7 @@ class StudentTexts:
             tokenizer = TextTokenizer.for_device(student.text_tokenizer, student.device)
             self._num_classes = len(class_tokens_CTL)
             share_nTL = share_of_classes(class_tokens_CTL)
-            groups = tokenizer.group(share_nTL, tokenizer.number_of_groups(len(share_nTL)))
+            groups = tokenizer.group(share_nTL, templates=templates_per_step or share_nTL.shape[1])
             self._used_lengths = [[tokenizer.used_length(part) for part in each.unbind(1)] for each in groups.tokens]
             self._class_tokens = groups.map(lambda tokens: tokens.to(student.device))
         self._class_CD = class_CD

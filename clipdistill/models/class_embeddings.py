@@ -75,7 +75,7 @@ def class_embeddings(
     was_training = tower.training
     tower.eval()
     with torch.no_grad():
-        groups = tower.text_tokenizer.group(tokens_NL, -(-len(tokens_NL) // batch_size))
+        groups = tower.text_tokenizer.group(tokens_NL, at_most=batch_size)
         groups = groups._replace(place_N=groups.place_N.to(device))
         text_ND = groups.encode(lambda tokens: tower.encode_tokens(tokens.to(device)))
     tower.train(was_training)

@@ -6,6 +6,7 @@ Shapes: N texts or classes, n of a group, T templates, L tokens, D features.
 import hashlib
 import json
 import pickle
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -14,7 +15,7 @@ from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-_MOST_GROUPS = 4
+_NUMBERS_OF_GROUPS = (1, 2, 3, 4)
 
 
 class TokenGroups(NamedTuple):
@@ -45,7 +46,9 @@ class TokenGroups(NamedTuple):
 
     @staticmethod
     def encode_together(parts: Sequence["TokenGroups"], encode: Callable[[Tensor], Tensor]) -> Tensor:
-        """Features of the texts of several micro-batches, whose groups of equal number are encoded together."""
+        """Features of the texts of several micro-batches, encoded together where these have equally many groups."""
+        if len({len(part.tokens) for part in parts}) > 1:
+            return torch.cat([part.encode(encode) for part in parts])
         of_groups = []
         for tokens in zip(*[part.tokens for part in parts], strict=True):
             of_groups.append(encode(cat_tokens(tokens)).split([len(each) for each in tokens]))
@@ -68,21 +71,22 @@ class TextTokenizer:
         pooling: the tower's pooling position, from ``find_pooling``.
         multiple: trimmed token ids have a multiple of this number of columns, as far as the context length allows.
             (On a GPU, fewer shapes and aligned ones are faster.)
-        group_size: least number of texts in a group.
+        group_cost: what a further group costs, in tokens: a tower's time for few tokens is that for its weights, or
+            for its kernels. (128 is measured, on a CPU.)
     """
 
     def __init__(
-        self, tokenizer: Any, pooling: Literal["argmax"] | int | None, *, multiple: int = 1, group_size: int = 8
+        self, tokenizer: Any, pooling: Literal["argmax"] | int | None, *, multiple: int = 1, group_cost: int = 128
     ) -> None:
         self.tokenizer = tokenizer
         self.pooling = pooling
         self.multiple = multiple
-        self.group_size = group_size
+        self.group_cost = group_cost
 
     @classmethod
     def for_device(cls, tower_tokenizer: "TextTokenizer", device: torch.device) -> "TextTokenizer":
         """The tokenizer of a tower, with the shapes of tokens that suit a device."""
-        shapes = {"multiple": 8, "group_size": 128} if device.type == "cuda" else {}
+        shapes = {"multiple": 8, "group_cost": 4096} if device.type == "cuda" else {}
         return cls(tower_tokenizer.tokenizer, tower_tokenizer.pooling, **shapes)
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
@@ -90,21 +94,33 @@ class TextTokenizer:
         return self.trim(self.tokenizer(list(texts)))
 
     def grouped(self, texts: Sequence[str], *, at_most: int | None = None) -> TokenGroups:
-        """Token ids of texts in up to four groups, or in as many as make groups of ``at_most`` texts."""
-        groups = self.number_of_groups(len(texts))
-        return self.group(self.tokenizer(list(texts)), max(groups, -(-len(texts) // (at_most or len(texts)))))
+        """Token ids of texts, in groups as ``group`` makes them."""
+        return self.group(self.tokenizer(list(texts)), at_most=at_most)
 
-    def number_of_groups(self, texts: int) -> int:
-        """Number of groups in which as many texts are encoded."""
-        return max(1, min(texts // self.group_size, _MOST_GROUPS))
-
-    def group(self, tokens: Tensor, groups: int) -> TokenGroups:
-        """Token ids (N, L), or (N, T, L) of classes in several templates, in groups of equal numbers of rows."""
-        if self.pooling is None or groups < 2:
-            return TokenGroups((self.trim(tokens),), torch.arange(len(tokens)))
-        order_N = pooled_positions(tokens, self.pooling).view(len(tokens), -1).amax(1).argsort(stable=True)
+    def group(self, tokens: Tensor, *, at_most: int | None = None, templates: int = 1) -> TokenGroups:
+        """Token ids (N, L), or (N, T, L) of classes in several templates, in groups of equal numbers of rows: in one to
+        four, by their cost if ``templates`` of each class are encoded; or in those of ``at_most`` rows."""
+        rows = len(tokens)
+        if self.pooling is None:
+            return TokenGroups((self.trim(tokens),), torch.arange(rows))
+        lengths_N = pooled_positions(tokens, self.pooling).view(rows, -1).amax(1) + 1
+        order_N = lengths_N.argsort(stable=True)
+        if at_most is None:
+            groups = min(_NUMBERS_OF_GROUPS, key=lambda number: self._cost(lengths_N[order_N], number, templates))
+        else:
+            groups = -(-rows // at_most)
         parts = order_N.tensor_split(groups)
         return TokenGroups(tuple(self.trim(tokens[part]) for part in parts), order_N.argsort())
+
+    def _cost(self, sorted_N: Tensor, groups: int, texts: int) -> int:
+        """Tokens of rows of these lengths, each of some texts, in a number of groups; with the cost of the groups."""
+        if groups > len(sorted_N):
+            return sys.maxsize
+        parts = sorted_N.tensor_split(groups)
+        return sum(len(part) * texts * self._rounded(int(part[-1])) + self.group_cost for part in parts)
+
+    def _rounded(self, length: int) -> int:
+        return -(-length // self.multiple) * self.multiple
 
     def trim(self, tokens: Tensor) -> Tensor:
         """Token ids (..., L), without the columns beyond the longest text if the tower ignores them."""
@@ -115,11 +131,11 @@ class TextTokenizer:
         if self.pooling is None:
             return tokens.shape[-1]
         used = int(pooled_positions(tokens, self.pooling).max()) + 1
-        return min(-(-used // self.multiple) * self.multiple, tokens.shape[-1])
+        return min(self._rounded(used), tokens.shape[-1])
 
     def same_as(self, other: "TextTokenizer") -> bool:
         """Whether both provably return the same tokens for every text."""
-        shapes = [(each.pooling, each.multiple, each.group_size) for each in (self, other)]
+        shapes = [(each.pooling, each.multiple, each.group_cost) for each in (self, other)]
         if shapes[0] != shapes[1]:
             return False
         return self.tokenizer is other.tokenizer or pickle.dumps(self.tokenizer) == pickle.dumps(other.tokenizer)

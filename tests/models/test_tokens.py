@@ -9,7 +9,7 @@ from torch import Tensor
 from clipdistill.distill.student_texts import StudentTexts
 from clipdistill.models.class_embeddings import class_embeddings, class_prompt_tokens
 from clipdistill.models.loading import load_student
-from clipdistill.models.prompts import load_prompts
+from clipdistill.models.prompts import PromptSet
 from clipdistill.models.tokens import TextTokenizer, TokenGroups
 from clipdistill.models.towers import Student
 
@@ -30,10 +30,10 @@ def with_gradients(student: Student, text_ND: Tensor) -> list[Tensor]:
     return [text_ND, *gradients]
 
 
-@pytest.mark.parametrize("group_size", [1, 8, 100])
-def test_features_and_gradients_are_those_of_one_group(tiny: Student, group_size: int) -> None:
-    tokens = TextTokenizer(tiny.tokenizer, "argmax", group_size=group_size).grouped(TEXTS)
-    assert len(tokens.tokens) == {1: 4, 8: 3, 100: 1}[group_size]
+@pytest.mark.parametrize(("group_cost", "groups"), [(0, 4), (20, 3), (30, 2), (1000, 1)])
+def test_features_and_gradients_are_those_of_one_group(tiny: Student, group_cost: int, groups: int) -> None:
+    tokens = TextTokenizer(tiny.tokenizer, "argmax", group_cost=group_cost).grouped(TEXTS)
+    assert len(tokens.tokens) == groups
     widths = [part.shape[1] for part in tokens.tokens]
     assert widths == sorted(widths)
     assert widths[-1] == tiny.tokenize(TEXTS).shape[1]
@@ -43,22 +43,26 @@ def test_features_and_gradients_are_those_of_one_group(tiny: Student, group_size
         torch.testing.assert_close(one, other, atol=1e-5 * other.abs().max().item() + 1e-7, rtol=0)
 
 
-def test_columns_are_spared(tiny: Student) -> None:
-    tokens = tiny.text_tokenizer.grouped(TEXTS)
-    columns = sum(part.numel() for part in tokens.tokens)
-    assert columns < 0.85 * tiny.tokenize(TEXTS).numel()
-    assert tiny.text_tokenizer.grouped(TEXTS, at_most=4).tokens[0].shape[0] == 4
+@pytest.mark.parametrize("group_cost", [0, 30, 200])
+def test_the_number_of_groups_has_the_least_cost(tiny: Student, group_cost: int) -> None:
+    tokenizer = TextTokenizer(tiny.tokenizer, "argmax", group_cost=group_cost)
+    costs = {}
+    for groups in (1, 2, 3, 4):
+        parts = tokenizer.grouped(TEXTS, at_most=-(-len(TEXTS) // groups)).tokens
+        costs[len(parts)] = sum(part.numel() + group_cost for part in parts)
+    assert len(tokenizer.grouped(TEXTS).tokens) == min(costs, key=lambda number: costs[number])
+    assert [len(part) for part in tokenizer.grouped(TEXTS, at_most=4).tokens] == [4] * 6 + [3] * 2
 
 
 def test_a_tower_that_sees_all_columns_has_one_group() -> None:
-    tokens = TextTokenizer(lambda _: torch.arange(20).view(10, 2), None, group_size=1).grouped(TEXTS[:10])
+    tokens = TextTokenizer(lambda _: torch.arange(20).view(10, 2), None, group_cost=0).grouped(TEXTS[:10])
     assert torch.equal(tokens.tokens[0], torch.arange(20).view(10, 2))
 
 
 def test_micro_batches_are_encoded_together(tiny: Student) -> None:
-    tokenizer = TextTokenizer(tiny.tokenizer, "argmax", group_size=3)
-    parts = [tokenizer.grouped(texts) for texts in (TEXTS[:10], TEXTS[10:20], TEXTS[20:])]
-    calls = []
+    tokenizer = TextTokenizer(tiny.tokenizer, "argmax", group_cost=0)
+    parts = [tokenizer.grouped(texts, at_most=4) for texts in (TEXTS[:10], TEXTS[10:20], TEXTS[20:])]
+    calls: list[int] = []
 
     def encode(tokens: Tensor) -> Tensor:
         calls.append(len(tokens))
@@ -67,6 +71,10 @@ def test_micro_batches_are_encoded_together(tiny: Student) -> None:
     found = TokenGroups.encode_together(parts, encode)
     assert calls == [12, 9, 9]
     torch.testing.assert_close(found, tiny.encode_tokens(tiny.tokenize(TEXTS)), atol=1e-6, rtol=0)
+    parts[1] = tokenizer.grouped(TEXTS[10:20], at_most=10)
+    apart = TokenGroups.encode_together(parts, encode)
+    assert calls[3:] == [4, 3, 3, 10, 4, 3, 3]
+    torch.testing.assert_close(apart, found, atol=1e-6, rtol=0)
 
 
 def test_rows_can_be_put_in_another_order(tiny: Student) -> None:
@@ -78,11 +86,12 @@ def test_rows_can_be_put_in_another_order(tiny: Student) -> None:
 
 @pytest.mark.parametrize("templates_per_step", [0, 1, 2])
 def test_class_prompts_in_groups_are_the_class_embeddings(tiny: Student, templates_per_step: int) -> None:
-    prompts = load_prompts("cifar100")
+    names = tuple(f"{'very ' * (number % 5)}strange animal {number}" for number in range(500))
+    prompts = PromptSet(name="animals", classnames=names, templates=("a {c}", "the {c} of all", "{c}"))
     tokens_CTL = class_prompt_tokens(tiny, prompts)
     texts = StudentTexts(tiny, class_tokens_CTL=tokens_CTL, templates_per_step=templates_per_step, seed=3)
     inputs = texts.prompt_inputs(7)
-    assert len(inputs["prompt_tokens"].tokens) == 4
+    assert len(inputs["prompt_tokens"].tokens) > 1
     found_CD = tiny(**inputs).prompts_CD
     if templates_per_step:
         generator = torch.Generator().manual_seed(3 * 1_000_003 + 7)
