@@ -86,8 +86,8 @@ def test_rows_can_be_put_in_another_order(tiny: Student) -> None:
 
 @pytest.mark.parametrize("templates_per_step", [0, 1, 2])
 def test_class_prompts_in_groups_are_the_class_embeddings(tiny: Student, templates_per_step: int) -> None:
-    names = tuple(f"{'very ' * (number % 5)}strange animal {number}" for number in range(500))
-    prompts = PromptSet(name="animals", classnames=names, templates=("a {c}", "the {c} of all", "{c}"))
+    names = tuple(f"{'very ' * (number % 4)}cat {number}" for number in range(500))
+    prompts = PromptSet(name="animals", classnames=names, templates=("a {c}", "{c} it", "{c}"))
     tokens_CTL = class_prompt_tokens(tiny, prompts)
     texts = StudentTexts(tiny, class_tokens_CTL=tokens_CTL, templates_per_step=templates_per_step, seed=3)
     inputs = texts.prompt_inputs(7)
