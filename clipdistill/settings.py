@@ -63,6 +63,23 @@ def union_of(models: tuple[type[Settings], ...], tag: str, *, default: str | Non
     return Annotated[union, add_default]
 
 
+def differences(settings: Settings) -> dict[str, Any]:
+    """What differs from the defaults, as plain values from which the settings can be built again."""
+    stated: dict[str, Any] = {}
+    for name, field in type(settings).model_fields.items():
+        value = getattr(settings, name)
+        is_tag = get_origin(field.annotation) is Literal and len(get_args(field.annotation)) == 1
+        if is_tag or field.is_required() or value != field.get_default(call_default_factory=True):
+            stated[name] = _plain(value)
+    return stated
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Settings):
+        return differences(value)
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
 def check(ok: bool, name: str, value: object, allowed: str) -> None:
     """Raise InputError with field, value and what is allowed, unless ``ok``."""
     if not ok:

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from clipdistill.config import load_config, load_saved_config, save_config
+from clipdistill.config import Config, load_config, load_saved_config, save_config
 from clipdistill.errors import InputError
 from clipdistill.io.resources import resource
 from clipdistill.models.prompts import load_prompts
+from clipdistill.settings import differences, validate
 
 RUN_CONFIGS = sorted(resource("configs").glob("*.yaml"))
 
@@ -202,3 +203,11 @@ def test_every_shipped_model_config_builds(path: Path) -> None:
 
     student = load_student(str(path))
     assert student.embed_dim == json.loads(path.read_text())["embed_dim"]
+
+
+@pytest.mark.parametrize("path", RUN_CONFIGS, ids=lambda path: path.stem)
+def test_a_config_is_its_differences_from_the_defaults(path: Path) -> None:
+    config = load_config(path)
+    stated = json.loads(json.dumps(differences(config)))
+    assert validate(Config, stated) == config
+    assert "keep" not in stated["train"]

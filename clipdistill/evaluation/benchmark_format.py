@@ -1,6 +1,6 @@
 """Results in CLIP_benchmark's JSON: one record per model and set."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from clipdistill.evaluation.retrieval import RECALL_AT
@@ -57,6 +57,16 @@ def main_metric(record: Mapping[str, Any]) -> tuple[str, float]:
     """Name and value of a result's main metric; higher is better."""
     name = next(name for name in main_metrics_of(record["task"]) if name in record["metrics"])
     return name, record["metrics"][name]
+
+
+def named_metrics(records: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """Metrics of several sets under the names of a run's metrics, ``evaluation/SET/METRIC``, and their mean."""
+    named = {
+        f"evaluation/{record['dataset']}/{name}": value
+        for record in records
+        for name, value in record["metrics"].items()
+    }
+    return {**named, MEAN: mean_main_metric(records)}
 
 
 def mean_main_metric(records: Iterable[Mapping[str, Any]]) -> float:

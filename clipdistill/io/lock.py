@@ -40,6 +40,10 @@ _KILLED_SECONDS = 1.0
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
+class InUseError(InputError):
+    """Another process holds the lock."""
+
+
 class Lock:
     """A lock that this process holds, from its creation to `release`; forked children do not hold it.
 
@@ -49,7 +53,8 @@ class Lock:
         stale_after: see `STALE_SECONDS`.
 
     Raises:
-        InputError: another process holds it, or the file cannot be written.
+        InUseError: another process holds it.
+        InputError: the file cannot be written.
         RunError: the disk is full.
     """
 
@@ -143,9 +148,9 @@ class Lock:
                 self._wait_for_the_dead(holder, alive=alive)
                 return False
             if unlocked is None and alive:
-                raise InputError(self._refusal(holder))
+                raise InUseError(self._refusal(holder))
         elif self._beats():
-            raise InputError(self._refusal(holder))
+            raise InUseError(self._refusal(holder))
         elif unlocked is False:  # a server keeps the lock of a host that is gone
             self._file.unlink(missing_ok=True)
             return False
@@ -159,7 +164,7 @@ class Lock:
         own = holder is not None and holder["pid"] == os.getpid()
         patience = 0.0 if own else _KILLED_SECONDS if alive else _REAPED_SECONDS
         if time.monotonic() - self._contested_since >= patience:
-            raise InputError(self._refusal(holder))
+            raise InUseError(self._refusal(holder))
 
     def _beats(self) -> bool:
         """Whether the holder renews the file's time; takes up to `stale_after` seconds."""

@@ -161,11 +161,17 @@ def write_report(
         why_no_sets="" if comparisons else _why_no_sets(sets, run),
         left_out=left_out,
         config=OmegaConf.to_yaml(to_dict(config)),
+        style=page_style(),
         plotly=get_plotlyjs(),
     )
     with writing(f"report {path}", path.parent):
         write_text(path, html)
     return path
+
+
+def page_style() -> str:
+    """The style of all pages."""
+    return Path(__file__).with_name("style.css").read_text(encoding="utf-8")
 
 
 def _compare(data: EvaluationSet, models: Mapping[str, Evaluator]) -> SetComparison:
@@ -264,7 +270,7 @@ def _lines(
     positive = all(value > 0 for trace in figure.data for value in trace.y)
     figure.update_yaxes(type="log" if log and positive else "linear", tickformat=".0%" if percent or stack else None)
     figure.update_xaxes(title="step")
-    return {"title": title, "plot": _div(figure)}
+    return {"title": title, "plot": plot_div(figure)}
 
 
 # A test set.
@@ -310,7 +316,7 @@ def _gains(comparison: SetComparison) -> dict[str, str]:
     )
     figure.update_xaxes(tickformat="+.0%", title="recall of the student - recall of the teacher")
     figure.update_layout(height=120 + 20 * len(chosen))
-    return {"title": "Classes that gain and lose most against the teacher", "plot": _div(figure)}
+    return {"title": "Classes that gain and lose most against the teacher", "plot": plot_div(figure)}
 
 
 def _reliability(comparison: SetComparison) -> dict[str, str]:
@@ -331,7 +337,7 @@ def _reliability(comparison: SetComparison) -> dict[str, str]:
         )
     figure.update_xaxes(title="mean confidence of the bin", tickformat=".0%", range=[0, 1])
     figure.update_yaxes(title="accuracy", tickformat=".0%", range=[0, 1])
-    return {"title": "Reliability", "plot": _div(figure)}
+    return {"title": "Reliability", "plot": plot_div(figure)}
 
 
 def _confusion(comparison: SetComparison) -> dict[str, str]:
@@ -360,7 +366,7 @@ def _confusion(comparison: SetComparison) -> dict[str, str]:
     figure.update_xaxes(title="was taken for", tickangle=-60)
     figure.update_layout(height=680)
     title = "Confusion" if len(names) == classes else f"Confusion among the {len(names)} classes with most errors"
-    return {"title": title, "plot": _div(figure)}
+    return {"title": title, "plot": plot_div(figure)}
 
 
 def _examples(comparison: SetComparison, count: int) -> list[dict[str, Any]]:
@@ -409,7 +415,8 @@ def _thumbnail(image: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
-def _div(figure: Any) -> str:
+def plot_div(figure: Any) -> str:
+    """A plotly figure as a part of a page that includes plotly's script."""
     figure.update_layout(
         template="plotly_white",
         margin={"l": 60, "r": 20, "t": 30, "b": 50},

@@ -117,7 +117,7 @@ def cache_content(config: Config, decoder: Decoder) -> CacheContent:
     """
     return CacheContent(
         decoder=replace(
-            decoder, require_captions=_uses_teacher_captions(config), require_labels=False, class_lists=None
+            decoder, require_captions=uses_teacher_captions(config), require_labels=False, class_lists=None
         ),
         views=Views(config.data.views, config.data.view_seed),
         precision=config.teacher_cache.precision,
@@ -125,7 +125,7 @@ def cache_content(config: Config, decoder: Decoder) -> CacheContent:
     )
 
 
-def _uses_teacher_captions(config: Config) -> bool:
+def uses_teacher_captions(config: Config) -> bool:
     """Whether a teacher's caption features are needed: by a term, or as the student's caption features."""
     over_captions = [term for term in config.terms if term.over == "captions"]
     lent = config.student.text == "teacher" and bool(over_captions)
@@ -214,7 +214,7 @@ class CaptionTokenizers:
             return len(distinct) - 1
 
         of_student = None if student.text_mode == "teacher" else number_of(student)
-        encode = _uses_teacher_captions(config) and not config.teacher_cache.folder
+        encode = uses_teacher_captions(config) and not config.teacher_cache.folder
         of_teachers = [number_of(teacher) for teacher in teachers] if encode else []
         return cls(tokenizers=distinct, student=of_student, teachers=of_teachers)
 

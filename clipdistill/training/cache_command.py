@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from clipdistill.io.arguments import path, positive
 
 if TYPE_CHECKING:
+    from clipdistill.config import Config
     from clipdistill.distill.teacher_cache import CacheBuild, CacheBuilder, CacheEstimate
 
 
@@ -35,17 +36,45 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Build the missing files of a config; as ``build_cache``."""
+    from clipdistill.config import load_config
+
+    build_cache(
+        load_config(args.config, args.overrides),
+        part=args.part,
+        batch_size=args.batch_size,
+        device=args.device,
+        rebuild=args.rebuild,
+        dry_run=args.dry_run,
+    )
+
+
+def build_cache(
+    config: "Config",
+    *,
+    part: tuple[int, int] = (1, 1),
+    batch_size: int | None = None,
+    device: str | None = None,
+    rebuild: bool = False,
+    dry_run: bool = False,
+) -> None:
     """Build the missing files; the shards are distributed over the processes of a launcher.
 
+    Args:
+        config: the run that will train from the cache.
+        part: number of this machine, from 1, and number of the machines that share the work.
+        batch_size: samples at once, each in all its views; None: the config's.
+        device: of the teachers; None: a GPU, if there is one.
+        rebuild: read all shards again, and replace all files.
+        dry_run: only print disk and time of the build.
+
     Raises:
-        InputError: the config, the models or the shards are invalid.
+        InputError: the models or the shards are invalid, or another process builds this part.
         RunError: the disk is full. The files written so far are complete.
     """
-    from clipdistill.config import load_config
     from clipdistill.distributed.collectives import launched
 
-    config = load_config(args.config, args.overrides)
-    with launched(args.device) as device:
+    with launched(device) as device:
         from clipdistill.distill.teacher_cache import CacheBuilder
         from clipdistill.distributed.collectives import gather_objects, rank, world_size
         from clipdistill.errors import InputError
@@ -65,11 +94,11 @@ def run(args: argparse.Namespace) -> None:
                 teacher.use_channels_last()
             teacher.to(device)
         builder = CacheBuilder(
-            index_all(config, rebuild=args.rebuild),
+            index_all(config, rebuild=rebuild),
             teachers,
             content,
             folder=Path(config.teacher_cache.folder),
-            batch_size=args.batch_size or config.data.batch_size,
+            batch_size=batch_size or config.data.batch_size,
             workers=config.data.decoding_processes(on_gpu=device.startswith("cuda")),
             device=device,
         )
@@ -77,15 +106,15 @@ def run(args: argparse.Namespace) -> None:
             if device.startswith("cuda"):
                 teacher.store_as_used()
         use_tensor_cores(device)
-        part, parts = args.part
-        mine = range(part - 1, len(builder.index), parts)[rank() :: world_size()]
-        missing = list(mine) if args.rebuild else builder.missing(mine)
+        number, parts = part
+        mine = range(number - 1, len(builder.index), parts)[rank() :: world_size()]
+        missing = list(mine) if rebuild else builder.missing(mine)
         estimates = gather_objects(builder.estimate(missing))
         if rank() == 0:
-            print(_forecast(builder, estimates, shards=len(range(part - 1, len(builder.index), parts))), flush=True)
-        if args.dry_run:
+            print(_forecast(builder, estimates, shards=len(range(number - 1, len(builder.index), parts))), flush=True)
+        if dry_run:
             return
-        lock = partial(Lock, builder.folder / f".lock-{part}-of-{parts}", f"teacher_cache.folder: {builder.folder}")
+        lock = partial(Lock, builder.folder / f".lock-{number}-of-{parts}", f"teacher_cache.folder: {builder.folder}")
         with with_shared_errors(lambda: lock() if rank() == 0 else nullcontext()):
             done = gather_objects(_build(builder, missing, sum(estimate.samples for estimate in estimates)))
         if rank() == 0:

@@ -30,8 +30,8 @@ from clipdistill.distributed.launcher import check_number_of_processes
 from clipdistill.distributed.signals import Interruption, stopped_by
 from clipdistill.distributed.watchdog import Watchdog
 from clipdistill.errors import InputError, Interrupted, RunError
-from clipdistill.evaluation import evaluate_sets, mean_main_metric
-from clipdistill.evaluation.benchmark_format import MEAN
+from clipdistill.evaluation import evaluate_sets
+from clipdistill.evaluation.benchmark_format import named_metrics
 from clipdistill.export import export_open_clip
 from clipdistill.io.files import write_json, writing
 from clipdistill.io.lock import LOCK_FILE, Lock
@@ -70,8 +70,18 @@ _SHARDS_BEFORE_JUDGING = 100
 """The share of unreadable shards is checked once a resampled stream has tried this many; earlier if it is certain."""
 
 
+OnEvaluation = Callable[[int, Mapping[str, Any]], None]
+"""Called after each evaluation with the step and its metrics, by their names in metrics.jsonl; what it raises ends the
+run, which can be resumed."""
+
+
 def train(
-    config: Config, *, resume: str | None = None, restart: bool = False, interruption: Interruption | None = None
+    config: Config,
+    *,
+    resume: str | None = None,
+    restart: bool = False,
+    interruption: Interruption | None = None,
+    on_evaluation: OnEvaluation = lambda *_: None,
 ) -> RunResult:
     """Run a config from start to end, or from a checkpoint to the end.
 
@@ -81,6 +91,7 @@ def train(
             again), a checkpoint's folder, or None (``config.output`` must not hold a run).
         restart: start from the beginning; a run in ``config.output`` is moved into a folder ``abandoned_001`` in it.
         interruption: an active signal handler; None: SIGTERM and SIGINT are handled during the run.
+        on_evaluation: see ``OnEvaluation``.
 
     Raises:
         InputError: the config, the models, the shards or the output folder are invalid; another process writes there;
@@ -97,6 +108,7 @@ def train(
         with open_run(config, accelerator, resume=resume, restart=restart, interruption=interruption) as run:
             if run.finished is not None:
                 return run.finished
+            run.on_evaluation = on_evaluation
             run.fit()
             return run.finish()
 
@@ -242,6 +254,7 @@ class Run:
         interruption: Interruption,
     ) -> None:
         self._other_children = set(multiprocessing.active_children())
+        self.on_evaluation: OnEvaluation = lambda *_: None
         self.config = config
         self.output = Path(config.output)
         self.lock = lock
@@ -495,10 +508,7 @@ class Run:
             device=self.device,
             cache=None if self.parts.student.text_mode == "train" else self.cache,
         )
-        record: dict[str, Any] = {"step": step}
-        for one in found:
-            record |= {f"evaluation/{one['dataset']}/{name}": value for name, value in one["metrics"].items()}
-        record[MEAN] = mean_main_metric(found)
+        record: dict[str, Any] = {"step": step, **named_metrics(found)}
         name = config.train.best_metric
         metric = record[name]
         with self.watchdog.first_rank_alone():
@@ -517,6 +527,7 @@ class Run:
                     keep_best=config.train.keep_best,
                 )
         self.evaluations = found
+        self.on_evaluation(step, record)
 
 
 def _in_one_line(error: BaseException, progress: Callable[[], str]) -> BaseException:
