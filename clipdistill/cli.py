@@ -1,4 +1,5 @@
-"""The command line: ``clipdistill {quickstart,shards,estimate,cache,cache-clean,train,evaluate,export,report}``.
+"""The command line: ``clipdistill {quickstart,shards,estimate,cache,cache-clean,train,tune,compare,evaluate,export,
+report}``.
 
 Exit code 0: done. 2: wrong input (one line). 1: an error (one line, if it is a known one).
 75: stopped by SIGTERM or SIGINT, and saved; the same command with ``--resume auto`` resumes. `accelerate launch` and
@@ -18,6 +19,8 @@ from typing import TYPE_CHECKING
 from clipdistill import __version__
 from clipdistill.cache_clean import add_arguments as cache_clean_arguments
 from clipdistill.cache_clean import run as run_cache_clean
+from clipdistill.compare.command import add_arguments as compare_arguments
+from clipdistill.compare.command import run as run_compare
 from clipdistill.distributed.signals import Interruption, exit_now
 from clipdistill.errors import InputError, Interrupted, ReportedElsewhereError, RunError
 from clipdistill.evaluation.command import add_arguments as evaluation_arguments
@@ -34,6 +37,8 @@ from clipdistill.training.cache_command import add_arguments as cache_arguments
 from clipdistill.training.cache_command import run as run_cache
 from clipdistill.training.estimate import add_arguments as estimate_arguments
 from clipdistill.training.estimate import run as run_estimate
+from clipdistill.tune.command import add_arguments as tune_arguments
+from clipdistill.tune.command import run as run_tune
 
 if TYPE_CHECKING:
     from clipdistill.config import Config
@@ -142,6 +147,28 @@ def _parser() -> Parser:
         "overrides", nargs="*", metavar="KEY=VALUE", help="such as optimizer.lr=1e-3 objective.0.gamma=0.5"
     )
     train.set_defaults(run=_train)
+
+    tune = commands.add_parser(
+        "tune",
+        help="search settings on validation sets, from a teacher cache, in as many trials as are given",
+        description="Search settings with optuna: each trial is a run, chosen by train.best_metric on the sets in "
+        "evaluation.folders. Hopeless trials end early; a trial that was killed goes on when the same command is "
+        "given again; several processes with the same --output share the trials. Writes best.yaml, trials.json and "
+        "tune.html.",
+    )
+    tune_arguments(tune)
+    tune.set_defaults(run=run_tune)
+
+    compare = commands.add_parser(
+        "compare",
+        help="tune arms with equal numbers of trials, run them with the same seeds, and compare them on test sets",
+        description="Compare arms, such as losses: each is tuned with the same number of trials on validation sets, "
+        "run with the same seeds, and measured once on test sets that share no image with training and validation. "
+        "Says beforehand which difference it can show, and claims one only where an exact test over seeds, McNemar's "
+        "over images and a bootstrap interval agree. A call that was stopped goes on when it is given again.",
+    )
+    compare_arguments(compare)
+    compare.set_defaults(run=run_compare)
 
     estimate = commands.add_parser(
         "estimate",

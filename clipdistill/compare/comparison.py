@@ -1,0 +1,297 @@
+"""A comparison from its first check to its figures. Each stage goes on where an earlier call was stopped.
+
+OUTPUT/
+    embeddings/, embeddings-captions/     teacher caches that all runs share
+    pilot/ARM/seed-S/       runs from which the detectable difference is estimated
+    tune/ARM/               the search of an arm: as ``clipdistill tune`` leaves it
+    runs/ARM/seed-S/        runs with the chosen settings
+    tested/ARM-S.json       about which test images a run is right
+    results.json, table.md, compare.html
+
+Test sets are opened at the beginning, to compare their images with all others, and used once all runs have ended.
+
+Shapes: S seeds, N test images.
+"""
+
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from clipdistill import __version__
+from clipdistill.compare.arms import CompareSettings
+from clipdistill.compare.overlap import check_no_overlap
+from clipdistill.compare.statistics import (
+    Comparison,
+    best_p,
+    compare_pair,
+    detectable_over_images,
+    detectable_over_seeds,
+    holm,
+)
+from clipdistill.config import Config
+from clipdistill.data import ShardIndex
+from clipdistill.errors import InputError
+from clipdistill.evaluation import EvaluationSet, load_for_evaluation, open_set, predict
+from clipdistill.evaluation.classification import top1_hits
+from clipdistill.io.files import write_json
+from clipdistill.io.jsonl import read_jsonl
+from clipdistill.io.machine import describe_machine
+from clipdistill.io.manifest import fingerprints
+from clipdistill.io.paths import expand
+from clipdistill.io.run_files import METRICS_FILE
+from clipdistill.training.build import index_all, open_evaluation_sets, uses_teacher_captions
+from clipdistill.training.trainer import train
+from clipdistill.tune.caching import cache_settings, complete_cache
+from clipdistill.tune.page import write_results
+from clipdistill.tune.study import Search, Study
+
+Correct = NDArray[np.bool_]
+
+
+class ArmsComparison:
+    """The stages of a comparison.
+
+    Args:
+        settings: the arms.
+        progress: called with one line about each step.
+
+    Raises:
+        InputError: an arm is invalid, its folder holds another search, or a test set is no classification set.
+    """
+
+    def __init__(self, settings: CompareSettings, *, progress: Callable[[str], None]) -> None:
+        self.settings = settings
+        self._progress = progress
+        self._searches = {arm: self._search(arm) for arm in settings.arms}
+        self._configs = {arm: search.config_with({}, output=search.output) for arm, search in self._searches.items()}
+        first = next(iter(self._configs.values()))
+        self._cache = expand(first.data.cache)
+        self.validation = open_evaluation_sets(first, cache=self._cache)
+        self.test = [open_set(folder, cache=self._cache) for folder in settings.test]
+        for data in (*self.test, *self.validation):
+            if data.kind != "classification":
+                raise InputError(f"test, evaluation.folders: {data.name} is for {data.kind}; allowed: classification")
+        self._studies = {arm: Study(search) for arm, search in self._searches.items()}
+
+    def run(self) -> dict[str, Any]:
+        """All stages; returns the content of ``results.json``.
+
+        Raises:
+            InputError: a test image is also one of training or validation; or as ``train``.
+            Interrupted: SIGTERM or SIGINT; the same call goes on.
+        """
+        self.prepare()
+        power = self.forecast()
+        for arm, study in self._studies.items():
+            study.run(progress=lambda line, arm=arm: self._progress(f"{arm}: {line}"))  # type: ignore[misc]
+            write_results(study)
+        for arm in self.settings.arms:
+            for seed in self.seeds:
+                self._progress(f"{arm}: seed {seed}: {self._train(arm, seed)}")
+        return self._results(power)
+
+    def prepare(self) -> None:
+        """Compare the test images with all others, and build the teacher caches."""
+        self._check_overlap()
+        for config in self._configs.values():
+            complete_cache(config)
+
+    @property
+    def seeds(self) -> list[int]:
+        """Seeds of the final runs: others than those of the searches and the pilot runs."""
+        first = max(config.seed for config in self._configs.values()) + 1 + self.settings.pilot
+        return list(range(first, first + self.settings.seeds))
+
+    def forecast(self) -> dict[str, Any]:
+        """Which difference the comparison can show: from pilot runs of two arms, on the validation sets."""
+        settings = self.settings
+        pairs = len(settings.pairs)
+        found: dict[str, Any] = {
+            "seeds": settings.seeds,
+            "comparisons": pairs,
+            "best_p": best_p(settings.seeds, pairs),
+            "test_images": sum(len(data) for data in self.test),
+            "validation_images": sum(len(data) for data in self.validation),
+        }
+        if settings.pilot:
+            names = list(settings.arms)[:2]
+            correct = {arm: self._pilot(arm) for arm in names}
+            difference_S = correct[names[0]].mean(1) - correct[names[1]].mean(1)
+            discordant = float((correct[names[0]] != correct[names[1]]).mean())
+            found |= {
+                "pilot": {arm: correct[arm].mean(1).tolist() for arm in names},
+                "spread": float(difference_S.std(ddof=1)),
+                "discordant": discordant,
+                "detectable_over_seeds": detectable_over_seeds(
+                    difference_S.tolist(), seeds=settings.seeds, comparisons=pairs
+                ),
+                "detectable_over_images": detectable_over_images(
+                    found["test_images"], discordant=discordant, comparisons=pairs
+                ),
+                "detectable_in_validation": detectable_over_images(found["validation_images"], discordant=discordant),
+            }
+        self._progress(describe_power(found))
+        return found
+
+    def _search(self, arm: str) -> Search:
+        settings = self.settings
+        search = settings.search(arm, {})
+        config = search.config_with({}, output=search.output)
+        folder = settings.folder / ("embeddings-captions" if uses_teacher_captions(config) else "embeddings")
+        cached = cache_settings(config, search.space, folder=folder, views=settings.views)
+        if not cached and not config.teachers:  # the same views as in the other arms
+            cached = {"data.views": config.data.views or settings.views}
+        return replace(search, values={**search.values, **cached})
+
+    def _check_overlap(self) -> None:
+        index: dict[str, ShardIndex] = {}
+        for config in self._configs.values():
+            index |= {shard.url: shard for shard in index_all(config)}
+        check_no_overlap(self.test, training=list(index.values()), validation=self.validation)
+
+    def _pilot(self, arm: str) -> Correct:
+        """Which validation images the pilot runs of an arm get right (S, N)."""
+        found = []
+        for number in range(self.settings.pilot):
+            seed = self._configs[arm].seed + 1 + number
+            output = self.settings.folder / "pilot" / arm / f"seed-{seed}"
+            self._progress(f"pilot: {arm}: seed {seed}")
+            config = self._searches[arm].config_with({"seed": seed}, output=output)
+            found.append(self._correct(train(config, resume="auto").student, self.validation, f"pilot-{arm}-{seed}"))
+        return np.stack(found)
+
+    def _config(self, arm: str, seed: int) -> Config:
+        study = self._studies[arm]
+        settings = {**study.settings_of(study.best), "seed": seed}
+        return self._searches[arm].config_with(settings, output=self._folder(arm, seed))
+
+    def _folder(self, arm: str, seed: int) -> Path:
+        return self.settings.folder / "runs" / arm / f"seed-{seed}"
+
+    def _train(self, arm: str, seed: int) -> Path:
+        return train(self._config(arm, seed), resume="auto").student
+
+    def _correct(self, student: Path, sets: Sequence[EvaluationSet], name: str) -> Correct:
+        """Which images of some sets a student gets right (N,); kept in a file, by the content of both."""
+        made_of = [fingerprints(student), [data.identity() for data in sets]]
+        key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
+        path = self.settings.folder / "tested" / f"{name}.json"
+        try:
+            stored = json.loads(path.read_bytes())
+            if stored["made_of"] == key:
+                return np.array(stored["correct"], bool)
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        tower = load_for_evaluation(str(student), device=_device())
+        correct_N = np.concatenate([top1_hits(predict(tower, data, device=_device())).cpu().numpy() for data in sets])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"made_of": key, "correct": correct_N.astype(int).tolist()})
+        return correct_N
+
+    def _results(self, power: dict[str, Any]) -> dict[str, Any]:
+        """Measure all runs on the test sets, and compare the arms."""
+        settings = self.settings
+        correct = {
+            arm: np.stack([self._correct(self._train(arm, seed), self.test, f"{arm}-{seed}") for seed in self.seeds])
+            for arm in settings.arms
+        }
+        teacher = self._teacher()
+        pairs = [compare_pair(correct[one], correct[other]) for one, other in settings.pairs]
+        adjusted = holm([max(pair.p_seeds, pair.p_images) for pair in pairs])
+        pairs = [replace(pair, adjusted=value) for pair, value in zip(pairs, adjusted, strict=True)]
+        return {
+            "command": " ".join(Path(part).name if number == 0 else part for number, part in enumerate(sys.argv)),
+            "machine": describe_machine(),
+            "versions": {"clipdistill": __version__, "torch": torch.__version__},
+            "test": [{"name": data.name, "images": len(data), "identity": data.identity()} for data in self.test],
+            "seeds": self.seeds,
+            "trials": settings.trials,
+            "power": power,
+            "teacher": teacher,
+            "arms": {arm: self._arm(arm, correct[arm].mean(1).tolist(), teacher) for arm in settings.arms},
+            "comparisons": [
+                {"arm": one, "against": other, **asdict(pair), "claim": claim(one, other, pair)}
+                for (one, other), pair in zip(settings.pairs, pairs, strict=True)
+            ],
+        }
+
+    def _arm(self, arm: str, accuracies: list[float], teacher: float | None) -> dict[str, Any]:
+        study = self._studies[arm]
+        chosen = study.settings_of(study.best)
+        mean = float(np.mean(accuracies))
+        return {
+            "settings": chosen,
+            "edges": self._searches[arm].space.edges(chosen),
+            "validation": study.best.value,
+            "trials": len(study.trials),
+            "stopped_trials": study.stopped,
+            "accuracy": accuracies,
+            "mean": mean,
+            "standard_deviation": float(np.std(accuracies, ddof=1)),
+            "share_of_teacher": mean / teacher if teacher else None,
+            "seconds_of_tuning": sum(trial.user_attrs["seconds"] for trial in study.trials),
+            "seconds_of_a_run": float(
+                np.mean([seconds_of(self._folder(arm, seed), self._config(arm, seed)) for seed in self.seeds])
+            ),
+            "search": str(self._searches[arm].output),
+            "runs": [str(self._folder(arm, seed)) for seed in self.seeds],
+        }
+
+    def _teacher(self) -> float | None:
+        """Accuracy of the first arm's first teacher on the test sets; None without a teacher."""
+        teachers = [config.teachers[0] for config in self._configs.values() if config.teachers]
+        if not teachers:
+            return None
+        tower = load_for_evaluation(teachers[0].model, teachers[0].pretrained, device=_device())
+        return float(
+            np.concatenate([top1_hits(predict(tower, data, device=_device())).cpu() for data in self.test]).mean()
+        )
+
+
+def claim(arm: str, other: str, pair: Comparison) -> str:
+    """What a comparison shows, in words."""
+    points = f"{abs(pair.difference) * 100:.2f} points [{pair.low * 100:+.2f}, {pair.high * 100:+.2f}]"
+    tests = f"p = {pair.p_seeds:.3f} over seeds, {pair.p_images:.3g} over images, {pair.adjusted:.3f} corrected"
+    if pair.is_shown:
+        better, worse = (arm, other) if pair.difference > 0 else (other, arm)
+        return f"{better} beats {worse} by {points}; {tests}"
+    return f"no difference between {arm} and {other} is shown: {points}; {tests}"
+
+
+def describe_power(power: dict[str, Any]) -> str:
+    """What a forecast says, in one line."""
+    line = (
+        f"power: {power['seeds']} seeds, {power['comparisons']} comparisons: p can be {power['best_p']:.3f} at best; "
+        f"{power['test_images']:,} test images, {power['validation_images']:,} of validation"
+    )
+    if "pilot" not in power:
+        return line
+    return (
+        f"{line}; pilot: the difference of two arms varies by {power['spread'] * 100:.2f} points between seeds, and "
+        f"they disagree about {power['discordant']:.0%} of the images. With a probability of 80 % are shown: "
+        f"{power['detectable_over_seeds'] * 100:.2f} points over seeds, "
+        f"{power['detectable_over_images'] * 100:.2f} over test images; "
+        f"a choice by validation sees {power['detectable_in_validation'] * 100:.2f} points"
+    )
+
+
+def seconds_of(run: Path, config: Config) -> float:
+    """Time that the steps of a run took, by its metrics."""
+    seconds, before = 0.0, 0
+    for record in read_jsonl(run / METRICS_FILE):
+        if "samples_per_second" in record:
+            samples = (record["step"] - before) * config.data.batch_size * config.train.accumulate
+            seconds, before = seconds + samples / record["samples_per_second"], record["step"]
+    return seconds
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
