@@ -79,6 +79,7 @@ class ArmsComparison:
         for data in (*self.test, *self.validation):
             if data.kind != "classification":
                 raise InputError(f"test, evaluation.folders: {data.name} is for {data.kind}; allowed: classification")
+        self._students: dict[tuple[str, int], Path] = {}
         self._studies = {arm: Study(search) for arm, search in self._searches.items()}
 
     def run(self) -> dict[str, Any]:
@@ -177,7 +178,10 @@ class ArmsComparison:
         return self.settings.folder / "runs" / arm / f"seed-{seed}"
 
     def _train(self, arm: str, seed: int) -> Path:
-        return train(self._config(arm, seed), resume="auto").student
+        """Run an arm's chosen settings, unless that was done; returns the student."""
+        if (arm, seed) not in self._students:
+            self._students[arm, seed] = train(self._config(arm, seed), resume="auto").student
+        return self._students[arm, seed]
 
     def _correct(self, student: Path, sets: Sequence[EvaluationSet], name: str) -> Correct:
         """Which images of some sets a student gets right (N,); kept in a file, by the content of both."""

@@ -52,6 +52,7 @@ def write_arms(write_config: Callable[..., Path], colours: Path, tmp_path: Path)
     return write
 
 
+@pytest.mark.slow
 def test_an_arm_that_learns_beats_one_that_does_not(
     write_arms: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -86,6 +87,7 @@ def test_an_arm_that_learns_beats_one_that_does_not(
     assert json.loads((folder / "results.json").read_text())["arms"] == json.loads(before)["arms"]
 
 
+@pytest.mark.slow
 def test_equal_arms_with_equal_seeds_are_equal(write_arms: Callable[..., Path], tmp_path: Path) -> None:
     """Same settings, seeds and order of data: every pair of runs is the same, and nothing is claimed."""
     space = {"space": {"optimizer.lr": "log(0.005, 0.02)"}}

@@ -71,6 +71,7 @@ def test_features_and_gradients_are_open_clips(tmp_path: Any, config: dict[str, 
             torch.testing.assert_close(parameter.grad, other, atol=1e-5 * float(other.abs().max()) + 1e-7, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_copy_and_a_compiled_tower_give_the_same(tmp_path: Any) -> None:
     ours, _ = tower({}, tmp_path)
     images, tokens = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8), ours.text_tokenizer.grouped(TEXTS)
