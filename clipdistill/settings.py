@@ -69,7 +69,8 @@ def differences(settings: Settings) -> dict[str, Any]:
     for name, field in type(settings).model_fields.items():
         value = getattr(settings, name)
         is_tag = get_origin(field.annotation) is Literal and len(get_args(field.annotation)) == 1
-        if is_tag or field.is_required() or value != field.get_default(call_default_factory=True):
+        default = field.default if field.default_factory is None else field.default_factory()  # type: ignore[call-arg]
+        if is_tag or field.is_required() or value != default:
             stated[name] = _plain(value)
     return stated
 
