@@ -262,12 +262,13 @@ class ArmsComparison:
 
 def claim(arm: str, other: str, pair: Comparison) -> str:
     """What a comparison shows, in words."""
-    points = f"{abs(pair.difference) * 100:.2f} points [{pair.low * 100:+.2f}, {pair.high * 100:+.2f}]"
+    better, worse = (arm, other) if pair.difference >= 0 else (other, arm)
+    low, high = (pair.low, pair.high) if pair.difference >= 0 else (-pair.high, -pair.low)
+    points = f"{abs(pair.difference) * 100:.2f} points [{low * 100:+.2f}, {high * 100:+.2f}]"
     tests = f"p = {pair.p_seeds:.3f} over seeds, {pair.p_images:.3g} over images, {pair.adjusted:.3f} corrected"
     if pair.is_shown:
-        better, worse = (arm, other) if pair.difference > 0 else (other, arm)
         return f"{better} beats {worse} by {points}; {tests}"
-    return f"no difference between {arm} and {other} is shown: {points}; {tests}"
+    return f"no difference between {arm} and {other} is shown: {better} is {points} above {worse}; {tests}"
 
 
 def describe_power(power: dict[str, Any]) -> str:

@@ -102,8 +102,9 @@ class TextTokenizer:
         four, by their cost if ``templates`` of each class are encoded; or in those of ``at_most`` rows."""
         rows = len(tokens)
         if self.pooling is None:
-            return TokenGroups((self.trim(tokens),), torch.arange(rows))
-        lengths_N = pooled_positions(tokens, self.pooling).view(rows, -1).amax(1) + 1
+            lengths_N = torch.full((rows,), tokens.shape[-1])
+        else:
+            lengths_N = pooled_positions(tokens, self.pooling).view(rows, -1).amax(1) + 1
         order_N = lengths_N.argsort(stable=True)
         if at_most is None:
             groups = min(_NUMBERS_OF_GROUPS, key=lambda number: self._cost(lengths_N[order_N], number, templates))

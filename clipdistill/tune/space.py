@@ -75,7 +75,8 @@ class Range:
         return self.low if share <= _EDGE else self.high if share >= 1 - _EDGE else None
 
     def __str__(self) -> str:
-        return f"{self.kind}({self.low:g}, {self.high:g})"
+        low, high = (int(bound) if float(bound).is_integer() else bound for bound in (self.low, self.high))
+        return f"{self.kind}({low!r}, {high!r})"
 
 
 @dataclass(frozen=True, kw_only=True)

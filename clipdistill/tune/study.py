@@ -81,7 +81,9 @@ class Search:
         Raises:
             InputError: they are invalid.
         """
-        return load_config(self.config, self.overrides, values={**self.values, **settings, "output": str(output)})
+        searched = [f"{key}={json.dumps(value)}" for key, value in settings.items()]  # last: nothing replaces them
+        values = {**self.values, "output": str(output)}
+        return load_config(self.config, [*self.overrides, *searched], values=values)
 
     def config_of_trial(self, settings: Mapping[str, Any], *, output: Path) -> Config:
         """The config of a trial, which is evaluated several times, and keeps little on disk."""
@@ -111,7 +113,10 @@ class Study:
             if _setting(base, key) is None and not _is_setting(base, key):
                 raise InputError(f"{key}: no setting of the config; allowed: its dotted keys")
         for corner in search.space.corners():
-            search.config_with(corner, output=search.output)
+            config = search.config_with(corner, output=search.output)
+            for key, value in corner.items():
+                if not _is_stated(_setting(config, key), value):
+                    raise InputError(f"{key}: has no effect, as another argument replaces it; allowed: one of the two")
         if not base.evaluation.folders:
             raise InputError(
                 "evaluation.folders: empty; allowed: at least one validation set, by which trials are chosen"
@@ -339,6 +344,15 @@ def _setting(config: Config, key: str) -> Any:
         else:
             return None
     return value
+
+
+def _is_stated(setting: Any, value: Any) -> bool:
+    """Whether a setting is what a value states; of a mapping, what it mentions."""
+    if isinstance(value, list):
+        return len(setting) == len(value) and all(map(_is_stated, setting, value))
+    if isinstance(value, dict):
+        return all(_is_stated(getattr(setting, key), each) for key, each in value.items())
+    return bool(setting == value)
 
 
 def _is_setting(config: Config, key: str) -> bool:

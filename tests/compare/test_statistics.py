@@ -2,11 +2,14 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from clipdistill.compare.comparison import claim
 from clipdistill.compare.statistics import (
+    Comparison,
     best_p,
     compare_pair,
     detectable_over_images,
@@ -58,6 +61,15 @@ def test_equal_arms_differ_in_nothing():
     found = compare_pair(one, one.copy())
     assert (found.difference, found.low, found.high, found.p_seeds, found.p_images) == (0, 0, 0, 1, 1)
     assert not found.is_shown
+
+
+def test_a_claim_names_the_better_arm_first_and_turns_the_interval_with_it():
+    pair = Comparison(
+        difference=-0.02, low=-0.03, high=-0.01, p_seeds=0.03, p_images=0.01, better=3, worse=30, adjusted=0.03
+    )
+    assert claim("a", "b", pair).startswith("b beats a by 2.00 points [+1.00, +3.00]; p = 0.030 over seeds")
+    unsure = replace(pair, high=0.01)
+    assert claim("a", "b", unsure).startswith("no difference between a and b is shown: b is 2.00 points [-1.00, +3.00]")
 
 
 def test_holm_is_the_published_procedure():

@@ -100,3 +100,10 @@ def test_class_prompts_in_groups_are_the_class_embeddings(tiny: Student, templat
     else:
         expected_CD = class_embeddings(tiny, prompts, batch_size=50)
     torch.testing.assert_close(found_CD, expected_CD, atol=1e-6, rtol=0)
+
+
+def test_a_tower_that_sees_all_columns_still_gets_its_texts_in_portions() -> None:
+    tokens_NL = torch.arange(60).view(20, 3)
+    tokens = TextTokenizer(None, None).group(tokens_NL, at_most=6)
+    assert [part.shape for part in tokens.tokens] == [(5, 3)] * 4
+    assert torch.equal(tokens.encode(lambda each: each), tokens_NL)

@@ -116,6 +116,14 @@ def test_a_trial_that_diverges_is_stopped_and_the_search_goes_on(tune: Callable[
     assert all("not finite" in trial["stopped"] for trial in stopped)
 
 
+def test_a_searched_setting_wins_over_a_fixed_one_that_holds_it(tune: Callable[..., int], tmp_path: Path) -> None:
+    space = ("objective.0.gamma=uniform(0, 1)", "objective=[{loss: gkl, beta: 0.3}]")
+    assert tune(trials=2, space=space) == 0
+    for trial in trials_of(tmp_path / "tune"):
+        (term,) = load_config(tmp_path / "tune" / trial["run"] / "config.yaml").objective
+        assert (term.beta, term.gamma) == (0.3, trial["settings"]["objective.0.gamma"])
+
+
 def test_more_trials_continue_a_study(tune: Callable[..., int], tmp_path: Path) -> None:
     assert tune(trials=2) == 0
     first = results_of(tmp_path / "tune")
@@ -207,6 +215,10 @@ def test_a_study_ends_where_its_data_change(
         (["optimizer.lr=log(1e-4, 1e-2)", "evaluation.folders=[]"], "evaluation.folders: empty; allowed: at least one"),
         (["optimizer.lr=log(1, 0)"], "optimizer.lr: log(1, 0) is not allowed"),
         (["train.steps=3"], "space: empty"),
+        (
+            ["objective.0.gamma=uniform(0, 0.9)", "objective=choice([{loss: gkl}], [{loss: gkl, beta: 0.1}])"],
+            "objective.0.gamma: has no effect, as another argument replaces it",
+        ),
     ],
 )
 def test_wrong_input_is_one_line(
