@@ -124,7 +124,12 @@ def read_arms(path: Path, overrides: Sequence[str] = ()) -> CompareSettings:
     """
     try:
         stated = yaml.safe_load(read_text(path, what="arms"))
-        changes = {key: yaml.safe_load(text) for key, _, text in (each.partition("=") for each in overrides)}
+        changes = {}
+        for override in overrides:
+            key, equals, text = override.partition("=")
+            if not equals:
+                raise InputError(f"override {override!r}: no '='; allowed: key=value")
+            changes[key] = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise InputError(f"arms {path}: not YAML: {' '.join(str(error).split())[:300]}") from error
     if not isinstance(stated, dict):

@@ -1,10 +1,9 @@
 """``clipdistill compare``: its arguments, and what it writes."""
 
 import argparse
-import os
 
-from clipdistill.errors import InputError
 from clipdistill.io.arguments import path
+from clipdistill.tune.command import check_start
 
 RESULTS_FILE, TABLE_FILE, PAGE_FILE = "results.json", "table.md", "compare.html"
 
@@ -31,15 +30,8 @@ def run(args: argparse.Namespace) -> None:
     from clipdistill.io.files import write_json, write_text, writing
     from clipdistill.io.lock import LOCK_FILE, Lock
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError("compare: started by a launcher; allowed: one process")
+    check_start("compare", "statsmodels", allowed="one process")
     with Interruption():
-        try:
-            import optuna  # noqa: F401
-            import statsmodels  # noqa: F401
-        except ImportError as error:
-            message = f"compare: {error.name} is not installed; allowed: pip install 'clipdistill[tune]'"
-            raise InputError(message) from error
         from clipdistill.compare.arms import read_arms
         from clipdistill.compare.comparison import ArmsComparison
         from clipdistill.compare.page import markdown, page, text_table

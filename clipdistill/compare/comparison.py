@@ -39,8 +39,9 @@ from clipdistill.compare.statistics import (
 from clipdistill.config import Config
 from clipdistill.data import ShardIndex
 from clipdistill.errors import InputError
-from clipdistill.evaluation import EvaluationSet, load_for_evaluation, open_set, predict
+from clipdistill.evaluation import EvaluationSet, load_for_evaluation, predict
 from clipdistill.evaluation.classification import top1_hits
+from clipdistill.evaluation.sets.open import open_sets
 from clipdistill.io.files import write_json
 from clipdistill.io.jsonl import read_jsonl
 from clipdistill.io.machine import describe_machine
@@ -73,12 +74,18 @@ class ArmsComparison:
         self._searches = {arm: self._search(arm) for arm in settings.arms}
         self._configs = {arm: search.config_with({}, output=search.output) for arm, search in self._searches.items()}
         first = next(iter(self._configs.values()))
-        self._cache = expand(first.data.cache)
-        self.validation = open_evaluation_sets(first, cache=self._cache)
-        self.test = [open_set(folder, cache=self._cache) for folder in settings.test]
+        cache = expand(first.data.cache)
+        self.validation = open_evaluation_sets(first, cache=cache)
+        self.test = open_sets(settings.test, first.evaluation, cache=cache)
+        for arm, config in self._configs.items():
+            if (config.evaluation, config.train.best_metric) != (first.evaluation, first.train.best_metric):
+                raise InputError(
+                    f"arms.{arm}: evaluation or train.best_metric differs; allowed: one choice for all arms"
+                )
         for data in (*self.test, *self.validation):
             if data.kind != "classification":
                 raise InputError(f"test, evaluation.folders: {data.name} is for {data.kind}; allowed: classification")
+        self._identities = {id(data): data.identity() for data in (*self.test, *self.validation)}
         self._students: dict[tuple[str, int], Path] = {}
         self._studies = {arm: Study(search) for arm, search in self._searches.items()}
 
@@ -148,9 +155,8 @@ class ArmsComparison:
         config = search.config_with({}, output=search.output)
         folder = settings.folder / ("embeddings-captions" if uses_teacher_captions(config) else "embeddings")
         cached = cache_settings(config, search.space, folder=folder, views=settings.views)
-        if not cached and not config.teachers:  # the same views as in the other arms
-            cached = {"data.views": config.data.views or settings.views}
-        return replace(search, values={**search.values, **cached})
+        views = {"data.views": config.data.views or settings.views}  # the same in all arms, cached or not
+        return replace(search, values={**search.values, **views, **cached})
 
     def _check_overlap(self) -> None:
         index: dict[str, ShardIndex] = {}
@@ -185,7 +191,7 @@ class ArmsComparison:
 
     def _correct(self, student: Path, sets: Sequence[EvaluationSet], name: str) -> Correct:
         """Which images of some sets a student gets right (N,); kept in a file, by the content of both."""
-        made_of = [fingerprints(student), [data.identity() for data in sets]]
+        made_of = [fingerprints(student), [self._identities[id(data)] for data in sets]]
         key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
         path = self.settings.folder / "tested" / f"{name}.json"
         try:
@@ -194,8 +200,7 @@ class ArmsComparison:
                 return np.array(stored["correct"], bool)
         except (OSError, ValueError, KeyError, TypeError):
             pass
-        tower = load_for_evaluation(str(student), device=_device())
-        correct_N = np.concatenate([top1_hits(predict(tower, data, device=_device())).cpu().numpy() for data in sets])
+        correct_N = self._measure(str(student), "", sets)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, {"made_of": key, "correct": correct_N.astype(int).tolist()})
         return correct_N
@@ -215,14 +220,16 @@ class ArmsComparison:
             "command": " ".join(Path(part).name if number == 0 else part for number, part in enumerate(sys.argv)),
             "machine": describe_machine(),
             "versions": {"clipdistill": __version__, "torch": torch.__version__},
-            "test": [{"name": data.name, "images": len(data), "identity": data.identity()} for data in self.test],
+            "test": [
+                {"name": data.name, "images": len(data), "identity": self._identities[id(data)]} for data in self.test
+            ],
             "seeds": self.seeds,
             "trials": settings.trials,
             "power": power,
             "teacher": teacher,
             "arms": {arm: self._arm(arm, correct[arm].mean(1).tolist(), teacher) for arm in settings.arms},
             "comparisons": [
-                {"arm": one, "against": other, **asdict(pair), "claim": claim(one, other, pair)}
+                {"arm": one, "against": other, **asdict(pair), "shown": pair.is_shown, "claim": claim(one, other, pair)}
                 for (one, other), pair in zip(settings.pairs, pairs, strict=True)
             ],
         }
@@ -254,10 +261,14 @@ class ArmsComparison:
         teachers = [config.teachers[0] for config in self._configs.values() if config.teachers]
         if not teachers:
             return None
-        tower = load_for_evaluation(teachers[0].model, teachers[0].pretrained, device=_device())
-        return float(
-            np.concatenate([top1_hits(predict(tower, data, device=_device())).cpu() for data in self.test]).mean()
-        )
+        return float(self._measure(teachers[0].model, teachers[0].pretrained, self.test).mean())
+
+    def _measure(self, model: str, pretrained: str, sets: Sequence[EvaluationSet]) -> Correct:
+        """Which images of some sets a model gets right (N,)."""
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        tower = load_for_evaluation(model, pretrained, device=device)
+        hits = [top1_hits(predict(tower, data, device=device)) for data in sets]
+        return torch.cat(hits).cpu().numpy()
 
 
 def claim(arm: str, other: str, pair: Comparison) -> str:
@@ -296,7 +307,3 @@ def seconds_of(run: Path, config: Config) -> float:
             samples = (record["step"] - before) * config.data.batch_size * config.train.accumulate
             seconds, before = seconds + samples / record["samples_per_second"], record["step"]
     return seconds
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"

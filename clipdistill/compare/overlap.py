@@ -26,9 +26,8 @@ def check_no_overlap(
         InputError: a test image is also one of training or validation; the message counts them, and names some.
     """
     tested: dict[bytes, str] = {}
-    for data in test:
-        for sample in data.samples():
-            tested.setdefault(_digest(sample.data), f"{data.name}: {sample.where}")
+    for digest, place in _of_sets(test):
+        tested.setdefault(digest, place)
     for what, images in (("validation", _of_sets(validation)), ("training", _of_shards(training))):
         shared = {place: tested[digest] for digest, place in images if digest in tested}
         if shared:

@@ -5,9 +5,8 @@ from typing import Any
 
 from rich.table import Table
 
-from clipdistill import __version__
 from clipdistill.compare.comparison import describe_power
-from clipdistill.errors import InputError
+from clipdistill.report.html import plot_div, render_page
 
 HEADER = ("arm", "chosen settings", "seeds", "mean", "of the teacher", "tuning", "a run")
 
@@ -61,33 +60,17 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def page(results: dict[str, Any], *, name: str) -> str:
-    """The results as one HTML file that needs no network.
-
-    Raises:
-        InputError: plotly is not installed.
-    """
-    try:
-        import jinja2
-        from plotly.offline import get_plotlyjs
-    except ImportError as error:
-        raise InputError(f"compare: {error.name} is not installed; allowed: pip install 'clipdistill[tune]'") from error
-    from clipdistill.report.page import page_style, plot_div
-
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("clipdistill.compare", ""), autoescape=True, undefined=jinja2.StrictUndefined
-    )
+    """The results as one HTML file that needs no network."""
     plots = {"Every seed": _seeds(results), "Differences, with 95 % intervals": _differences(results)}
-    return environment.get_template("page.html").render(
+    return render_page(
+        "clipdistill.compare",
         name=name,
-        version=__version__,
         test=_of_test(results),
         header=HEADER,
         rows=rows(results),
         results=results,
         power=describe_power(results["power"]),
         plots=[{"title": title, "plot": plot_div(figure)} for title, figure in plots.items()],
-        style=page_style(),
-        plotly=get_plotlyjs(),
     )
 
 
@@ -115,7 +98,6 @@ def _differences(results: dict[str, Any]) -> Any:
 
     figure = go.Figure()
     for pair in results["comparisons"]:
-        shown = pair["claim"].startswith("no difference")
         figure.add_scatter(
             x=[100 * pair["difference"]],
             y=[f"{pair['arm']} - {pair['against']}"],
@@ -126,7 +108,7 @@ def _differences(results: dict[str, Any]) -> Any:
                 "arrayminus": [100 * (pair["difference"] - pair["low"])],
             },
             mode="markers",
-            marker={"color": "gray" if shown else "#2a6fdb", "size": 9},
+            marker={"color": "#2a6fdb" if pair["shown"] else "gray", "size": 9},
             name=pair["claim"],
             showlegend=False,
         )

@@ -161,6 +161,11 @@ class Decoder:
     max_pixels: int = MAX_PIXELS
 
     @property
+    def on_device(self) -> bool:
+        """Whether JPEGs are left encoded, for the device of the models."""
+        return self.augmentation is not None and self.augmentation.jpeg_decoder == "device"
+
+    @property
     def wanted(self) -> frozenset[str]:
         """Extensions of the required members."""
         caption = "txt" if self.caption_key == "txt" else "json"

@@ -420,9 +420,7 @@ class StreamLoader:
         self._prefetch = prefetch
         self._pin_memory = pin_memory
         self._timeout = timeout
-        augmentation = stream.decoder.augmentation
-        on_device = augmentation is not None and augmentation.jpeg_decoder == "device"
-        self._decode = DeviceDecoder(device) if on_device else None
+        self._decode = DeviceDecoder(device) if stream.decoder.on_device else None
         self._step = 0
         self._cursors = [Cursor()] * stream.plan.workers
         self._samples = 0

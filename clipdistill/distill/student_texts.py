@@ -11,7 +11,7 @@ from torch import Tensor
 from clipdistill.data import Batch
 from clipdistill.distill.targets import Targets
 from clipdistill.models.outputs import ModelOutputs
-from clipdistill.models.tokens import TextTokenizer, TokenGroups
+from clipdistill.models.tokens import TokenGroups
 from clipdistill.models.towers import Student, share_of_classes
 
 
@@ -42,7 +42,7 @@ class StudentTexts:
     ) -> None:
         self._class_tokens: TokenGroups | None = None
         if class_tokens_CTL is not None:
-            tokenizer = TextTokenizer.for_device(student.text_tokenizer, student.device)
+            tokenizer = student.text_tokenizer.for_device(student.device)
             self._num_classes = len(class_tokens_CTL)
             share_nTL = share_of_classes(class_tokens_CTL)
             groups = tokenizer.group(share_nTL, templates=templates_per_step or share_nTL.shape[1])

@@ -41,7 +41,6 @@ from clipdistill.data.workers import dead_worker_message, from_workers
 from clipdistill.errors import InputError, RunError
 from clipdistill.io.images import as_size
 from clipdistill.io.urls import file_name, shown
-from clipdistill.models.tokens import TextTokenizer
 from clipdistill.models.towers import FrozenModel
 from clipdistill.settings import LocalPath, Settings
 
@@ -85,12 +84,6 @@ class CacheContent:
         """Whether the captions' text embeddings are stored."""
         return self.decoder.require_captions
 
-    @property
-    def on_device(self) -> bool:
-        """Whether JPEGs are decoded on the device."""
-        augmentation = self.decoder.augmentation
-        return augmentation is not None and augmentation.jpeg_decoder == "device"
-
     def key(self, teachers: Sequence[FrozenModel], *, device: torch.device | str) -> dict[str, Any]:
         """The key in a file's header: everything that the embeddings depend on.
 
@@ -118,7 +111,7 @@ class CacheContent:
             "captions": self.captions,
             "precision": self.precision,
             "pixels": self.pixels,
-            "jpegs_decoded_on": torch.device(device).type if self.on_device else None,
+            "jpegs_decoded_on": torch.device(device).type if self.decoder.on_device else None,
         }
 
 
@@ -240,7 +233,7 @@ class CacheBuilder:
         self.workers = workers
         self.device = torch.device(device)
         self.key = content.key(teachers, device=self.device)
-        self._decode = DeviceDecoder(self.device) if content.on_device else None
+        self._decode = DeviceDecoder(self.device) if content.decoder.on_device else None
 
     def missing(self, numbers: Sequence[int] | None = None) -> list[int]:
         """Those of the numbered shards (None: of all) that have no complete file with this key and the shard's content;
@@ -362,7 +355,7 @@ class CacheBuilder:
             if self.content.captions:
                 text_mD = torch.empty(0, teacher.embed_dim)
                 if chunk.captions:
-                    tokenizer = TextTokenizer.for_device(teacher.text_tokenizer, self.device)
+                    tokenizer = teacher.text_tokenizer.for_device(self.device)
                     tokens = tokenizer.grouped(chunk.captions, at_most=self.batch_size)
                     text_mD = tokens.map(lambda each: each.to(self.device)).encode(teacher.encode_tokens)
                 stored[f"captions.{number}"] = text_mD

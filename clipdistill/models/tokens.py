@@ -83,11 +83,10 @@ class TextTokenizer:
         self.multiple = multiple
         self.group_cost = group_cost
 
-    @classmethod
-    def for_device(cls, tower_tokenizer: "TextTokenizer", device: torch.device) -> "TextTokenizer":
-        """The tokenizer of a tower, with the shapes of tokens that suit a device."""
+    def for_device(self, device: torch.device) -> "TextTokenizer":
+        """The same tokenizer, with the shapes of tokens that suit a device."""
         shapes = {"multiple": 8, "group_cost": 4096} if device.type == "cuda" else {}
-        return cls(tower_tokenizer.tokenizer, tower_tokenizer.pooling, **shapes)
+        return TextTokenizer(self.tokenizer, self.pooling, **shapes)
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Token ids (N, L), trimmed."""

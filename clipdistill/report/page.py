@@ -15,21 +15,23 @@ import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
-from clipdistill import __version__
 from clipdistill.config import Config, load_saved_config, to_dict
 from clipdistill.errors import InputError
-from clipdistill.evaluation import EvaluationSet, Predictions, classification_metrics, load_for_evaluation, open_set
+from clipdistill.evaluation import EvaluationSet, Predictions, classification_metrics, load_for_evaluation
 from clipdistill.evaluation.agreement import class_gains
 from clipdistill.evaluation.benchmark_format import MEAN
 from clipdistill.evaluation.calibration import expected_calibration_error, reliability
 from clipdistill.evaluation.classification import Metrics, recall_per_class
 from clipdistill.evaluation.evaluate import Evaluator, zero_shot
+from clipdistill.evaluation.sets.open import open_sets
 from clipdistill.io.files import output_file, write_text, writing
 from clipdistill.io.jsonl import read_jsonl
+from clipdistill.io.packages import require
 from clipdistill.io.paths import expand
 from clipdistill.io.run_files import CONFIG_FILE, METRICS_FILE, STUDENT_FOLDER
 from clipdistill.io.urls import is_remote
 from clipdistill.models.loading import TeacherSettings
+from clipdistill.report.html import plot_div, render_page
 
 _CLASSES_SHOWN = 24
 _THUMBNAIL = 112
@@ -92,13 +94,7 @@ def write_report(
         InputError: the folder holds no run, a test set is damaged, or plotly is not installed.
         RunError: the file could not be written.
     """
-    try:
-        import jinja2
-        from plotly.offline import get_plotlyjs
-    except ImportError as error:
-        raise InputError(
-            f"report: {error.name} is not installed; allowed: pip install 'clipdistill[report]'"
-        ) from error
+    require("report", "jinja2", "plotly", extra="report")
     records = read_jsonl(run / METRICS_FILE)
     if not records or not (run / CONFIG_FILE).is_file():
         raise InputError(f"run {run}: no {CONFIG_FILE} and {METRICS_FILE} with a record; allowed: the folder of a run")
@@ -121,17 +117,8 @@ def write_report(
             teacher = None
     for what in left_out:
         progress(f"left out {what}: on another machine (--remote fetches it)")
-    sets = [
-        open_set(
-            folder,
-            split=settings.split,
-            allow_duplicates=settings.allow_duplicate_classes,
-            decoding=settings.images,
-            cache=cache,
-        )
-        for folder in data or settings.folders
-        if data or remote or not is_remote(folder)
-    ]
+    folders = [folder for folder in data or settings.folders if data or remote or not is_remote(folder)]
+    sets = open_sets(folders, settings, cache=cache)
     steps = [record for record in records if "loss" in record]
     evaluations = [record for record in records if MEAN in record]
 
@@ -149,29 +136,19 @@ def write_report(
             progress(f"evaluate {test_set.name}")
             comparisons.append(_compare(test_set, models))
     progress("draw")
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("clipdistill.report", ""), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    html = environment.get_template("page.html").render(
+    html = render_page(
+        "clipdistill.report",
         name=run.resolve().name,
-        version=__version__,
         summary=_summary(config, steps),
         curves=_curves(steps, evaluations) if steps else [],
         sets=[_set_section(comparison, examples) for comparison in comparisons],
         why_no_sets="" if comparisons else _why_no_sets(sets, run),
         left_out=left_out,
         config=OmegaConf.to_yaml(to_dict(config)),
-        style=page_style(),
-        plotly=get_plotlyjs(),
     )
     with writing(f"report {path}", path.parent):
         write_text(path, html)
     return path
-
-
-def page_style() -> str:
-    """The style of all pages."""
-    return Path(__file__).with_name("style.css").read_text(encoding="utf-8")
 
 
 def _compare(data: EvaluationSet, models: Mapping[str, Evaluator]) -> SetComparison:
@@ -413,17 +390,3 @@ def _thumbnail(image: Image.Image) -> str:
     file = io.BytesIO()
     image.save(file, "PNG")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-
-
-def plot_div(figure: Any) -> str:
-    """A plotly figure as a part of a page that includes plotly's script."""
-    figure.update_layout(
-        template="plotly_white",
-        margin={"l": 60, "r": 20, "t": 30, "b": 50},
-        legend={"orientation": "h", "y": -0.22},
-        modebar={"bgcolor": "rgba(0,0,0,0)"},
-        paper_bgcolor="rgba(0,0,0,0)",
-        showlegend=len(figure.data) > 1,
-    )
-    html = figure.to_html(include_plotlyjs=False, full_html=False, config={"displaylogo": False, "responsive": True})
-    return str(html)

@@ -22,9 +22,10 @@ from clipdistill.distill.teacher_cache import CacheContent
 from clipdistill.distill.teachers import Teachers
 from clipdistill.distributed.collectives import gather_objects, rank, world_size
 from clipdistill.errors import InputError
-from clipdistill.evaluation import EvaluationSet, open_set
+from clipdistill.evaluation import EvaluationSet
 from clipdistill.evaluation.benchmark_format import MEAN, RISING
 from clipdistill.evaluation.ranks import from_first_rank, on_all_ranks
+from clipdistill.evaluation.sets.open import open_sets
 from clipdistill.io.images import Size
 from clipdistill.io.paths import expand
 from clipdistill.io.urls import shown
@@ -49,16 +50,7 @@ def open_evaluation_sets(config: Config, *, cache: Path) -> list[EvaluationSet]:
         InputError: a set cannot be read, two have the same name, or none has the metric that ranks checkpoints.
     """
     settings = config.evaluation
-    sets = [
-        open_set(
-            folder,
-            split=settings.split,
-            allow_duplicates=settings.allow_duplicate_classes,
-            decoding=settings.images,
-            cache=cache,
-        )
-        for folder in settings.folders
-    ]
+    sets = open_sets(settings.folders, settings, cache=cache)
     names = [data.name for data in sets]
     twice = next((name for number, name in enumerate(names) if name in names[:number]), None)
     if twice is not None:
@@ -206,7 +198,7 @@ class CaptionTokenizers:
         distinct: list[TextTokenizer] = []
 
         def number_of(tower: Tower) -> int:
-            tokenizer = TextTokenizer.for_device(tower.text_tokenizer, device)
+            tokenizer = tower.text_tokenizer.for_device(device)
             for number, other in enumerate(distinct):
                 if tokenizer.same_as(other):
                     return number

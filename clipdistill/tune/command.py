@@ -7,6 +7,7 @@ from typing import Any
 
 from clipdistill.errors import InputError
 from clipdistill.io.arguments import not_negative, path, positive
+from clipdistill.io.packages import require
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,24 +43,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check_start(command: str, *packages: str, allowed: str) -> None:
+    """Check that what a search needs is installed, and that no launcher has started it.
+
+    Raises:
+        InputError: otherwise.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(f"{command}: started by a launcher; allowed: {allowed}")
+    require(command, "optuna", "plotly", *packages, extra="tune")
+
+
 def run(args: argparse.Namespace) -> None:
     """Search, and write the best config and a page.
 
     Raises:
-        InputError: the config, the space or the folder are invalid, or optuna is not installed.
+        InputError: the config, the space or the folder are invalid, or a package is missing.
         RunError: the disk is full.
     """
     from clipdistill.distributed.signals import Interruption
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError(
-            "tune: started by a launcher; allowed: one process a study and device, several of which share an --output"
-        )
+    check_start("tune", allowed="one process a study and device, several of which share an --output")
     with Interruption():
-        try:
-            import optuna  # noqa: F401
-        except ImportError as error:
-            raise InputError("tune: optuna is not installed; allowed: pip install 'clipdistill[tune]'") from error
         from clipdistill.config import load_config
         from clipdistill.tune.caching import cache_settings, complete_cache
         from clipdistill.tune.page import write_results

@@ -5,9 +5,8 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-from clipdistill import __version__
-from clipdistill.errors import InputError
 from clipdistill.io.files import write_json, write_text, writing
+from clipdistill.report.html import plot_div, render_page
 from clipdistill.settings import differences
 from clipdistill.tune.study import TRIALS_FOLDER, Study
 
@@ -20,7 +19,7 @@ def write_results(study: Study) -> str:
     """Write the files of a study that has a trial with a result; returns a summary.
 
     Raises:
-        InputError: no trial has a result, or plotly is not installed.
+        InputError: no trial has a result.
         RunError: a file could not be written.
     """
     best, output, search = study.best, study.search.output, study.search
@@ -68,14 +67,7 @@ def _trials(study: Study) -> list[dict[str, Any]]:
 
 
 def _page(study: Study, edges: list[str]) -> str:
-    try:
-        import jinja2
-        from plotly.offline import get_plotlyjs
-    except ImportError as error:
-        raise InputError(f"tune: {error.name} is not installed; allowed: pip install 'clipdistill[tune]'") from error
     from optuna import visualization
-
-    from clipdistill.report.page import page_style, plot_div
 
     of_optuna = study.optuna_study
     plots = {
@@ -85,12 +77,9 @@ def _page(study: Study, edges: list[str]) -> str:
         "Settings together": visualization.plot_parallel_coordinate(of_optuna, target_name=study.metric),
     }
     best = study.best
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("clipdistill.tune", ""), autoescape=True, undefined=jinja2.StrictUndefined
-    )
-    return environment.get_template("page.html").render(
+    return render_page(
+        "clipdistill.tune",
         name=study.search.output.resolve().name,
-        version=__version__,
         metric=study.metric,
         value=best.value,
         settings=study.settings_of(best),
@@ -98,6 +87,4 @@ def _page(study: Study, edges: list[str]) -> str:
         edges=edges,
         trials=_trials(study),
         plots=[{"title": title, "plot": plot_div(figure)} for title, figure in plots.items()],
-        style=page_style(),
-        plotly=get_plotlyjs(),
     )

@@ -102,7 +102,7 @@ class Choice:
         """All values."""
         return [json.loads(value) for value in self.values]
 
-    def edge(self, value: float) -> float | None:  # noqa: ARG002
+    def edge(self, value: Any) -> float | None:  # noqa: ARG002
         """Choices have no edge."""
         return None
 
@@ -180,7 +180,7 @@ class Space:
         """A line for each setting that lies at an edge of its range."""
         lines = []
         for key, dimension in self.dimensions.items():
-            bound = dimension.edge(settings[key]) if isinstance(dimension, Range) else None
+            bound = dimension.edge(settings[key])
             if bound is not None:
                 lines.append(f"{key} = {settings[key]:g} lies at the edge {bound:g} of {dimension}: widen the range")
         return lines

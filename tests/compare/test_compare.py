@@ -23,6 +23,9 @@ from tests.processes import until
 LABELS = {"objective": [{"loss": "clip", "over": "prompts"}], "labels": "dataset"}
 
 
+CHOICES: dict[str, dict[str, Any]] = {"one": {}, "other": {"settings": {"evaluation.batch_size": 3}}}
+
+
 @pytest.fixture
 def write_arms(write_config: Callable[..., Path], colours: Path, tmp_path: Path) -> Callable[..., Path]:
     """Write a file of two arms, which learn from labels, and from nothing; keyword arguments replace top-level keys."""
@@ -66,6 +69,7 @@ def test_an_arm_that_learns_beats_one_that_does_not(
     assert pair["arm"] == "idle"
     assert pair["claim"].startswith("learning beats idle by ")
     assert pair["claim"] in output
+    assert pair["shown"] is True
     assert pair["p_seeds"] == pytest.approx(2 / 64)
     assert pair["difference"] == pytest.approx(idle["mean"] - learning["mean"])
     assert len(learning["accuracy"]) == 6
@@ -184,6 +188,10 @@ def test_a_killed_comparison_goes_on_to_the_same_figures(write_arms: Callable[..
         ({"arms": {"a": {}, "b": {"space": {"optimizer.lr": "log(1, 2)"}}}}, "arms.a.space: empty"),
         ({"settings": {"optimizer.lr": 0.1}}, "arms.learning: optimizer.lr is fixed and searched"),
         ({"settings": {"optimizer.rl": 0.1}}, "optimizer.rl: unknown config key"),
+        (
+            {"arms": {name: {"space": {"optimizer.lr": "log(1e-3, 1e-2)"}, **more} for name, more in CHOICES.items()}},
+            "arms.other: evaluation or train.best_metric differs; allowed: one choice for all arms",
+        ),
         (
             {"arms": {name: {"space": {"optimizer.lr": "log(1e-3, 1e-2)"}} for name in "abcd"}},
             "seeds: 6 is not allowed; allowed: 8 or more, as an exact test with fewer can show nothing in 6",

@@ -5,6 +5,7 @@ folders of class folders ──────────── images.py ─┼�
 Hugging Face data sets ────────────── hub.py ────┘
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from clipdistill.evaluation.sets.hub import Columns, holds_tables, is_dataset, o
 from clipdistill.evaluation.sets.images import open_image_set
 from clipdistill.evaluation.sets.samples import EvaluationSet
 from clipdistill.evaluation.sets.shards import is_shard_set, open_shard_set
+from clipdistill.evaluation.settings import EvaluationSettings
 from clipdistill.io.image_folders import find_image_folder
 from clipdistill.io.images import STANDARD_DECODING, DecodingSettings
 from clipdistill.models.prompts import load_prompts
@@ -111,6 +113,24 @@ def _open_set(
         raise InputError(f"data {folder}: no {split}/nshards.txt, class folders or data files; allowed: {ALLOWED}")
 
     return with_shared_errors(open_local)
+
+
+def open_sets(folders: Sequence[str], settings: EvaluationSettings, *, cache: Path) -> list[EvaluationSet]:
+    """Open sets with the settings of a run's evaluation, whatever its own folders.
+
+    Raises:
+        InputError: as ``open_set``.
+    """
+    return [
+        open_set(
+            folder,
+            split=settings.split,
+            allow_duplicates=settings.allow_duplicate_classes,
+            decoding=settings.images,
+            cache=cache,
+        )
+        for folder in folders
+    ]
 
 
 def load_classification_set(
