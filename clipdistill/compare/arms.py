@@ -1,7 +1,7 @@
 """What is compared: the arms, their search spaces, the seeds and the test sets, as a YAML file states them.
 
 output: runs/compare
-config: configs/icons-kl.yaml                 what all arms share; its evaluation.folders are the validation sets
+config: configs/quickstart.yaml               what all arms share; its evaluation.folders are the validation sets
 settings: {train.steps: 400}                  changes to it, by dotted key
 space: {optimizer.lr: "log(5e-4, 1e-2)"}      searched in every arm
 test: [data/icons]
@@ -13,7 +13,8 @@ arms:
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,20 @@ from clipdistill.io.paths import read_text
 from clipdistill.settings import Count, CountOrZero, LocalPath, Settings, validate
 from clipdistill.tune.space import Space
 from clipdistill.tune.study import Search
+
+_PLACES = frozenset(
+    (
+        "output",
+        "data.shards",
+        "data.cache",
+        "data.workers",
+        "evaluation.folders",
+        "teacher_cache.folder",
+        "train.threads",
+        "train.trackers",
+    )
+)
+"""Settings that may differ between the machines of a comparison's parts: what lies there is compared by content."""
 
 _NAME = re.compile(r"[A-Za-z0-9][\w+.-]{0,60}")
 
@@ -82,10 +97,23 @@ class CompareSettings(Settings):
     @property
     def pairs(self) -> list[tuple[str, str]]:
         """The compared arms: each with the one that it is compared with."""
-        names = list(self.arms)
-        if self.against:
-            return [(name, self.against) for name in names if name != self.against]
-        return [(one, other) for number, other in enumerate(names) for one in names[number + 1 :]]
+        return pairs_of(list(self.arms), self.against)
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """What all arms share, as stated, without places: parts of a comparison agree in it.
+
+        Raises:
+            InputError: the config cannot be read.
+        """
+        config = _read_mapping(Path(self.config), what="config")
+        stated = _flat(config) | _flat(self.settings)
+        return {
+            "settings": {key: value for key, value in sorted(stated.items()) if key not in _PLACES},
+            "space": dict(self.space),
+            "trials": self.trials,
+            "views": self.views,
+        }
 
     @property
     def folder(self) -> Path:
@@ -116,31 +144,78 @@ class CompareSettings(Settings):
         )
 
 
-def read_arms(path: Path, overrides: Sequence[str] = ()) -> CompareSettings:
-    """Read a YAML file of arms; ``overrides`` replace its top-level keys.
+def pairs_of(arms: Sequence[str], against: str) -> list[tuple[str, str]]:
+    """Each arm with those that it is compared with: ``against``, or all before it."""
+    if against:
+        return [(arm, against) for arm in arms if arm != against and against in arms]
+    return [(one, other) for number, other in enumerate(arms) for one in arms[number + 1 :]]
+
+
+def read_arms(path: Path, overrides: Sequence[str] = (), *, only: Sequence[str] = ()) -> CompareSettings:
+    """Read a YAML file of arms.
+
+    Args:
+        path: of the file.
+        overrides: replace its top-level keys.
+        only: names of the arms to run; empty: all.
 
     Raises:
         InputError: it cannot be read, or is invalid.
     """
-    try:
-        stated = yaml.safe_load(read_text(path, what="arms"))
-        changes = {}
-        for override in overrides:
-            key, equals, text = override.partition("=")
-            if not equals:
-                raise InputError(f"override {override!r}: no '='; allowed: key=value")
+    stated = _read_mapping(path, what="arms")
+    changes = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise InputError(f"override {override!r}: no '='; allowed: key=value")
+        with _yaml_errors(f"override {override!r}"):
             changes[key] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise InputError(f"arms {path}: not YAML: {' '.join(str(error).split())[:300]}") from error
-    if not isinstance(stated, dict):
-        raise InputError(f"arms {path}: a {type(stated).__name__}; allowed: a mapping of keys")
     settings = validate(CompareSettings, {**stated, **changes})
     if settings.against and settings.against not in settings.arms:
         raise InputError(f"against: {settings.against!r} is not allowed; allowed: {', '.join(settings.arms)}")
-    needed = seeds_needed(len(settings.pairs))
-    if settings.seeds < needed:
+    check_seeds(settings.seeds, len(settings.pairs))
+    unknown = [name for name in only if name not in settings.arms]
+    if unknown:
+        raise InputError(f"--only: {unknown[0]!r} is not allowed; allowed: {', '.join(settings.arms)}")
+    if not only:
+        return settings
+    return settings.model_copy(update={"arms": {name: arm for name, arm in settings.arms.items() if name in only}})
+
+
+def check_seeds(seeds: int, comparisons: int) -> None:
+    """Check that the exact test over seeds can show anything.
+
+    Raises:
+        InputError: it cannot.
+    """
+    needed = seeds_needed(comparisons)
+    if seeds < needed:
         raise InputError(
-            f"seeds: {settings.seeds} is not allowed; allowed: {needed} or more, as an exact test with fewer can show "
-            f"nothing in {len(settings.pairs)} comparisons (or name one arm in `against`, or compare fewer)"
+            f"seeds: {seeds} is not allowed; allowed: {needed} or more, as an exact test with fewer can show nothing "
+            f"in {comparisons} comparisons (or name one arm in `against`, or compare fewer)"
         )
-    return settings
+
+
+@contextmanager
+def _yaml_errors(what: str) -> Iterator[None]:
+    try:
+        yield
+    except yaml.YAMLError as error:
+        raise InputError(f"{what}: not YAML: {' '.join(str(error).split())[:300]}") from error
+
+
+def _read_mapping(path: Path, *, what: str) -> dict[str, Any]:
+    with _yaml_errors(f"{what} {path}"):
+        found = yaml.safe_load(read_text(path, what=what))
+    if not isinstance(found, dict):
+        raise InputError(f"{what} {path}: a {type(found).__name__}; allowed: a mapping of keys")
+    return found
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted key."""
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        key = f"{prefix}{name}"
+        found |= _flat(value, f"{key}.") if isinstance(value, Mapping) else {key: value}
+    return found

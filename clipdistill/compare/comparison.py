@@ -17,24 +17,21 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from clipdistill import __version__
 from clipdistill.compare.arms import CompareSettings
+from clipdistill.compare.combine import Correct, compare_arms, pack
 from clipdistill.compare.overlap import check_no_overlap
 from clipdistill.compare.statistics import (
-    Comparison,
     best_p,
-    compare_pair,
     detectable_over_images,
     detectable_over_seeds,
-    holm,
 )
 from clipdistill.config import Config
 from clipdistill.data import ShardIndex
@@ -47,14 +44,13 @@ from clipdistill.io.jsonl import read_jsonl
 from clipdistill.io.machine import describe_machine
 from clipdistill.io.manifest import fingerprints
 from clipdistill.io.paths import expand
-from clipdistill.io.run_files import METRICS_FILE
+from clipdistill.io.run_files import IDENTITY_FILE, METRICS_FILE
 from clipdistill.training.build import index_all, open_evaluation_sets, uses_teacher_captions
+from clipdistill.training.identity import Identity, read_identity
 from clipdistill.training.trainer import train
 from clipdistill.tune.caching import cache_settings, complete_cache
 from clipdistill.tune.page import write_results
 from clipdistill.tune.study import Search, Study
-
-Correct = NDArray[np.bool_]
 
 
 class ArmsComparison:
@@ -121,7 +117,7 @@ class ArmsComparison:
     def forecast(self) -> dict[str, Any]:
         """Which difference the comparison can show: from pilot runs of two arms, on the validation sets."""
         settings = self.settings
-        pairs = len(settings.pairs)
+        pairs = max(1, len(settings.pairs))
         found: dict[str, Any] = {
             "seeds": settings.seeds,
             "comparisons": pairs,
@@ -129,7 +125,7 @@ class ArmsComparison:
             "test_images": sum(len(data) for data in self.test),
             "validation_images": sum(len(data) for data in self.validation),
         }
-        if settings.pilot:
+        if settings.pilot and len(settings.arms) > 1:
             names = list(settings.arms)[:2]
             correct = {arm: self._pilot(arm) for arm in names}
             difference_S = correct[names[0]].mean(1) - correct[names[1]].mean(1)
@@ -213,29 +209,40 @@ class ArmsComparison:
             for arm in settings.arms
         }
         teacher = self._teacher()
-        pairs = [compare_pair(correct[one], correct[other]) for one, other in settings.pairs]
-        adjusted = holm([max(pair.p_seeds, pair.p_images) for pair in pairs])
-        pairs = [replace(pair, adjusted=value) for pair, value in zip(pairs, adjusted, strict=True)]
+        identity = self._identity_of_a_run()
         return {
             "command": " ".join(Path(part).name if number == 0 else part for number, part in enumerate(sys.argv)),
             "machine": describe_machine(),
             "versions": {"clipdistill": __version__, "torch": torch.__version__},
-            "test": [
-                {"name": data.name, "images": len(data), "identity": self._identities[id(data)]} for data in self.test
-            ],
+            "test": self._describe(self.test),
+            "validation": self._describe(self.validation),
+            "shards": identity["shards"],
+            "teachers": identity["teachers"],
+            "shared": settings.shared,
             "seeds": self.seeds,
             "trials": settings.trials,
+            "against": settings.against,
             "power": power,
             "teacher": teacher,
-            "arms": {arm: self._arm(arm, correct[arm].mean(1).tolist(), teacher) for arm in settings.arms},
-            "comparisons": [
-                {"arm": one, "against": other, **asdict(pair), "shown": pair.is_shown, "claim": claim(one, other, pair)}
-                for (one, other), pair in zip(settings.pairs, pairs, strict=True)
-            ],
+            "arms": {arm: self._arm(arm, correct[arm], teacher) for arm in settings.arms},
+            "comparisons": compare_arms(correct, settings.pairs),
         }
 
-    def _arm(self, arm: str, accuracies: list[float], teacher: float | None) -> dict[str, Any]:
+    def _describe(self, sets: Sequence[EvaluationSet]) -> list[dict[str, Any]]:
+        return [{"name": data.name, "images": len(data), "identity": self._identities[id(data)]} for data in sets]
+
+    def _identity_of_a_run(self) -> Identity:
+        """What a run was made of, of an arm with a teacher if there is one."""
+        with_teacher = [arm for arm, config in self._configs.items() if config.teachers]
+        folder = self._folder((with_teacher or list(self._configs))[0], self.seeds[0])
+        identity = read_identity(folder / IDENTITY_FILE)
+        if identity is None:
+            raise InputError(f"{folder / IDENTITY_FILE}: missing; allowed: a run's folder as it was left")
+        return identity
+
+    def _arm(self, arm: str, correct_SN: Correct, teacher: float | None) -> dict[str, Any]:
         study = self._studies[arm]
+        accuracies = correct_SN.mean(1).tolist()
         chosen = study.settings_of(study.best)
         mean = float(np.mean(accuracies))
         return {
@@ -254,6 +261,7 @@ class ArmsComparison:
             ),
             "search": str(self._searches[arm].output),
             "runs": [str(self._folder(arm, seed)) for seed in self.seeds],
+            "correct": pack(correct_SN),
         }
 
     def _teacher(self) -> float | None:
@@ -269,17 +277,6 @@ class ArmsComparison:
         tower = load_for_evaluation(model, pretrained, device=device)
         hits = [top1_hits(predict(tower, data, device=device)) for data in sets]
         return torch.cat(hits).cpu().numpy()
-
-
-def claim(arm: str, other: str, pair: Comparison) -> str:
-    """What a comparison shows, in words."""
-    better, worse = (arm, other) if pair.difference >= 0 else (other, arm)
-    low, high = (pair.low, pair.high) if pair.difference >= 0 else (-pair.high, -pair.low)
-    points = f"{abs(pair.difference) * 100:.2f} points [{low * 100:+.2f}, {high * 100:+.2f}]"
-    tests = f"p = {pair.p_seeds:.3f} over seeds, {pair.p_images:.3g} over images, {pair.adjusted:.3f} corrected"
-    if pair.is_shown:
-        return f"{better} beats {worse} by {points}; {tests}"
-    return f"no difference between {arm} and {other} is shown: {better} is {points} above {worse}; {tests}"
 
 
 def describe_power(power: dict[str, Any]) -> str:

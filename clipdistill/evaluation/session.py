@@ -36,7 +36,7 @@ from clipdistill.io.files import write_json, writing
 from clipdistill.io.images import MAX_PIXELS, DecodingSettings
 from clipdistill.io.paths import expand
 from clipdistill.io.urls import shown
-from clipdistill.models.precision import chosen_precision, use_tensor_cores
+from clipdistill.models.precision import chosen_precision, use_tensor_cores, warn_of_emulation
 from clipdistill.models.towers import Tower
 
 _GAINS_SHOWN = 5
@@ -83,6 +83,7 @@ def evaluate_all(args: argparse.Namespace, device: str) -> None:
     """Run the command; with several processes, all call this together."""
     args.precision = chosen_precision(args.precision, device)
     use_tensor_cores(device)
+    warn_of_emulation(device, args.precision)
     evaluations = _open_sets(args)
     lines = _fit_lines(args, evaluations)
     folder = _results_folder(args)

@@ -3,7 +3,7 @@
 import argparse
 import math
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from clipdistill.errors import InputError
 from clipdistill.io.paths import local_path
@@ -14,7 +14,18 @@ _SHOWN = 60
 
 
 class Parser(argparse.ArgumentParser):
-    """Ends with exit code 2 and one line for wrong arguments."""
+    """Takes a command's ``KEY=VALUE`` arguments before, between and after its options, where argparse takes only those
+    that stand together. Ends with exit code 2 and one line for wrong arguments."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """The arguments; all overrides are in ``overrides``, in their order."""
+        found, rest = self.parse_known_args(args, namespace)
+        strange = [text for text in rest if text.startswith("-") or "=" not in text or not hasattr(found, "overrides")]
+        if strange:
+            self.error(f"unrecognized arguments: {' '.join(strange)}")
+        if rest:
+            found.overrides = [*found.overrides, *rest]
+        return found
 
     def error(self, message: str) -> NoReturn:
         """Print the message, and exit."""

@@ -81,7 +81,7 @@ def build_cache(
         from clipdistill.evaluation.ranks import with_shared_errors
         from clipdistill.io.lock import Lock
         from clipdistill.models.loading import read_image_size
-        from clipdistill.models.precision import use_tensor_cores
+        from clipdistill.models.precision import use_tensor_cores, warn_of_emulation
         from clipdistill.training.build import cache_content, index_all, make_decoder
 
         if not config.teacher_cache.folder:
@@ -106,6 +106,8 @@ def build_cache(
             if device.startswith("cuda"):
                 teacher.store_as_used()
         use_tensor_cores(device)
+        for settings in config.teachers:
+            warn_of_emulation(device, settings.precision)
         number, parts = part
         mine = range(number - 1, len(builder.index), parts)[rank() :: world_size()]
         missing = list(mine) if rebuild else builder.missing(mine)

@@ -45,7 +45,7 @@ from clipdistill.io.run_files import (
     SUMMARY_FILE,
     checkpoint_folder,
 )
-from clipdistill.models.precision import use_tensor_cores
+from clipdistill.models.precision import use_tensor_cores, warn_of_emulation
 from clipdistill.training.build import bad_shards_message, open_evaluation_sets
 from clipdistill.training.checkpoint import CheckpointWriter, load_checkpoint, rate_checkpoint
 from clipdistill.training.metrics import MetricsLog, choose_trackers, flatten
@@ -220,6 +220,8 @@ def start_processes(config: Config) -> Accelerator:
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)],
         )
         use_tensor_cores(accelerator.device)
+        for precision in {config.train.precision, *(teacher.precision for teacher in config.teachers)}:
+            warn_of_emulation(accelerator.device, precision)
         if accelerator.device.type == "cpu":
             keep_freed_memory()
         accelerator.ddp_handler = DistributedDataParallelKwargs(

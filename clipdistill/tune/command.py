@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     cached.add_argument("--online", action="store_true", help="run the teachers in every step: no teacher cache")
     parser.add_argument(
-        "arguments",
+        "overrides",
         nargs="+",
         metavar="KEY=SPACE|KEY=VALUE",
         help="searched settings: log(LOW, HIGH), uniform(LOW, HIGH), int(LOW, HIGH), choice(A, B, ...), "
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
         from clipdistill.tune.space import split_arguments
         from clipdistill.tune.study import Search, Study
 
-        space, overrides = split_arguments(args.arguments)
+        space, overrides = split_arguments(args.overrides)
         values: dict[str, Any] = {}
         if not args.online:
             config = load_config(args.config, overrides)

@@ -92,6 +92,22 @@ def test_an_arm_that_learns_beats_one_that_does_not(
 
 
 @pytest.mark.slow
+def test_parts_joined_are_the_whole(write_arms: Callable[..., Path], tmp_path: Path) -> None:
+    path = str(write_arms(pilot=0, trials=1))
+    assert main(["compare", path, f"output={tmp_path / 'whole'}"]) == 0
+    for arm in ("idle", "learning"):
+        assert main(["compare", path, "--only", arm, f"output={tmp_path / arm}"]) == 0
+    parts = [str(tmp_path / arm / "results.json") for arm in ("learning", "idle")]
+    assert main(["compare", "--combine", str(tmp_path / "joined"), *parts]) == 0
+    joined, whole = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("joined", "whole"))
+    assert joined["comparisons"] == whole["comparisons"]
+    assert joined["power"] == whole["power"]
+    for arm in ("learning", "idle"):
+        for part in ("settings", "validation", "accuracy", "mean", "correct"):
+            assert joined["arms"][arm][part] == whole["arms"][arm][part]
+
+
+@pytest.mark.slow
 def test_equal_arms_with_equal_seeds_are_equal(write_arms: Callable[..., Path], tmp_path: Path) -> None:
     """Same settings, seeds and order of data: every pair of runs is the same, and nothing is claimed."""
     space = {"space": {"optimizer.lr": "log(0.005, 0.02)"}}
@@ -209,3 +225,8 @@ def test_wrong_input_is_one_line(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"clipdistill: {message}")
     assert not (tmp_path / "compare").exists()
+
+
+def test_an_arm_that_is_none(write_arms: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", str(write_arms()), "--only", "learning,x"]) == 2
+    assert "--only: 'x' is not allowed; allowed: learning, idle" in capsys.readouterr().err

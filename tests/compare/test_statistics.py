@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from clipdistill.compare.comparison import claim
+from clipdistill.compare.combine import claim
 from clipdistill.compare.statistics import (
     Comparison,
     best_p,
