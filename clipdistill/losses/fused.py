@@ -55,6 +55,7 @@ def gkl_loss_from_features(
     labels: Tensor | None = None,
     denominators: GKLDenominators | None = None,
     implementation: FusedImplementation = "auto",
+    two_sided: bool = False,
 ) -> GKLOutput:
     """``gkl_loss`` (arXiv 2503.08038) of ``scale * image @ text.T``, without a matrix of that size.
 
@@ -95,6 +96,8 @@ def gkl_loss_from_features(
             the teacher's logits twice.
         implementation: ``auto`` is ``tiled``, as the kernels have not been timed on a GPU. (The losses from logits are
             faster below ``FUSED_FROM``.)
+        two_sided: whether the gradient of wmse also goes to the teacher's image, text and scale, as in ``gkl_loss``
+            (not for ``triton``).
 
     Returns:
         GKLOutput, 0-d, in nats. The gradient goes to the student's image, text, scale and bias; there is no second
@@ -125,6 +128,7 @@ def gkl_loss_from_features(
         labels=labels,
         implementation=implementation,
         wait_for_device=denominators is None,
+        two_sided=two_sided,
     )
     if denominators is None and inputs.gradient_comes_first:
         denominators = _uncompiled(_denominators, inputs)
@@ -181,6 +185,7 @@ def kd_loss_from_features(
     teacher_bias: Tensor | float | None = None,
     rows: Tensor | None = None,
     implementation: FusedImplementation = "auto",
+    two_sided: bool = False,
 ) -> Tensor:
     """``kd_loss`` (arXiv 1503.02531) of ``scale * image @ text.T``: ``T^2 sum_b KL_b / rows``, 0-d, in nats.
 
@@ -193,6 +198,7 @@ def kd_loss_from_features(
         (teacher_image, teacher_text, teacher_scale, teacher_bias),
         temperature=temperature,
         implementation=implementation,
+        two_sided=two_sided,
     )
     one = torch.ones((), dtype=inputs.problem.dtype, device=inputs.features.student_image_BD.device)
     total, sums = _sums(inputs, (one, one))
@@ -247,7 +253,7 @@ class _FromFeatures(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
         *features, problem, weights, engine = arguments
-        sums = engine.forward(FeaturePair(*features), problem, weights, ctx.needs_input_grad[:3])
+        sums = engine.forward(FeaturePair(*features), problem, weights, ctx.needs_input_grad[:6])
         ctx.save_for_backward(*features)
         ctx.problem, ctx.weights, ctx.engine = problem, weights, engine
         ctx.gradients, ctx.state = sums.gradients, sums.state
@@ -270,9 +276,9 @@ class _FromFeatures(torch.autograd.Function):
             factor, weights, gradients = None, _added(weights, grad_total, grad_soft, grad_wmse), None
         with outside_autocast(features.student_image_BD):
             if gradients is None:
-                gradients = ctx.engine.backward(features, ctx.problem, weights, ctx.needs_input_grad[:3], ctx.state)
+                gradients = ctx.engine.backward(features, ctx.problem, weights, ctx.needs_input_grad[:6], ctx.state)
             scaled = (x if x is None or factor is None else x.mul_(factor) for x in gradients)
-            return *(x if x is None else x.to(y.dtype) for x, y in zip(scaled, features[:3], strict=True)), *[None] * 6
+            return *(x if x is None else x.to(y.dtype) for x, y in zip(scaled, features, strict=True)), *[None] * 3
 
 
 def _added(weights: Weights | None, factor: Tensor | None, *more: Tensor | None) -> Weights:

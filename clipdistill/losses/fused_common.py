@@ -78,6 +78,7 @@ class Problem:
         gamma: exponent of the wMSE's weights.
         prior: the class prior; None: weights from the teacher's logits.
         labels_B: rows of the prior.
+        two_sided: whether the teacher's embeddings and scale receive a gradient too: of wMSE, or of KL.
     """
 
     kind: Literal["gkl", "kl"]
@@ -87,6 +88,7 @@ class Problem:
     gamma: float
     prior: Tensor | TopKPrior | None
     labels_B: Tensor | None
+    two_sided: bool = False
 
     @property
     def soft_factor(self) -> float:
@@ -104,15 +106,18 @@ Weights = tuple[Tensor | float, ...]
 """Weights of the soft part and of the wMSE in the sum to differentiate; tensors are 0-d."""
 
 Needs = tuple[bool, ...]
-"""Whether image, text and scale of the student need a gradient."""
+"""Whether image, text and scale of the student, and then those of the teacher, need a gradient."""
 
 
 class Gradients(NamedTuple):
-    """Gradients of the student's embeddings and scale, in the arithmetic's type; None if not needed."""
+    """Gradients of the embeddings and scales, in the arithmetic's type; None if not needed."""
 
     image_BD: Tensor | None
     text_CD: Tensor | None
     scale: Tensor | None
+    teacher_image_BE: Tensor | None = None
+    teacher_text_CE: Tensor | None = None
+    teacher_scale: Tensor | None = None
 
 
 class Sums(NamedTuple):
@@ -152,7 +157,7 @@ class Inputs:
     @property
     def gradient_comes_first(self) -> bool:
         """Whether the gradient is computed in the forward pass, while the logits are available."""
-        wanted = torch.is_grad_enabled() and any(feature.requires_grad for feature in self.features[:3])
+        wanted = torch.is_grad_enabled() and any(feature.requires_grad for feature in self.features)
         return wanted and self.implementation == "tiled"
 
 
@@ -172,6 +177,7 @@ def read_inputs(
     labels: Tensor | None = None,
     implementation: FusedImplementation = "auto",
     wait_for_device: bool = False,
+    two_sided: bool = False,
 ) -> Inputs:
     """Check the arguments of a fused loss; raises ValueError for an invalid one."""
     check_temperature("temperature", temperature)
@@ -198,14 +204,14 @@ def read_inputs(
         gamma,
         class_prior,
         labels,
+        two_sided,
     )
+    of_teacher = (teacher[0], teacher[1], _scalar("teacher_scale", teacher[2], image.device, dtype))
     features = FeaturePair(
         image,
         student[1],
         _scalar("student_scale", student[2], image.device, dtype),
-        teacher[0].detach(),
-        teacher[1].detach(),
-        _scalar("teacher_scale", teacher[2], image.device, dtype).detach(),
+        *(of_teacher if two_sided else (part.detach() for part in of_teacher)),
     )
     no_bias = None
     if student[3] is not None or teacher[3] is not None:
@@ -276,6 +282,8 @@ def _triton_obstacle(device: torch.device, problem: Problem) -> str | None:
         return "embeddings of at most 32 bits, got torch.float64"
     if isinstance(problem.prior, TopKPrior):
         return "a dense class_prior, got a TopKPrior"
+    if problem.two_sided:
+        return "a one-sided loss"
     return None
 
 

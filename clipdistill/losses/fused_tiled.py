@@ -29,35 +29,66 @@ def backward(features: FeaturePair, problem: Problem, weights: Weights, needs: N
 
 def _sweep(features: FeaturePair, problem: Problem, weights: Weights | None, needs: Needs) -> Sums:
     """One pass over the rows."""
-    dtype, temperature = problem.dtype, problem.temperature
-    image_BD, text_CD, scale, teacher_image_BE, teacher_text_CE, teacher_scale = (x.to(dtype) for x in features)
+    if weights is None:
+        needs = (False,) * 6
+    converted = FeaturePair(*(x.to(problem.dtype) for x in features))
+    student = _Side(*converted[:3], problem.temperature, needs[:3])
+    teacher = _Side(*converted[3:], problem.temperature, needs[3:])
+    image_BD, text_CD = converted[:2]
     statistics_3B = image_BD.new_empty(3, len(image_BD))
-    grad_image_BD = torch.empty_like(image_BD) if weights is not None and (needs[0] or needs[2]) else None
-    grad_text_CD = torch.zeros_like(text_CD) if weights is not None and needs[1] else None
-
     blocks = _row_blocks(len(image_BD), text_CD)
     buffers = [text_CD.new_empty(blocks[0].stop, len(text_CD)) for _ in range(4)]
     for rows in blocks:
-        scaled_bD = image_BD[rows] * (scale / temperature)
-        student_bC, teacher_bC, p_bC, weight_bC = (buffer[: len(scaled_bD)] for buffer in buffers)
-        _multiply(scaled_bD, text_CD, out=student_bC)
-        _multiply(teacher_image_BE[rows] * (teacher_scale / temperature), teacher_text_CE, out=teacher_bC)
+        student_bC, teacher_bC, p_bC, weight_bC = (buffer[: len(image_BD[rows])] for buffer in buffers)
+        student.write_logits(rows, out=student_bC)
+        teacher.write_logits(rows, out=teacher_bC)
         block = _gkl_block if problem.kind == "gkl" else _kl_block
-        statistics_3B[:, rows], grad_bC = block(student_bC, teacher_bC, p_bC, weight_bC, problem, rows, weights)
-        if grad_image_BD is not None:
-            torch.mm(grad_bC, text_CD, out=grad_image_BD[rows])
-        if grad_text_CD is not None:
-            grad_text_CD.addmm_(grad_bC.T, scaled_bD)
-
+        statistics_3B[:, rows], *gradients = block(student_bC, teacher_bC, p_bC, weight_bC, problem, rows, weights)
+        for side, grad_bC in zip((student, teacher), gradients, strict=False):
+            side.add_gradient(rows, grad_bC)
     soft, wmse, denominator = statistics_3B.sum(1)
     if weights is None:
         return Sums(soft, wmse, denominator)
-    grad_scale = None
-    if grad_image_BD is not None:
-        grad_scale = (image_BD * grad_image_BD).sum() / temperature
-        grad_image_BD *= scale / temperature
-    gradients = Gradients(grad_image_BD if needs[0] else None, grad_text_CD, grad_scale if needs[2] else None)
-    return Sums(soft, wmse, denominator, gradients)
+    return Sums(soft, wmse, denominator, Gradients(*student.gradients(), *teacher.gradients()))
+
+
+class _Side:
+    """The embeddings of a model, its logits over T of a block of rows, and the gradients that these bring.
+
+    Args:
+        image_BD: image embeddings.
+        text_CD: text embeddings.
+        scale: multiplier of the cosines.
+        temperature: T.
+        needs: whether image, text and scale need a gradient.
+    """
+
+    def __init__(self, image_BD: Tensor, text_CD: Tensor, scale: Tensor, temperature: float, needs: Needs) -> None:
+        self._image_BD, self._text_CD, self._temperature, self._needs = image_BD, text_CD, temperature, needs
+        self._factor = scale / temperature
+        self._grad_image_BD = torch.empty_like(image_BD) if needs[0] or needs[2] else None
+        self._grad_text_CD = torch.zeros_like(text_CD) if needs[1] else None
+
+    def write_logits(self, rows: slice, *, out: Tensor) -> None:
+        """The logits of some rows, over T."""
+        self._scaled_bD = self._image_BD[rows] * self._factor
+        _multiply(self._scaled_bD, self._text_CD, out=out)
+
+    def add_gradient(self, rows: slice, grad_bC: Tensor) -> None:
+        """Take the gradient of the logits that were written last."""
+        if self._grad_image_BD is not None:
+            torch.mm(grad_bC, self._text_CD, out=self._grad_image_BD[rows])
+        if self._grad_text_CD is not None:
+            self._grad_text_CD.addmm_(grad_bC.T, self._scaled_bD)
+
+    def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The gradients of image, text and scale, once all rows are done."""
+        grad_scale = None
+        if self._grad_image_BD is not None:
+            grad_scale = (self._image_BD * self._grad_image_BD).sum() / self._temperature
+            self._grad_image_BD *= self._factor
+        needs_image, _, needs_scale = self._needs
+        return self._grad_image_BD if needs_image else None, self._grad_text_CD, grad_scale if needs_scale else None
 
 
 def weight_masses(features: FeaturePair, problem: Problem) -> Tensor:
@@ -109,10 +140,11 @@ def _gkl_block(
     problem: Problem,
     rows: slice,
     weights: Weights | None,
-) -> tuple[Tensor, Tensor]:
-    """(3, b) soft cross-entropy, wMSE's numerator and denominator; and, with weights, the gradient of ``s/T``.
+) -> tuple[Tensor, ...]:
+    """(3, b) soft cross-entropy, wMSE's numerator and denominator; and, with weights, the gradient of ``s/T``, in the
+    two-sided form followed by that of ``t/T``.
 
-    The inputs are logits over T. All four matrices are overwritten; one of them receives the gradient.
+    The inputs are logits over T. All four matrices are overwritten; one or two of them receive the gradients.
     """
     gamma, temperature = problem.gamma, problem.temperature
     if problem.prior is not None:
@@ -136,11 +168,16 @@ def _gkl_block(
     log_q_bC = torch.log_softmax(student_bC, 1, out=centred_bC)
     # the sum of weighted deltas is not finite if a logit is not, even one that a softmax turns into 0
     soft_b1 = weighted_sum_b1 * 0 - _row_products(p_bC, log_q_bC)
+    statistics_3b = torch.cat((soft_b1, wmse_b1, mass_b1.square()), 1).T
     grad_bC = log_q_bC
-    if weights is not None:
-        grad_bC.exp_().sub_(p_bC).mul_(weights[0])
-        grad_bC.addcmul_(weighted_bC, weights[1] * mass_b1 * temperature**2, value=-1)
-    return torch.cat((soft_b1, wmse_b1, mass_b1.square()), 1).T, grad_bC
+    if weights is None:
+        return (statistics_3b,)
+    grad_bC.exp_().sub_(p_bC).mul_(weights[0])
+    slope_b1 = weights[1] * mass_b1 * temperature**2
+    if not problem.two_sided:
+        return statistics_3b, grad_bC.addcmul_(weighted_bC, slope_b1, value=-1)
+    opposite_bC = weighted_bC.mul_(slope_b1)
+    return statistics_3b, grad_bC.sub_(opposite_bC), opposite_bC
 
 
 def _kl_block(
@@ -151,16 +188,21 @@ def _kl_block(
     problem: Problem,
     _rows: slice,
     weights: Weights | None,
-) -> tuple[Tensor, Tensor]:
-    """(3, b) KL, zeros and ones, and the gradient; as ``_gkl_block``."""
+) -> tuple[Tensor, ...]:
+    """(3, b) KL, zeros and ones, and the gradients; as ``_gkl_block``."""
     torch.log_softmax(teacher_bC, 1, out=log_p_bC)
     torch.exp(log_p_bC, out=p_bC)
     log_q_bC = torch.log_softmax(student_bC, 1, out=teacher_bC)
-    soft_b1 = _row_products(p_bC, log_p_bC.sub_(log_q_bC))
-    grad_bC = log_q_bC
-    if weights is not None:
-        grad_bC.exp_().sub_(p_bC).mul_(problem.soft_factor * weights[0])
-    return torch.cat((soft_b1 * problem.soft_factor, torch.zeros_like(soft_b1), torch.ones_like(soft_b1)), 1).T, grad_bC
+    ratio_bC = log_p_bC.sub_(log_q_bC)
+    soft_b1 = _row_products(p_bC, ratio_bC)
+    factor = problem.soft_factor
+    statistics_3b = torch.cat((soft_b1 * factor, torch.zeros_like(soft_b1), torch.ones_like(soft_b1)), 1).T
+    if weights is None:
+        return (statistics_3b,)
+    grad_bC = log_q_bC.exp_().sub_(p_bC).mul_(factor * weights[0])
+    if not problem.two_sided:
+        return statistics_3b, grad_bC
+    return statistics_3b, grad_bC, ratio_bC.sub_(soft_b1).mul_(p_bC).mul_(factor * weights[0])
 
 
 def _row_products(a_bC: Tensor, b_bC: Tensor) -> Tensor:

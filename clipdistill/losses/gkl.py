@@ -150,6 +150,7 @@ def gkl_loss(
     weight_temperature: float = 1.0,
     class_prior: Tensor | TopKPrior | None = None,
     labels: Tensor | None = None,
+    two_sided: bool = False,
 ) -> GKLOutput:
     """GKL divergence of the student from the teacher: ``alpha * soft_ce + beta * wmse``.
 
@@ -164,6 +165,10 @@ def gkl_loss(
     (``gamma=1``) with the gradient of wmse stopped at the student. With a frozen teacher, wmse therefore has
     no effect in KL; here it trains the student. ``beta=0`` has KL's gradient.
 
+    The two-sided form trains one network that sees each image twice: ``teacher_logits`` are of the clean image,
+    ``student_logits`` of the attacked one, and the gradient of wmse flows into both. The weights and the target of
+    soft_ce stay constants. (Theorem 1: TRADES' KL has wmse's gradient towards the clean side alone; see ``kd_loss``.)
+
     Args:
         student_logits: (B, C), any floating type; half precision is computed in float32.
         teacher_logits: (B, C).
@@ -176,12 +181,13 @@ def gkl_loss(
             entries are allowed; a row of zeros has no weighted mean and makes the loss nan.
         labels: (B,) integers in [0, C): the class of each row. Given together with class_prior or not at all.
             On a GPU the check of their range waits for the device; labels on the CPU do not.
+        two_sided: whether the gradient of wmse also goes to the teacher's logits.
 
     Returns:
-        GKLOutput with ``loss``, ``soft_ce`` and ``wmse``: 0-d, in nats, means over the batch as above. The
-        gradient goes to the student's logits only; there is no second derivative. Each can be differentiated
-        separately in one graph: all but the last with ``retain_graph=True``. A logit that is not finite makes the loss
-        nan or inf.
+        GKLOutput with ``loss``, ``soft_ce`` and ``wmse``: 0-d, in nats, means over the batch as above. The gradient
+        goes to the student's logits, and to the teacher's if ``two_sided``; there is no second derivative. Each can be
+        differentiated separately in one graph: all but the last with ``retain_graph=True``. A logit that is not finite
+        makes the loss nan or inf.
 
     Raises:
         ValueError: wrong shapes or types, gamma outside [0, 1], a temperature not above 0, labels outside
@@ -206,6 +212,7 @@ def gkl_loss(
         weight_temperature=weight_temperature,
         class_prior=class_prior,
         labels=labels,
+        two_sided=two_sided,
     )
     soft_ce, wmse = sums.soft_ce.value, sums.wmse.value
     return GKLOutput(alpha * soft_ce + beta * wmse, soft_ce, wmse)
@@ -220,6 +227,7 @@ def gkl_sums(
     weight_temperature: float = 1.0,
     class_prior: Tensor | TopKPrior | None = None,
     labels: Tensor | None = None,
+    two_sided: bool = False,
 ) -> GKLSums:
     """Both parts of ``gkl_loss`` as sums over rows with their denominators, from one pass over the logits.
 
@@ -234,6 +242,7 @@ def gkl_sums(
         class_prior: (C, C), given together with labels or not at all.
         labels: (B,) integers in [0, C). No GPU synchronisation: the range of labels on a GPU is left to the
             indexing kernel, which aborts the program on a bad label.
+        two_sided: as for ``gkl_loss``.
 
     Returns:
         ``soft_ce`` and ``wmse``, in nats; gradients as for ``gkl_loss``.
@@ -246,7 +255,9 @@ def gkl_sums(
     labels = _check_weight_settings(teacher_logits, gamma, weight_temperature, class_prior, labels)
     dtype = common_float(student_logits=student_logits, teacher_logits=teacher_logits)
     settings = _Settings(dtype, gamma, temperature, weight_temperature)
-    soft_ce, wmse, denominator = _GKL.apply(student_logits, teacher_logits.detach(), class_prior, labels, settings)
+    if not two_sided:
+        teacher_logits = teacher_logits.detach()
+    soft_ce, wmse, denominator = _GKL.apply(student_logits, teacher_logits, class_prior, labels, settings)
     return GKLSums(mean_over_rows(soft_ce, len(student_logits)), LossSum(wmse, denominator))
 
 
@@ -309,11 +320,12 @@ class _GKL(torch.autograd.Function):
         inputs = (student_BC, teacher_BC, prior_CC, labels_B)
         blocks = row_blocks(student_BC)
         ctx.set_materialize_grads(False)
-        ctx.settings, ctx.at_once = settings, len(blocks) == 1 and ctx.needs_input_grad[0] and _is_small(student_BC)
+        wanted = any(ctx.needs_input_grad[:2])
+        ctx.settings, ctx.at_once = settings, len(blocks) == 1 and wanted and _is_small(student_BC)
         if ctx.at_once:
             soft_ce, wmse, denominator, *gradients = _at_once(*_block(settings.dtype, blocks[0], *inputs), settings)
             ctx.save_for_backward(*gradients)
-            ctx.dtype = student_BC.dtype
+            ctx.dtypes = student_BC.dtype, teacher_BC.dtype
             ctx.mark_non_differentiable(denominator)
             return soft_ce, wmse, denominator
         statistics = [_statistics(*_block(settings.dtype, rows, *inputs), settings) for rows in blocks]
@@ -331,19 +343,28 @@ class _GKL(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_soft_ce: Tensor | None, grad_wmse: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("GKL")
+        to_student, to_teacher = ctx.needs_input_grad[:2]
+        grad_BC = opposite_BC = None
         if ctx.at_once:
             ce_BC, wmse_BC = ctx.saved_tensors
-            grad_BC = torch.zeros_like(ce_BC) if grad_soft_ce is None else ce_BC * grad_soft_ce
-            if grad_wmse is not None:
-                grad_BC.addcmul_(wmse_BC, grad_wmse)
-            return grad_BC.to(ctx.dtype), None, None, None, None
+            if to_student:
+                grad_BC = torch.zeros_like(ce_BC) if grad_soft_ce is None else ce_BC * grad_soft_ce
+                grad_BC = (grad_BC if grad_wmse is None else grad_BC.addcmul_(wmse_BC, grad_wmse)).to(ctx.dtypes[0])
+            if to_teacher and grad_wmse is not None:
+                opposite_BC = (wmse_BC * -grad_wmse).to(ctx.dtypes[1])
+            return grad_BC, opposite_BC, None, None, None
         mean_B, square_B, student_BC, teacher_BC, labels_B = ctx.saved_tensors
-        grad_BC = torch.empty_like(student_BC)
-        for rows in row_blocks(grad_BC):
+        grad_BC = torch.empty_like(student_BC) if to_student else None
+        opposite_BC = torch.empty_like(teacher_BC) if to_teacher and grad_wmse is not None else None
+        for rows in row_blocks(student_BC):
             slope = grad_wmse if grad_wmse is None or square_B is None else grad_wmse * square_B[rows, None]
             block = _block(ctx.settings.dtype, rows, student_BC, teacher_BC, ctx.prior, labels_B)
-            _gradient(*block, ctx.settings, mean_B[rows, None], grad_soft_ce, slope, out_bC=grad_BC[rows])
-        return grad_BC, None, None, None, None
+            mean_b1 = mean_B[rows, None]
+            if grad_BC is not None:
+                _gradient(*block, ctx.settings, mean_b1, grad_soft_ce, slope, out_bC=grad_BC[rows])
+            if opposite_BC is not None and slope is not None:
+                _gradient(*block, ctx.settings, mean_b1, None, -slope, out_bC=opposite_BC[rows])
+        return grad_BC, opposite_BC, None, None, None
 
 
 def _block(

@@ -61,39 +61,45 @@ class KL(Loss):
         return LossParts.single("kl", loss)
 
 
-def kd_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float) -> Tensor:
+def kd_loss(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float, two_sided: bool = False) -> Tensor:
     """``T^2 / B * sum_b KL(softmax(t_b/T) || softmax(s_b/T))``.
 
     Section 2 of arXiv 1503.02531, whose factor T^2 keeps the gradient's size when T changes.
     ``temperature=1`` is plain KL. The soft cross-entropy of GKL has no such factor and
     omits the teacher's entropy.
 
+    The two-sided form is the KL of TRADES (Zhang et al. 2019, arXiv 1901.08573): one network's logits of clean images
+    in place of a teacher's, and a gradient to both.
+
     Args:
         student_logits: (B, C), any floating type; half precision is computed in float32.
-        teacher_logits: (B, C), treated as a constant.
+        teacher_logits: (B, C).
         temperature: T, above 0.
+        two_sided: whether the gradient also goes to the teacher's logits.
 
     Returns:
-        0-d, in nats, the mean over the batch; the gradient goes to the student's logits only, and there is no second
-        derivative. A logit that is not finite makes the loss nan or inf.
+        0-d, in nats, the mean over the batch; the gradient goes to the student's logits only, and to the teacher's if
+        ``two_sided``; there is no second derivative. A logit that is not finite makes the loss nan or inf.
 
     Raises:
         ValueError: wrong shapes or types, a temperature not above 0.
     """
-    return kd_sums(student_logits, teacher_logits, temperature=temperature).value
+    return kd_sums(student_logits, teacher_logits, temperature=temperature, two_sided=two_sided).value
 
 
-def kd_sums(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float) -> LossSum:
+def kd_sums(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float, two_sided: bool = False) -> LossSum:
     """``kd_loss`` as a sum over rows and its denominator B."""
     check_matrices(student_logits=student_logits, teacher_logits=teacher_logits)
     check_temperature("temperature", temperature)
     dtype = common_float(student_logits=student_logits, teacher_logits=teacher_logits)
-    divergence = _KL.apply(student_logits, teacher_logits.detach(), dtype, temperature)
+    teacher_logits = teacher_logits if two_sided else teacher_logits.detach()
+    divergence = _KL.apply(student_logits, teacher_logits, dtype, temperature)
     return mean_over_rows(temperature**2 * divergence, len(student_logits))
 
 
 class _KL(torch.autograd.Function):
-    """``sum_b KL(p || q)``; its gradient, ``(q - p) / T``, is computed from the logits over blocks of rows."""
+    """``sum_b KL(p || q)``; its gradients, ``(q - p) / T`` and ``p (log p - log q - KL) / T``, are computed from the
+    logits over blocks of rows."""
 
     @staticmethod
     def forward(ctx: Any, student_BC: Tensor, teacher_BC: Tensor, dtype: torch.dtype, temperature: float) -> Tensor:
@@ -111,9 +117,17 @@ class _KL(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("kd_loss")
         student_BC, teacher_BC = ctx.saved_tensors
-        grad_BC = torch.empty_like(student_BC)
+        factor = grad / ctx.temperature
+        grad_BC = torch.empty_like(student_BC) if ctx.needs_input_grad[0] else None
+        opposite_BC = torch.empty_like(teacher_BC) if ctx.needs_input_grad[1] else None
         for rows in row_blocks(student_BC):
-            p_bC = torch.softmax(tempered(teacher_BC[rows].to(ctx.dtype), ctx.temperature), 1)
-            q_bC = torch.softmax(tempered(student_BC[rows].to(ctx.dtype), ctx.temperature), 1)
-            torch.mul(q_bC.sub_(p_bC), grad / ctx.temperature, out=grad_BC[rows])
-        return grad_BC, None, None, None
+            student_bC = tempered(student_BC[rows].to(ctx.dtype), ctx.temperature)
+            teacher_bC = tempered(teacher_BC[rows].to(ctx.dtype), ctx.temperature)
+            p_bC = torch.softmax(teacher_bC, 1)
+            if opposite_BC is not None:
+                ratio_bC = torch.log_softmax(teacher_bC, 1).sub_(torch.log_softmax(student_bC, 1))
+                ratio_bC.sub_((p_bC * ratio_bC).sum(1, keepdim=True))
+                torch.mul(ratio_bC.mul_(p_bC), factor, out=opposite_BC[rows])
+            if grad_BC is not None:
+                torch.mul(torch.softmax(student_bC, 1).sub_(p_bC), factor, out=grad_BC[rows])
+        return grad_BC, opposite_BC, None, None
