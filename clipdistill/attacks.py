@@ -68,12 +68,14 @@ def pgd(
     current = centre if start is None else start.detach()
     for _ in range(steps):
         gradient = _gradient(objective, current)
-        if norm == "linf":
-            direction = gradient.sign() + 0 * gradient  # the sign of nan is 0
-        else:
-            direction = gradient / _lengths(gradient).clamp(min=_TINY)
-        current = _project(current + step_size * direction, centre, epsilon=epsilon, norm=norm)
+        current = _project(current + step_size * _direction(gradient, norm), centre, epsilon=epsilon, norm=norm)
     return current
+
+
+def _direction(gradient: Tensor, norm: Norm) -> Tensor:
+    if norm == "l2":
+        return gradient / _lengths(gradient).clamp(min=_TINY)
+    return gradient.sign() + 0 * gradient  # the sign of nan is 0
 
 
 def _gradient(objective: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
