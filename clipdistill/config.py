@@ -8,7 +8,7 @@ shipped file; no other interpolation is resolved, as a config from elsewhere cou
     teachers, student      models/loading.py              objective     losses/: each loss in its file
     data                   data/settings.py               optimizer     training/optimizer.py
     teacher_cache          distill/teacher_cache.py       train         training/settings.py
-    evaluation             evaluation/settings.py
+    evaluation             evaluation/settings.py           adversarial   distill/adversary.py
 """
 
 import io
@@ -26,6 +26,7 @@ from pydantic import Field, model_validator
 from yaml import YAMLError
 
 from clipdistill.data.settings import DataSettings
+from clipdistill.distill.adversary import AdversarialSettings, attackable
 from clipdistill.distill.targets import Labels
 from clipdistill.distill.teacher_cache import TeacherCacheSettings
 from clipdistill.errors import InputError
@@ -64,6 +65,8 @@ class Config(Settings):
     labels: Labels = "none"
     """Class of a training sample: none; dataset (``data.label_key``); teacher (the first teacher's argmax)."""
     objective: list[Term] = Field(default_factory=list)
+    adversarial: AdversarialSettings | None = None
+    """Attacks on the student's images during training; empty: none."""
     optimizer: AnyOptimizer = Field(default_factory=AdamW)
     train: TrainSettings = Field(default_factory=TrainSettings)
     evaluation: EvaluationSettings = Field(default_factory=EvaluationSettings)
@@ -88,6 +91,11 @@ class Config(Settings):
         check(bool(self.data.shards), "data.shards", self.data.shards, "at least one path or pattern")
         self._check_prompts(terms)
         self._check_teachers(terms)
+        if self.adversarial is not None:
+            against, allowed = self.adversarial.against, [term.term_name for term in terms if attackable(term, "")]
+            one = "a term over prompts or images, each sample by itself"
+            check(bool(allowed), "adversarial", stated, one)
+            check(against in ("", *allowed), "adversarial.against", against, f"{one}: {', '.join(allowed)}")
         return self
 
     def _check_prompts(self, terms: Sequence[Term]) -> None:

@@ -122,6 +122,15 @@ class Objective:
         """The weighted sum in optimizer step ``step``."""
         return torch.stack([self.weight_at(term, step) * losses[term.term_name].value for term in self.terms]).sum()
 
+    def total_of(
+        self, terms: Sequence[Loss], student: Similarities, targets: Targets, denominators: Denominators, step: int
+    ) -> Tensor:
+        """This rank's share of the weighted sum of some of the terms, 0-d."""
+        values = [
+            self.weight_at(term, step) * self._compute(term, student, targets, denominators).value for term in terms
+        ]
+        return torch.stack(values).sum()
+
     def _compute(self, term: Loss, student: Similarities, targets: Targets, denominators: Denominators) -> LossParts:
         """A term: its mean over directions, weighted over teachers."""
         rows = denominators["rows"].to(torch.float32)

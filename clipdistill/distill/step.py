@@ -28,9 +28,9 @@ from clipdistill.losses import LossParts
 from clipdistill.models.outputs import ModelOutputs
 from clipdistill.models.towers import Student
 
-Perturb = Callable[[Tensor, Targets, int], Tensor]
-"""Changes the student's images before its forward pass: (uint8 images, targets, step) -> images in the input format of
-``PixelTransform``. The teachers see the unchanged images."""
+Perturb = Callable[[Batch, Targets, Denominators, int], Tensor]
+"""Changes the student's images before its forward pass: (micro-batch, its targets, the step's denominators, step) ->
+images in the input format of ``PixelTransform``. The teachers see the unchanged images."""
 
 
 @dataclass(kw_only=True)
@@ -145,7 +145,7 @@ class DistillationStep:
         for number, (batch, target) in enumerate(zip(batches, targets, strict=True)):
             last = number == len(batches) - 1
             with self._synchronised(last):
-                images = self._perturbed(batch, target, step)
+                images = self._perturbed(batch, target, denominators, step)
                 with self.stopwatch.section("student forward"):
                     texts = self.texts.inputs(batch, step, prompts=last or prompts_CD is None)
                     outputs = self.model(images, **texts)
@@ -184,7 +184,9 @@ class DistillationStep:
         measure_shares: bool,
     ) -> StepLosses:
         """Gradients of terms that couple rows across micro-batches (in-batch terms)."""
-        images = [self._perturbed(batch, target, step) for batch, target in zip(batches, targets, strict=True)]
+        images = [
+            self._perturbed(batch, target, denominators, step) for batch, target in zip(batches, targets, strict=True)
+        ]
 
         def forward(number: int) -> ModelOutputs:
             prompts = number == len(batches) - 1
@@ -212,8 +214,11 @@ class DistillationStep:
         found.add(losses, total)
         return found
 
-    def _perturbed(self, batch: Batch, target: Targets, step: int) -> Tensor:
-        return batch.image_BCHW if self.perturb is None else self.perturb(batch.image_BCHW, target, step)
+    def _perturbed(self, batch: Batch, target: Targets, denominators: Denominators, step: int) -> Tensor:
+        if self.perturb is None:
+            return batch.image_BCHW
+        with self.stopwatch.section("attack"):
+            return self.perturb(batch, target, denominators, step)
 
     def _synchronised(self, last: bool) -> Any:
         """Synchronise gradients only in the backward pass of the last micro-batch."""

@@ -36,8 +36,8 @@ class TeacherSettings(Settings):
     logit_scale: Positive | None = None
     """Multiplier of the cosine similarities; empty: the teacher's own."""
     precision: Precision = "auto"
-    """fp32 (matrix products in TF32 on a GPU), bf16 (autocast; features and logits stay float32), or auto: bf16 on a
-    GPU that computes in it, else fp32."""
+    """fp32 (matrix products in TF32 on a GPU), bf16 (autocast; features and logits stay float32), auto (bf16 on a GPU
+    that computes in it, else fp32), or bf16-if-native (so also on a CPU)."""
     shard: bool = False
     """Shard the teacher's weights over the ranks (FSDP2), for a teacher too large for one device."""
     compile: bool = False

@@ -12,8 +12,10 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 
 from clipdistill.config import Config
 from clipdistill.data.stream import merge_shards
+from clipdistill.distill.adversary import Adversary
 from clipdistill.distill.step import DistillationStep
 from clipdistill.distill.stored_views import observe_stored_views
+from clipdistill.distill.student_texts import StudentTexts
 from clipdistill.distill.teachers import Teachers
 from clipdistill.distributed.collectives import gather_objects
 from clipdistill.distributed.random_state import RandomState
@@ -129,16 +131,18 @@ class RunParts:
         set_seed(config.seed, device_specific=True)
 
         self.teachers = self._make_teachers(frozen, tokenizers, prompts)
+        texts = make_student_texts(
+            config, self.student, self.teachers, prompts, tokenizers, self.objective, **self._encoding
+        )
         self.distillation = DistillationStep(
             accelerator=accelerator,
             model=self.model,
             student=self.student,
             teachers=self.teachers,
             objective=self.objective,
-            texts=make_student_texts(
-                config, self.student, self.teachers, prompts, tokenizers, self.objective, **self._encoding
-            ),
+            texts=texts,
             labels=config.labels,
+            perturb=self._make_adversary(texts),
         )
         self.window = Window(self._device)
         self.components: dict[str, Component] = {
@@ -239,6 +243,20 @@ class RunParts:
             self.model, self.optimizer = self._accelerator.prepare(student, optimizer)
         if self.ema is not None:
             self.ema.average.to(self._device)
+
+    def _make_adversary(self, texts: StudentTexts) -> Adversary | None:
+        settings = self._config.adversarial
+        if settings is None:
+            return None
+        return Adversary(
+            settings,
+            student=self.student,
+            objective=self.objective,
+            texts=texts,
+            seed=self._config.seed,
+            warmup_steps=round(settings.warmup_epochs * self.progress.steps_per_epoch),
+            autocast=self._accelerator.autocast,
+        )
 
     def _make_teachers(
         self, frozen: Sequence[FrozenModel], tokenizers: CaptionTokenizers, prompts: PromptSet | None

@@ -22,8 +22,8 @@ class TrainSettings(Settings):
     teacher_micro_batches: Count = 1
     """Micro-batches that the teachers encode at once, if memory allows; they keep nothing for a backward pass."""
     precision: Precision = "auto"
-    """fp32 (matrix products in TF32 on a GPU), bf16 (autocast of the student; losses and weights stay float32), or
-    auto: bf16 on a GPU that computes in it, else fp32."""
+    """fp32 (matrix products in TF32 on a GPU), bf16 (autocast of the student; losses and weights stay float32), auto
+    (bf16 on a GPU that computes in it, else fp32), or bf16-if-native (so also on a CPU)."""
     loss_implementation: Implementation = "auto"
     """Implementation of gkl and kl. plain: from the logit matrices; tiled, triton: directly from the features, without
     these matrices, in PyTorch and in CUDA kernels; auto: plain or tiled, the faster one for the size."""

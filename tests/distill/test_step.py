@@ -11,7 +11,7 @@ from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from clipdistill.data import Batch, StreamLoader, expand_urls, index_shards
-from clipdistill.distill.objective import Objective
+from clipdistill.distill.objective import Denominators, Objective
 from clipdistill.distill.step import DistillationStep
 from clipdistill.distill.student_texts import StudentTexts
 from clipdistill.distill.targets import Targets
@@ -108,9 +108,9 @@ def test_a_perturbation_reaches_the_student_alone(
     """The same gradients as from a student whose pixels are inverted, beside targets of the clean images."""
     seen = []
 
-    def invert(image_BCHW: Tensor, targets: Targets, step: int) -> Tensor:
+    def invert(batch: Batch, targets: Targets, denominators: Denominators, step: int) -> Tensor:
         seen.append((step, targets.teachers[0].outputs.image_BD))
-        return 1 - student.pixels.resize(image_BCHW)
+        return 1 - student.pixels.resize(batch.image_BCHW)
 
     terms = [KL(over=over)]
     batches = batches_of(colours, teacher, count=micro_batches)
