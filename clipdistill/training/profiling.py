@@ -27,7 +27,7 @@ WARM_UP = 3
 _STARVED = 0.05
 """Share of a step spent waiting for data from which on data is called the bottleneck."""
 
-SECTIONS = ("data wait", "teacher", "student forward", "loss", "backward", "optimizer")
+SECTIONS = ("data wait", "teacher", "attack", "student forward", "loss", "backward", "optimizer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +81,8 @@ class StepProfile:
             decoders = f"{self.workers} decoding process(es) of each" if self.workers else "decoding in the process"
             return (
                 f"data starves the rest: {self.samples_per_second:,.0f} samples/s from {decoders}, where the other "
-                f"sections take {rest:,.0f}; more come with data.workers, data.augmentation.fast_jpeg, and a teacher "
-                "cache with teacher_cache.pixels"
+                f"sections take {rest:,.0f}; more come with data.workers, data.augmentation.jpeg_decoder, and a "
+                "teacher cache with teacher_cache.pixels"
             )
         longest = max((name for name in self.sections if name != "data wait"), key=lambda name: self.sections[name])
         hint = "; a teacher cache removes it" if longest == "teacher" else ""
