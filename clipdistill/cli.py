@@ -122,7 +122,7 @@ def _parser() -> Parser:
         "SIGTERM and SIGINT (Ctrl-C) finish the step, save, and exit with code 75 (launchers exit with 1); a second "
         "one exits at once. With --resume auto the same command resumes, with any number of processes.",
     )
-    train.add_argument("--config", required=True, type=path, help="YAML file, such as configs/icons-gkl.yaml")
+    train.add_argument("--config", required=True, type=path, help="YAML file, such as configs/quickstart.yaml")
     start = train.add_mutually_exclusive_group()
     start.add_argument(
         "--resume",
