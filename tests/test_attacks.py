@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from clipdistill.attacks import pgd
+from clipdistill.attacks import apgd, attack_loss, checkpoints, pgd
 from clipdistill.losses import gkl_loss
 
 GOLDEN = Path(__file__).parent / "losses" / "golden"
@@ -149,5 +149,115 @@ def test_wrong_input_is_named(changes: dict[str, object], message: str) -> None:
         "steps": 1,
     }
     call: Callable[..., Tensor] = pgd
+    with pytest.raises(ValueError, match=message):
+        call(**(settings | changes))
+
+
+# APGD.
+
+
+def linear_problem(seed: int, *, classes: int = 5) -> tuple[nn.Module, Tensor, Tensor]:
+    """A linear classifier, and images in the middle of [0, 1] with the classes that it gives them."""
+    generator = torch.Generator().manual_seed(seed)
+    weight_CP = torch.randn(classes, 40, generator=generator, dtype=torch.float64)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(40, classes)).double()
+    with torch.no_grad():
+        model[1].weight.copy_(weight_CP)
+        model[1].bias.zero_()
+    images = 0.4 + 0.2 * torch.rand(60, 2, 4, 5, generator=generator, dtype=torch.float64)
+    return model, images, model(images).argmax(1).detach()
+
+
+@pytest.mark.parametrize("loss", ["ce", "dlr"])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_apgd_breaks_exactly_what_can_be_broken(norm: str, loss: str) -> None:
+    """Of a linear classifier the distance to each other class is known; with all targets, APGD reaches the nearest."""
+    model, images, labels = linear_problem(0)
+    weight_CP, flat_BP = model[1].weight.detach(), images.flatten(1)
+    epsilon = {"linf": 0.02, "l2": 0.12}[norm]
+    others = [(labels + shift) % 5 for shift in range(1, 5)]
+    lengths = [(weight_CP[labels] - weight_CP[t]).norm(p={"linf": 1, "l2": 2}[norm], dim=1) for t in others]
+    margins = [((weight_CP[labels] - weight_CP[target]) * flat_BP).sum(1) for target in others]
+    breakable_B = torch.stack([m / w for m, w in zip(margins, lengths, strict=True)]).amin(0) < epsilon * 0.999
+    broken_B = torch.zeros_like(breakable_B)
+    torch.manual_seed(0)
+    for target in others:
+        found = apgd(
+            model,
+            images,
+            labels,
+            epsilon=epsilon,
+            loss=loss,  # type: ignore[arg-type]
+            targets=target,
+            norm=norm,  # type: ignore[arg-type]
+        )
+        broken_B |= model(found).argmax(1) != labels
+    assert 5 < breakable_B.sum() < 55
+    assert torch.equal(broken_B, breakable_B)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("loss", ["ce", "dlr"])
+def test_apgd_is_as_strong_as_pgd(norm: str, loss: str) -> None:
+    """On networks of three layers; in the ball, without gradients of parameters."""
+    wrong = {"pgd": 0, "apgd": 0}
+    for seed in range(4):
+        torch.manual_seed(seed)
+        network = nn.Sequential(
+            nn.Flatten(), nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 30), nn.ReLU(), nn.Linear(30, 6)
+        ).double()
+        images = torch.rand(40, 2, 4, 5, dtype=torch.float64)
+        labels = network(images).argmax(1)
+        epsilon = {"linf": 0.05, "l2": 0.25}[norm]
+        by_pgd = pgd(
+            lambda x, network=network, labels=labels: nn.functional.cross_entropy(network(x), labels, reduction="sum"),
+            images,
+            epsilon=epsilon,
+            step_size=epsilon / 4,
+            steps=20,
+            norm=norm,  # type: ignore[arg-type]
+        )
+        found = apgd(network, images, labels, epsilon=epsilon, loss=loss, norm=norm)  # type: ignore[arg-type]
+        wrong["pgd"] += int((network(by_pgd).argmax(1) != labels).sum())
+        wrong["apgd"] += int((network(found).argmax(1) != labels).sum())
+        offset = (found - images).flatten(1)
+        size = offset.abs().amax(1) if norm == "linf" else offset.norm(dim=1)
+        assert (size <= epsilon * (1 + 1e-12)).all()
+        assert ((found >= 0) & (found <= 1)).all()
+        assert all(parameter.grad is None for parameter in network.parameters())
+    assert 0 < wrong["pgd"] < 160
+    assert wrong["apgd"] >= 0.97 * wrong["pgd"]
+
+
+def test_dlr_is_that_of_the_paper() -> None:
+    """Two images, steps of no effect: the best loss decides which iterate comes back, so check the formula directly."""
+    logits_BC = torch.tensor([[3.0, 1.0, 0.5, -2.0, 0.0], [1.0, 4.0, 2.0, 0.0, 3.5]])
+    labels_B, targets_B = torch.tensor([0, 2]), torch.tensor([2, 0])
+    untargeted = [-(3.0 - 1.0) / (3.0 - 0.5), -(2.0 - 4.0) / (4.0 - 2.0)]
+    targeted = [-(3.0 - 0.5) / (3.0 - (0.5 + 0.0) / 2), -(2.0 - 1.0) / (4.0 - (2.0 + 1.0) / 2)]
+    for targets, expected in ((None, untargeted), (targets_B, targeted)):
+        assert attack_loss(logits_BC, labels_B, "dlr", targets).tolist() == pytest.approx(expected)
+
+
+def test_step_sizes_are_reconsidered_when_the_paper_says() -> None:
+    assert sorted(checkpoints(100)) == [22, 41, 57, 70, 80, 87, 93, 99, 105]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"targets": torch.tensor([0, 1])}, "targets must differ from the labels"),
+        ({"loss": "dlr"}, "loss dlr needs 3 classes or more, got 2"),
+        ({"epsilon": -1.0}, "epsilon must be a finite number above 0"),
+    ],
+)
+def test_wrong_input_of_apgd_is_named(changes: dict[str, object], message: str) -> None:
+    settings: dict[str, object] = {
+        "model": lambda x: x.flatten(1)[:, :2],
+        "images": torch.rand(2, 3),
+        "labels": torch.tensor([0, 0]),
+        "epsilon": 0.1,
+    }
+    call: Callable[..., Tensor] = apgd
     with pytest.raises(ValueError, match=message):
         call(**(settings | changes))

@@ -7,8 +7,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from clipdistill.errors import InputError
-from clipdistill.evaluation.tasks import SET_TASKS
-from clipdistill.io.arguments import not_negative, path, positive
+from clipdistill.evaluation.tasks import ATTACK_TASK, SET_TASKS
+from clipdistill.io.arguments import not_negative, path, positive, radius
 from clipdistill.io.caches import DEFAULT_CACHE
 from clipdistill.io.lock import LOCK_FILE, Lock
 from clipdistill.models.class_matching import BY_ORDER_FLAG
@@ -123,6 +123,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "to these models",
     )
 
+    attack = parser.add_argument_group("attack", "accuracy on images that are attacked with the model's own gradients")
+    attack.add_argument(
+        "--attack",
+        nargs="?",
+        const="apgd",
+        choices=("apgd", "pgd"),
+        help="apgd: APGD-CE and targeted APGD-DLR (default where no name is given); pgd: 20 steps",
+    )
+    attack.add_argument(
+        "--eps",
+        nargs="+",
+        type=radius,
+        metavar="R",
+        help="radii of the ball, for pixels from 0 to 1 at the model's input size (default: 1/255 2/255 4/255)",
+    )
+    attack.add_argument("--norm", choices=("linf", "l2"), default="linf", help="of the ball (default: %(default)s)")
+    attack.add_argument(
+        "--attack-images", type=positive, default=1000, metavar="N", help="drawn from the set (default: %(default)s)"
+    )
+    attack.add_argument(
+        "--attack-seed",
+        type=not_negative,
+        default=0,
+        metavar="N",
+        help="of the draw and of random starts (default: %(default)s)",
+    )
+
     parser.add_argument(
         "--output",
         type=path,
@@ -185,6 +212,13 @@ def _check(args: argparse.Namespace) -> None:
         if not nearest.is_dir():
             what = "a file" if nearest == output else f"{nearest} is a file"
             raise InputError(f"--output {output}: {what}; allowed: a folder, or a file with a name in .json")
+    if args.attack is None:
+        if args.eps is not None:
+            raise InputError("--eps: given without --attack; allowed: only with --attack")
+    elif args.task != "auto":
+        raise InputError(f"--attack: given with --task {args.task}; allowed: without --task")
+    else:
+        args.task = ATTACK_TASK
     if args.task == "robustness" and len(args.data) < 2:
         raise InputError("--task robustness: --data has 1 set; allowed: a base set and one or more shifts of it")
     if args.baseline and args.task != "robustness":

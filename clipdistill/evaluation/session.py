@@ -21,6 +21,7 @@ from rich.table import Table
 from clipdistill import __version__
 from clipdistill.distributed.collectives import rank, world_size
 from clipdistill.errors import InputError
+from clipdistill.evaluation.attack import DEFAULT_RADII, AttackSettings, accuracy_under_attack
 from clipdistill.evaluation.benchmark_format import Record, benchmark_record
 from clipdistill.evaluation.classification import Metrics
 from clipdistill.evaluation.evaluate import Details, Evaluator, probe, robustness
@@ -31,7 +32,7 @@ from clipdistill.evaluation.robustness import BaselineLine, fit_lines
 from clipdistill.evaluation.sets.hub import Columns
 from clipdistill.evaluation.sets.open import open_set
 from clipdistill.evaluation.sets.samples import EvaluationSet, digest
-from clipdistill.evaluation.tasks import SET_TASKS, tasks_for
+from clipdistill.evaluation.tasks import ATTACK_TASK, SET_TASKS, tasks_for
 from clipdistill.io.files import write_json, writing
 from clipdistill.io.images import MAX_PIXELS, DecodingSettings
 from clipdistill.io.paths import expand
@@ -54,12 +55,14 @@ class SetEvaluation:
         location: the set as given by the user.
         data: the set.
         others: the training split for a linear probe; the shifts for robustness.
+        attack: settings of the attack, for that task.
     """
 
     task: str
     location: str
     data: EvaluationSet
     others: tuple[EvaluationSet, ...] = ()
+    attack: AttackSettings | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +157,11 @@ def _open_sets(args: argparse.Namespace) -> list[SetEvaluation]:
         return [SetEvaluation(task=args.task, location=args.data[0], data=sets[0], others=tuple(sets[1:]))]
     evaluations = []
     for location, data in zip(args.data, sets, strict=True):
-        if args.task == "linear_probe":
+        if args.task == ATTACK_TASK:
+            if data.kind != "classification":
+                raise InputError(f"--attack: {location} is a {data.kind} set; allowed: a classification set")
+            evaluations.append(SetEvaluation(task=args.task, location=location, data=data, attack=_attack(args)))
+        elif args.task == "linear_probe":
             train = open_split(location, split=args.train_split)
             if args.split != args.train_split and _same_place(train, data):
                 raise InputError(
@@ -169,6 +176,16 @@ def _open_sets(args: argparse.Namespace) -> list[SetEvaluation]:
             task = names[0] if args.task == "auto" else args.task
             evaluations.append(SetEvaluation(task=task, location=location, data=data))
     return evaluations
+
+
+def _attack(args: argparse.Namespace) -> AttackSettings:
+    return AttackSettings(
+        attack=args.attack,
+        norm=args.norm,
+        radii=tuple(sorted(set(args.eps or DEFAULT_RADII))),
+        images=args.attack_images,
+        seed=args.attack_seed,
+    )
 
 
 def _same_place(one: EvaluationSet, other: EvaluationSet) -> bool:
@@ -219,7 +236,8 @@ def _key(
     """Digest of everything that determines a result."""
     identities = [identify(data) for data in (evaluation.data, *evaluation.others)]
     fitted = {name: asdict(line) for name, line in lines.items()}
-    return digest([FORMAT, evaluation.task, identities, model.fingerprint, teacher and teacher.fingerprint, fitted])
+    made_of = [FORMAT, evaluation.task, identities, model.fingerprint, teacher and teacher.fingerprint, fitted]
+    return digest(made_of if evaluation.attack is None else [*made_of, evaluation.attack.described()])
 
 
 def _complete(
@@ -272,6 +290,8 @@ def _run_task(
     evaluation: SetEvaluation, evaluator: Evaluator, teacher: Evaluator | None, lines: Mapping[str, BaselineLine]
 ) -> tuple[Metrics, Details]:
     data, others = evaluation.data, evaluation.others
+    if evaluation.attack is not None:
+        return accuracy_under_attack(evaluator, data, evaluation.attack, teacher)
     if evaluation.task == "linear_probe":
         return probe(evaluator, data, others[0], teacher)
     if evaluation.task == "robustness":

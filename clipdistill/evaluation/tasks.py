@@ -68,6 +68,9 @@ class ZeroShotRetrieval(Task):
         return zero_shot(evaluator, data, teacher)
 
 
+ATTACK_TASK = "attack"
+"""Accuracy under attack (attack.py), which has settings of its own."""
+
 SET_TASKS: tuple[Task, ...] = (ZeroShotClassification(), ZeroShotRetrieval())
 """Every task on one set."""
 
@@ -79,5 +82,5 @@ def tasks_for(kind: Kind) -> list[Task]:
 
 def main_metrics_of(name: str) -> tuple[str, ...]:
     """The main metrics of a task, also of those on several sets."""
-    several = {"linear_probe": ("lp_acc1",), "robustness": ("mean_acc1",)}
+    several = {"linear_probe": ("lp_acc1",), "robustness": ("mean_acc1",), ATTACK_TASK: ("robust_acc1",)}
     return several.get(name) or next(task.main_metrics for task in SET_TASKS if task.name == name)

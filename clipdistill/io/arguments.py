@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -51,6 +52,19 @@ def positive_number(text: str) -> float:
         number = math.nan
     if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"{_short(text)} is not allowed; allowed: a finite number above 0")
+    return number
+
+
+def radius(text: str) -> Fraction:
+    """Argument type: a number in (0, 1], also as a quotient such as 4/255, exactly."""
+    try:
+        number = Fraction(text.replace(" ", ""))
+    except (ValueError, ZeroDivisionError):
+        number = Fraction(0)
+    if not 0 < number <= 1:
+        raise argparse.ArgumentTypeError(
+            f"{_short(text)} is not allowed; allowed: a number in (0, 1], or a quotient such as 4/255"
+        )
     return number
 
 
