@@ -26,14 +26,15 @@ from clipdistill.io.files import new_file, write_json
 from clipdistill.io.resources import resource
 from clipdistill.models.towers import Tower
 from clipdistill.shards.icons import render_icons
+from clipdistill.training.cache_command import build_cache
 from clipdistill.training.trainer import train
 
 
 def quickstart(output: Path, *, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Render the icons, distil the shipped teacher, and evaluate both on the unseen font family.
 
-    ``output`` receives ``icons/`` (shards), ``run/`` (the run, with ``run/student/``), ``results.json`` and
-    ``icons.png``. Existing icons are reused, and an existing run is resumed.
+    ``output`` receives ``icons/`` (shards), ``embeddings/`` (the teacher cache), ``run/`` (the run, with
+    ``run/student/``), ``results.json`` and ``icons.png``. What exists is reused, and an existing run is resumed.
 
     Args:
         output: folder for all results.
@@ -61,8 +62,14 @@ def quickstart(output: Path, *, overrides: Sequence[str] = ()) -> dict[str, Any]
     config = load_config(
         resource("configs", "quickstart.yaml"),
         overrides,
-        values={"output": str(output / "run"), "data.shards": [str(output / "icons" / "train")]},
+        values={
+            "output": str(output / "run"),
+            "data.shards": [str(output / "icons" / "train")],
+            "teacher_cache.folder": str(output / "embeddings"),
+        },
     )
+    if config.teacher_cache.folder:
+        build_cache(config)
     train(config, resume="auto")
     seconds_training = time.perf_counter() - started
 
