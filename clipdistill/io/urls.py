@@ -449,17 +449,25 @@ def _expand(pattern: str, retries: Retries) -> list[str]:
     if "://" not in pattern and _exists(expand(pattern)):
         return _local(pattern, pattern)
     try:
-        pieces = list(islice(braceexpand(pattern), _MOST_SHARDS + 1))
+        pieces = [] if _has_long_range(pattern) else list(islice(braceexpand(pattern), _MOST_SHARDS + 1))
     except ValueError as error:
         raise InputError(
             f"shards: {shown(pattern)!r}: unbalanced braces; allowed: a pattern such as {{000..012}}"
         ) from error
-    if len(pieces) > _MOST_SHARDS:
+    if not pieces or len(pieces) > _MOST_SHARDS:
         raise InputError(f"shards: {shown(pattern)!r} names more than {_MOST_SHARDS:,} shards; allowed: fewer")
     found = []
     for piece in pieces:
         found += _remote(piece, pattern, retries) if "://" in piece else _local(piece, pattern)
     return found
+
+
+def _has_long_range(pattern: str) -> bool:
+    """Whether one range of a pattern alone has too many numbers, which need not be written out to be counted."""
+    ranges = re.findall(r"\{(-?\d{1,18})\.\.(-?\d{1,18})(?:\.\.(-?\d{1,18}))?\}", pattern)
+    return any(
+        abs(int(last) - int(first)) // max(abs(int(step or 1)), 1) >= _MOST_SHARDS for first, last, step in ranges
+    )
 
 
 def _exists(path: Path) -> bool:
