@@ -26,24 +26,27 @@ class Difference:
 def first_difference(then: Any, now: Any, part: str = "") -> Difference | None:
     """The first difference between two records, None if they are equal.
 
-    A key that only one of them has counts as one.
+    A key that only one of them has counts as one, unless it is empty (None): a version that adds a setting, empty by
+    default, leaves earlier records as they are.
     """
     if then == now:
         return None
     if isinstance(then, Mapping) and isinstance(now, Mapping):
         for key in [*then, *(key for key in now if key not in then)]:
             path = f"{part}.{key}" if part else str(key)
+            if then.get(key) is None and now.get(key) is None:
+                continue
             if key not in then or key not in now:
                 return Difference(part=path, then=_short(then.get(key)), now=_short(now.get(key)))
             if found := first_difference(then[key], now[key], path):
                 return found
+        return None
     if _is_list(then) and _is_list(now):
-        for number, (before, after) in enumerate(zip(then, now, strict=False)):
-            if found := first_difference(before, after, f"{part}.{number}"):
-                if len(then) == len(now):
-                    return found
-                break
-        return Difference(part=part, then=_entries(then, now), now=_entries(now, then))
+        if len(then) != len(now):
+            return Difference(part=part, then=_entries(then, now), now=_entries(now, then))
+        pairs = enumerate(zip(then, now, strict=True))
+        found_items = (first_difference(before, after, f"{part}.{number}") for number, (before, after) in pairs)
+        return next((found for found in found_items if found), None)
     return Difference(part=part, then=_short(then), now=_short(now))
 
 
