@@ -6,8 +6,10 @@ ARM,...``). What each part leaves in ``results.json`` suffices to compare all ar
 Shapes: S seeds, N test images.
 """
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,6 +51,11 @@ def claim(arm: str, other: str, pair: Comparison) -> str:
     if pair.is_shown:
         return f"{better} beats {worse} by {points}; {tests}"
     return f"no difference between {arm} and {other} is shown: {better} is {points} above {worse}; {tests}"
+
+
+def command_line() -> str:
+    """The command that is running, without the folder of its program."""
+    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def pack(correct_SN: Correct) -> list[str]:
@@ -113,6 +120,7 @@ def combine(parts: Mapping[str, dict[str, Any]], *, against: str = "") -> dict[s
     }
     return {
         **first,
+        "command": command_line(),
         "machine": ", ".join(dict.fromkeys(part["machine"] for part in parts.values())),
         "teachers": taught["teachers"],
         "teacher": taught["teacher"],

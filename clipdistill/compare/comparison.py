@@ -15,7 +15,6 @@ Shapes: S seeds, N test images.
 
 import hashlib
 import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +25,7 @@ import torch
 
 from clipdistill import __version__
 from clipdistill.compare.arms import CompareSettings
-from clipdistill.compare.combine import Correct, compare_arms, pack
+from clipdistill.compare.combine import Correct, command_line, compare_arms, pack
 from clipdistill.compare.overlap import check_no_overlap
 from clipdistill.compare.statistics import (
     best_p,
@@ -211,7 +210,7 @@ class ArmsComparison:
         teacher = self._teacher()
         identity = self._identity_of_a_run()
         return {
-            "command": " ".join(Path(part).name if number == 0 else part for number, part in enumerate(sys.argv)),
+            "command": command_line(),
             "machine": describe_machine(),
             "versions": {"clipdistill": __version__, "torch": torch.__version__},
             "test": self._describe(self.test),
