@@ -1,6 +1,6 @@
 """Overhead of the trainer over a bare loop: the same models, loss and optimizer on tensors that are in memory.
 
-    python scripts/benchmark_overhead.py --config configs/quickstart.yaml --steps 40 --rounds 3 --json overhead.json
+    python scripts/benchmark_overhead.py --config configs/icons.yaml --steps 40 --rounds 3 --json overhead.json
 
 The trainer runs twice: from the shards, and on one batch that is ready in memory, as in the bare loop. The sides
 alternate in one process, round after round; the result is the median ratio of their samples/s to the bare loop's.
@@ -97,7 +97,7 @@ def trainer_loop(run: Run, steps: int, *, batch: Batch | None) -> float:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, default=Path("configs/quickstart.yaml"))
+    parser.add_argument("--config", type=Path, default=Path("configs/icons.yaml"))
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)

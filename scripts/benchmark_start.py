@@ -86,7 +86,7 @@ def seconds_to_first_step(shards: str, folder: Path) -> float:
     started = time.perf_counter()
     subprocess.run(
         [
-            *(sys.executable, "-m", "clipdistill", "train", "--config", str(resource("configs", "quickstart.yaml"))),
+            *(sys.executable, "-m", "clipdistill", "train", "--config", str(resource("configs", "icons.yaml"))),
             *(f"output={folder}/run", f"data.shards=['{shards}']", f"data.cache={folder}/cache", "train.steps=1"),
             *("train.trackers=[]", "data.views=0", "teacher_cache.folder=''", "evaluation.folders=[]"),
             *("data.batch_size=64", "optimizer.warmup_steps=0"),

@@ -77,9 +77,10 @@ def icons(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     data = args.icons or folder / "icons"
     if not data.exists():
         render_icons(data, size=48)
-    config = resource("configs", "quickstart.yaml")
+    config = resource("configs", "icons.yaml")
     common = [f"data.shards=[{data}/train]", f"data.cache={folder}/index", f"train.steps={args.steps}"]
     common += ["train.log_every=20", "train.trackers=[]", f"data.workers={args.workers}"]
+    common += ["data.batch_size=128", "evaluation.folders=[]"]
     cache = [f"data.views={args.views}", f"teacher_cache.folder={folder}/icons-embeddings"]
     pixels = [f"data.views={args.views}", f"teacher_cache.folder={folder}/icons-pixels", "teacher_cache.pixels=true"]
     pixels += ["data.workers=0"]  # nothing is decoded
