@@ -90,7 +90,7 @@ def combine(parts: Mapping[str, dict[str, Any]], *, against: str = "") -> dict[s
             seeds or shared settings; or two state one arm.
     """
     first = next(iter(parts.values()))
-    taught = next((part for part in parts.values() if part.get("teachers")), first)
+    taught = next((part for part in parts.values() if isinstance(part, dict) and part.get("teachers")), first)
     arms: dict[str, Any] = {}
     correct: dict[str, Correct] = {}
     for name, part in parts.items():
@@ -99,6 +99,8 @@ def combine(parts: Mapping[str, dict[str, Any]], *, against: str = "") -> dict[s
             found = first_difference({key: other[key] for key in keys}, {key: part[key] for key in keys})
             images = sum(data["images"] for data in part["test"])
             read = {arm: unpack(of_arm["correct"], images) for arm, of_arm in part["arms"].items()}
+            if any(len(correct_SN) != len(part["seeds"]) for correct_SN in read.values()):
+                raise ValueError("an arm has another number of runs than seeds")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{name}: no results of `clipdistill compare` of this version: {error}") from error
         if found is not None:

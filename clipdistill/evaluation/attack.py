@@ -24,12 +24,12 @@ from clipdistill.attacks import Norm, apgd, pgd
 from clipdistill.distributed.collectives import rank, world_size
 from clipdistill.errors import InputError
 from clipdistill.evaluation.classification import Metrics, share_of_teacher
-from clipdistill.evaluation.encoding import encode_classes, evaluation_transform
+from clipdistill.evaluation.encoding import encode_classes, encode_pixels, evaluation_transform
 from clipdistill.evaluation.ranks import on_all_ranks
 from clipdistill.evaluation.sets.samples import EncodedSample, EvaluationSet, UnreadableImageError
 from clipdistill.io.machine import cores_per_process
 from clipdistill.models.class_embeddings import similarity_logits
-from clipdistill.models.towers import FrozenModel, Tower
+from clipdistill.models.towers import Tower
 
 if TYPE_CHECKING:
     from clipdistill.evaluation.evaluate import Details, Evaluator
@@ -181,20 +181,14 @@ class PixelClassifier(nn.Module):
     def __init__(self, tower: Tower, bank_CD: Tensor) -> None:
         super().__init__()
         self._tower = tower
-        self._scale = tower.logit_scale if isinstance(tower, FrozenModel) else float(tower.clip.logit_scale.exp())
-        self._bias = tower.bias if isinstance(tower, FrozenModel) else tower.logit_bias()
         self.register_buffer("_bank_CD", bank_CD, persistent=False)
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
         """Logits (B, C), float32."""
         tower = self._tower
-        normalised_BCHW = tower.pixels(pixels_BCHW)
-        if tower.channels_last:
-            normalised_BCHW = normalised_BCHW.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(pixels_BCHW.device.type, dtype=torch.bfloat16, enabled=tower.precision == "bf16"):
-            image_BD = tower.clip.encode_image(normalised_BCHW)
+        image_BD = encode_pixels(tower, tower.pixels(pixels_BCHW))
         bank_CD: Tensor = self._bank_CD  # type: ignore[assignment]
-        return similarity_logits(F.normalize(image_BD.float(), dim=-1), bank_CD, self._scale, self._bias)
+        return similarity_logits(image_BD, bank_CD, tower.clip.logit_scale.detach().exp(), tower.logit_bias())
 
 
 def attack_batch(model: nn.Module, pixels_BCHW: Tensor, labels_B: Tensor, settings: AttackSettings) -> Tensor:
@@ -269,8 +263,8 @@ def _attacks(
 def _check_gradient(model: nn.Module, pixels_BCHW: Tensor, labels_B: Tensor) -> None:
     watched = pixels_BCHW.detach().requires_grad_()
     with torch.enable_grad():
-        loss = F.cross_entropy(model(watched), labels_B)
-    gradient = torch.autograd.grad(loss, watched, allow_unused=True)[0] if loss.requires_grad else None
+        own = model(watched).gather(1, labels_B[:, None]).sum()  # a cross-entropy's may be 0 where the model is certain
+    gradient = torch.autograd.grad(own, watched, allow_unused=True)[0] if own.requires_grad else None
     if gradient is None or not gradient.any():
         raise InputError("--attack: the model gives no gradient to its pixels; allowed: a model of torch modules")
 

@@ -196,7 +196,7 @@ def _encode(
             image_BD = torch.zeros(len(samples), tower.embed_dim)
             if pixels:
                 readable_B = torch.tensor([each.pixels is not None for each in decoded])
-                image_BD[readable_B] = _encode_pixels(tower, torch.stack(pixels).to(device)).cpu()
+                image_BD[readable_B] = encode_pixels(tower, torch.stack(pixels).to(device)).cpu()
             captions = [caption for sample in samples for caption in sample.captions]
             text_MD = torch.zeros(0, tower.embed_dim)
             if captions:
@@ -224,7 +224,7 @@ def _decode_ahead(
         yield batch, [future.result() for future in futures]
 
 
-def _encode_pixels(tower: Tower, pixels_BCHW: Tensor) -> Tensor:
+def encode_pixels(tower: Tower, pixels_BCHW: Tensor) -> Tensor:
     """Unit-norm features (B, D), float32, of images after open_clip's transform."""
     if tower.channels_last:
         pixels_BCHW = pixels_BCHW.contiguous(memory_format=torch.channels_last)

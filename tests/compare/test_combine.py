@@ -156,6 +156,15 @@ def test_parts_that_do_not_belong_together(
     assert not (tmp_path / "whole").exists()
 
 
+@pytest.mark.parametrize("first", [[], {}, 3, changed("kl", "arms/kl/correct", pack(ARMS["kl"])[1:])])
+def test_a_first_file_that_is_none_is_refused(
+    combine: Callable[..., int], first: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert combine(first, results("gkl")) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"clipdistill: {tmp_path / 'part-0.json'}: no results of `clipdistill compare`")
+
+
 def test_what_is_no_results_file(combine: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
     assert combine("{") == 2
     assert "no JSON" in capsys.readouterr().err

@@ -151,6 +151,15 @@ def test_a_model_without_gradient_is_refused(problem: tuple[nn.Module, Tensor, T
         attack_batch(Rounded(), pixels, labels, settings())
 
 
+def test_a_certain_model_is_attacked() -> None:
+    """Its cross-entropy is 0 to rounding, and so is the gradient: that alone is no reason to refuse."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 5))
+    with torch.no_grad():
+        model[1].bias.copy_(torch.tensor([1000.0, 0, 0, 0, 0]))
+    rows = attack_batch(model, torch.rand(3, 3, 2, 2), torch.zeros(3, dtype=torch.long), settings())
+    assert rows.all()
+
+
 def test_results_are_kept_by_the_settings_of_the_attack(
     trained: Path, seen: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
