@@ -1,6 +1,5 @@
 """The training attack: against one written out by hand, its noise against SplitMix64, and what it leaves alone."""
 
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ import open_clip
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from clipdistill.data import Batch, StreamLoader, expand_urls, index_shards
@@ -22,7 +20,7 @@ from clipdistill.distill.teachers import Teachers
 from clipdistill.errors import InputError
 from clipdistill.losses import GKL, Feature, Loss, gkl_loss
 from clipdistill.models.class_embeddings import class_prompt_tokens, similarity_logits
-from clipdistill.models.loading import load_frozen_model, load_student
+from clipdistill.models.loading import load_student
 from clipdistill.models.prompts import load_prompts
 from clipdistill.models.towers import FrozenModel, Student
 from clipdistill.settings import validate
@@ -30,16 +28,7 @@ from tests.streams import make_stream
 
 TERM = GKL(gamma=0.5, beta=0.3, weight=2.0)
 
-
-@pytest.fixture(autouse=True)
-def accelerator() -> Iterator[Accelerator]:
-    yield Accelerator(cpu=True)
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.fixture
-def teacher(teacher_folder: Path) -> FrozenModel:
-    return load_frozen_model(f"local-dir:{teacher_folder}")
+pytestmark = pytest.mark.usefixtures("accelerator")
 
 
 @pytest.fixture

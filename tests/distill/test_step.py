@@ -1,13 +1,12 @@
 """One step of distillation by itself: against the same losses written out by hand, and under a perturbation."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from clipdistill.data import Batch, StreamLoader, expand_urls, index_shards
@@ -18,22 +17,11 @@ from clipdistill.distill.targets import Targets
 from clipdistill.distill.teachers import Teachers
 from clipdistill.losses import GKL, KL, Loss, gkl_loss
 from clipdistill.models.class_embeddings import class_embeddings, class_prompt_tokens, similarity_logits
-from clipdistill.models.loading import load_frozen_model, load_student
+from clipdistill.models.loading import load_student
 from clipdistill.models.prompts import load_prompts
 from clipdistill.models.tokens import TokenGroups, cat_tokens
 from clipdistill.models.towers import FrozenModel, Student
 from tests.streams import make_stream
-
-
-@pytest.fixture
-def accelerator() -> Iterator[Accelerator]:
-    yield Accelerator(cpu=True)
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-@pytest.fixture
-def teacher(teacher_folder: Path) -> FrozenModel:
-    return load_frozen_model(f"local-dir:{teacher_folder}")
 
 
 @pytest.fixture
