@@ -106,6 +106,12 @@ class Config(Settings):
         for term in terms:
             allowed = f"dataset or teacher, as {term.term_name} needs them"
             check(not term.needs_labels or self.labels != "none", "labels", self.labels, allowed)
+        reasons = [] if self.data.sampling is None else [f"data.sampling is {self.data.sampling}"]
+        reasons += [f"{term.term_name} has an adjustment" for term in terms if term.needs_class_counts]
+        for reason in reasons[:1]:
+            drawn = self.data.samples_per_epoch
+            check(self.labels == "dataset", "labels", self.labels, f"dataset, as {reason}")
+            check(drawn is None, "data.samples_per_epoch", drawn, f"empty, as {reason}")
 
     def _check_teachers(self, terms: Sequence[Term]) -> None:
         needs_teacher = [term.term_name for term in terms if term.needs_teacher]
@@ -191,7 +197,14 @@ def _map_texts(value: Any, change: Callable[[str, str], str], key: str = "") -> 
 
 
 _NAMES_OR_PATHS = frozenset(("prompts", "teachers.model", "teachers.pretrained", "student.model", "student.pretrained"))
-_PATHS = _NAMES_OR_PATHS | {"output", "data.shards", "data.cache", "teacher_cache.folder", "evaluation.folders"}
+_PATHS = _NAMES_OR_PATHS | {
+    "output",
+    "data.shards",
+    "data.cache",
+    "teacher_cache.folder",
+    "evaluation.folders",
+    "evaluation.class_counts",
+}
 
 
 def _absolute(key: str, text: str) -> str:

@@ -64,6 +64,15 @@ def reading() -> list[Row]:
             "--prompts",
             path or "{}",
         ],
+        "evaluate --class-counts": lambda path: [
+            "evaluate",
+            "--model",
+            "TEACHER",
+            "--data",
+            "SET",
+            "--class-counts",
+            path,
+        ],
         "export --checkpoint": lambda path: ["export", "--checkpoint", path, "--output", "OUT"],
         "export --prompts": lambda path: [
             "export",
@@ -117,6 +126,7 @@ def numbers() -> list[Row]:
         "--examples": ["report", "RUN"],
         "--profile": ["train", "--config", "CONFIG"],
         "--size": ["shards", "icons", "--output", "OUT"],
+        "--imbalance": ["shards", "icons", "--output", "OUT"],
         "--samples-per-shard": ["shards", "folder", "IMAGES", "--output", "OUT"],
         "--unused-days": ["cache-clean", "--cache", "CACHE"],
         "--max-gb": ["cache-clean", "--cache", "CACHE"],

@@ -13,6 +13,9 @@ sequentially, and yields it shuffled within a window.
 
 If a run resumes with another number of ranks or workers, the samples already yielded are removed from the
 sequence, and the rest is cut again.
+
+Samples may have weights: an epoch then holds a sample more or less often, in a row in its shard, and has the same
+length.
 """
 
 from collections.abc import Sequence
@@ -26,7 +29,7 @@ from clipdistill.errors import InputError
 
 Indices = NDArray[np.int64]
 
-_SHARDS, _WINDOW, _PIXELS, _DRAWS, _VIEWS, _CAPTIONS = 1, 2, 3, 4, 5, 6
+_SHARDS, _WINDOW, _PIXELS, _DRAWS, _VIEWS, _CAPTIONS, _REPEATS = 1, 2, 3, 4, 5, 6, 7
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -39,6 +42,8 @@ class Partition:
     """Number of the sample in its shard."""
     number_N: Indices
     """Number of the sample in the entire index, the same in every epoch."""
+    repeat_N: Indices
+    """How often the sample stands before in the epoch; 0 unless samples have weights."""
     order_N: Indices
     """Order of yielding: positions in the arrays above."""
     batches: int
@@ -102,6 +107,9 @@ class Plan(Layout):
     sizes: Sequence[int]
     """Samples of each shard of the index."""
     seed: int
+    weights: NDArray[np.float64] | None = None
+    """How often an epoch holds each sample of the index, on average; their sum is the number of samples. None: once.
+    An epoch holds a sample of weight 2.3 twice or three times."""
     first_epoch: int = 0
     """Epoch in which this layout begins."""
     past: Sequence[PreviousLayout] = ()
@@ -164,6 +172,9 @@ class Plan(Layout):
         position_N = (position_N + rng.integers(self.total)) % self.total
         sizes = np.asarray(self.sizes, np.int64)
         ends = np.cumsum(sizes[shards])
+        repeat_N = np.zeros_like(position_N)
+        if self.weights is not None:
+            position_N, repeat_N = self._repeated(self.weights, shards, epoch, position_N)
         at_N = np.searchsorted(ends, position_N, side="right")
         shard_N = shards[at_N]
         sample_N = position_N - (ends[at_N] - sizes[shard_N])
@@ -171,21 +182,40 @@ class Plan(Layout):
             shard_N=shard_N,
             sample_N=sample_N,
             number_N=(np.cumsum(sizes) - sizes)[shard_N] + sample_N,
+            repeat_N=repeat_N,
             order_N=self._order(self, len(position_N), epoch, rank, worker, len(past)),
             batches=batches,
         )
 
-    def pixels(self, epoch: int, number: int) -> np.random.Generator:
+    def pixels(self, epoch: int, number: int, repeat: int) -> np.random.Generator:
         """Random generator of a sample's augmentation: the same whichever rank and worker decodes it."""
-        return generator(_PIXELS, self.seed, epoch, number)
+        return generator(_PIXELS, self.seed, epoch, number, *_if_repeated(repeat))
 
-    def view(self, epoch: int, number: int, views: int) -> int:
-        """Number of the fixed view that a sample shows: each once in `views` epochs."""
-        return (epoch + number) % views
+    def view(self, epoch: int, number: int, repeat: int, views: int) -> int:
+        """Number of the fixed view that a sample shows: each once in `views` epochs, or in as many repeats."""
+        return (epoch + number + repeat) % views
 
-    def caption(self, epoch: int, number: int, captions: int) -> int:
+    def caption(self, epoch: int, number: int, repeat: int, captions: int) -> int:
         """Number of the caption that a sample of several shows in an epoch, drawn uniformly."""
-        return int(generator(_CAPTIONS, self.seed, epoch, number).integers(captions))
+        return int(generator(_CAPTIONS, self.seed, epoch, number, *_if_repeated(repeat)).integers(captions))
+
+    def _repeated(
+        self, weights: NDArray[np.float64], shards: Indices, epoch: int, position_N: Indices
+    ) -> tuple[Indices, Indices]:
+        """Positions in the sequence of all samples, of positions in that of the weighted epoch; and their repeats.
+
+        The repeats of the samples come from one random number (systematic sampling, Madow 1949): each is its weight,
+        rounded up or down, and they add up to the length of the epoch.
+        """
+        starts = np.cumsum(self.sizes) - self.sizes
+        order = np.concatenate([np.arange(starts[shard], starts[shard] + self.sizes[shard]) for shard in shards])
+        ends = np.cumsum(weights[order])
+        ends *= self.total / ends[-1]
+        until = np.floor(ends + generator(_REPEATS, self.seed, epoch).random()).astype(np.int64)
+        until[-1] = self.total
+        at_N = np.searchsorted(until, position_N, side="right")
+        before = np.concatenate([[0], until])
+        return at_N, position_N - before[at_N]
 
     def _left(self, epoch: int) -> int:
         """Number of samples of an epoch that this layout distributes."""
@@ -276,6 +306,10 @@ class ResampledPlan(Layout):
 
     def _generator(self, purpose: int, *numbers: int) -> np.random.Generator:
         return generator(purpose, self.seed, self.restarts, *numbers)
+
+
+def _if_repeated(repeat: int) -> tuple[int, ...]:
+    return (repeat,) if repeat else ()
 
 
 def view_pixels(seed: int, shard_digest: str, sample: int, view: int) -> np.random.Generator:

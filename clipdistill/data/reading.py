@@ -86,14 +86,15 @@ def read_partition(
             while wanted not in held:
                 here = next(unread)
                 held[here] = reader.read(int(partition.shard_N[here]), int(partition.sample_N[here]))
-            shard, sample, number = (
-                int(of_N[wanted]) for of_N in (partition.shard_N, partition.sample_N, partition.number_N)
+            shard, sample, number, repeat = (
+                int(of_N[wanted])
+                for of_N in (partition.shard_N, partition.sample_N, partition.number_N, partition.repeat_N)
             )
-            raw, view, rng = held.pop(wanted), 0, partial(plan.pixels, epoch, number)
+            raw, view, rng = held.pop(wanted), 0, partial(plan.pixels, epoch, number, repeat)
             if views.number and raw.fault is None:
-                view = plan.view(epoch, number, views.number)
+                view = plan.view(epoch, number, repeat, views.number)
                 rng = partial(view_pixels, views.seed, index[shard].digest, sample, view)
-            yield ScheduledSample(raw, rng, partial(plan.caption, epoch, number), shard, sample, view)
+            yield ScheduledSample(raw, rng, partial(plan.caption, epoch, number, repeat), shard, sample, view)
         position = 0
 
 

@@ -225,7 +225,7 @@ class Decoder:
                 raise
             captions = ()
         try:
-            label = self._label(raw)
+            label = self.label(raw)
         except BadSampleError:
             if self.require_labels:
                 raise
@@ -240,7 +240,15 @@ class Decoder:
             return False
         return _number(value) is None and _name(value) is not None
 
-    def _label(self, raw: RawSample) -> int:
+    def label(self, raw: RawSample) -> int:
+        """The class of a sample.
+
+        Raises:
+            BadSampleError: it has none, or a damaged one.
+            InputError: the label is outside the class list.
+        """
+        if raw.fault:
+            raise raw.fault
         value = _member(raw.members, self.label_key, own="cls")
         if value is None:
             raise BadSampleError("no label")

@@ -5,6 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from clipdistill.data.image import Augmentation
+from clipdistill.data.labels import Sampling
 from clipdistill.data.workers import WORKER_TIMEOUT
 from clipdistill.io.caches import DEFAULT_CACHE
 from clipdistill.io.images import MAX_PIXELS
@@ -43,6 +44,10 @@ class DataSettings(Settings):
     """Source of the label, a class number or name: ``cls``, or a field of the sample's json."""
     labels_by_order: bool = False
     """Match the classes of a ``classnames.txt`` beside the shards with the prompts by order; default: by name."""
+    sampling: Sampling | None = None
+    """How often an epoch holds the samples of a class (needs ``labels: dataset``). square_root: in proportion to the
+    square root of their number; class: each class equally often. A rare class's samples are then seen several times an
+    epoch, and not all of a frequent one's. Empty: each sample once."""
     samples_per_epoch: Count | None = None
     """For sets too large for epochs: draw shards at random with replacement; an epoch is this many samples.
     Empty: an epoch is every sample once."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -178,6 +179,8 @@ class ImageTextStream(IterableDataset[Batch]):
         shuffle: Window of the sample shuffle; 0: off (the order of shards still changes each epoch).
         views: Fixed augmentations of each sample, of which an epoch shows one; none: a new one each epoch.
         embeddings: Stored teachers' embeddings of the views; None: batches carry none.
+        weights: How often an epoch holds each sample of the index, on average (`sampling_weights`); None: once.
+        class_counts: Samples of each class in the index, if they were counted; for readers of the loader.
         tokenizers: Captions -> token ids, run in the decoding process.
         samples_per_epoch: None: an epoch is every sample once. A number: shards are drawn at random with
             replacement, and an epoch is that many samples.
@@ -205,6 +208,8 @@ class ImageTextStream(IterableDataset[Batch]):
         shuffle: int = 1000,
         views: Views = NO_VIEWS,
         embeddings: EmbeddingReader | None = None,
+        weights: NDArray[np.float64] | None = None,
+        class_counts: Sequence[int] | None = None,
         tokenizers: Sequence[Callable[[Sequence[str]], TokenGroups]] = (),
         samples_per_epoch: int | None = None,
         rank: int = 0,
@@ -219,10 +224,13 @@ class ImageTextStream(IterableDataset[Batch]):
             raise ValueError("samples_per_epoch must be given with a LazyIndex")
         if samples_per_epoch is None and sizes is None:
             raise ValueError("a LazyIndex must have sizes, unless samples_per_epoch is given")
+        if samples_per_epoch is not None and weights is not None:
+            raise ValueError("weights must not be given with samples_per_epoch")
         self.index = index
         self.decoder = decoder
         self.views = views
         self.embeddings = embeddings
+        self.class_counts = class_counts
         self.tokenizers = tokenizers
         self.rank = rank
         self.num_workers = num_workers
@@ -234,7 +242,7 @@ class ImageTextStream(IterableDataset[Batch]):
             "shuffle": shuffle,
         }
         if samples_per_epoch is None:
-            self.plan = Plan(**layout, seed=seed, sizes=sizes or [])
+            self.plan = Plan(**layout, seed=seed, sizes=sizes or [], weights=weights)
         else:
             self.plan = ResampledPlan(**layout, seed=seed, shards=len(index), samples_per_epoch=samples_per_epoch)
         self.start_at(0, [Cursor()] * self.plan.workers)
@@ -439,6 +447,11 @@ class StreamLoader:
     def class_lists(self) -> ClassLists | None:
         """Classes of the shards' labels, None if they are any numbers."""
         return self._stream.decoder.class_lists
+
+    @property
+    def class_counts(self) -> Sequence[int] | None:
+        """Samples of each class of the prompts, None if they were not counted."""
+        return self._stream.class_counts
 
     def class_digests(self) -> list[str]:
         """What the labels of each shard stand for (`ClassLists.digests`); empty if they are any numbers."""

@@ -29,6 +29,7 @@ class Objective:
         warmup_steps: optimizer steps over which a term's weight rises, by the term's name; other terms have no warm-up.
         teacher_weights: share of each teacher; normalised to sum to 1.
         num_classes: C, for the class priors.
+        class_counts: training samples of each class, for terms that need them.
         device: device of the priors.
         implementation: for losses with several implementations.
     """
@@ -40,6 +41,7 @@ class Objective:
         warmup_steps: Mapping[str, int] | None = None,
         teacher_weights: Sequence[float] = (),
         num_classes: int = 0,
+        class_counts: Sequence[int] | None = None,
         device: torch.device | str = "cpu",
         implementation: Implementation = "auto",
     ) -> None:
@@ -49,6 +51,7 @@ class Objective:
         self.teacher_shares = [weight / sum(teacher_weights) for weight in teacher_weights]
         self.priors = ClassPriors(terms, teachers=len(teacher_weights), num_classes=num_classes, device=device)
         self._warmup_steps = warmup_steps or {}
+        self._class_counts_C = None if class_counts is None else torch.tensor(class_counts, device=device)
 
     @property
     def needs_prompts(self) -> bool:
@@ -167,6 +170,7 @@ class Objective:
                     row_ids_B=targets.caption_ids_B if term.needs_caption_ids else None,
                     column_ids_C=targets.all_caption_ids if term.needs_caption_ids else None,
                     class_prior=self.priors.get(term, number),
+                    class_counts_C=self._class_counts_C if term.needs_class_counts else None,
                     implementation=self.implementation,
                 )
                 yield f"{term.term_name}/{number}/{direction}", share / max(len(ours), len(theirs)), comparison

@@ -5,18 +5,25 @@ An unreadable image counts as wrong: it stays in every denominator.
 Shapes: N samples, C classes.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from clipdistill.evaluation.agreement import agreement_metrics
 from clipdistill.evaluation.calibration import calibration_metrics, expected_calibration_error
 from clipdistill.evaluation.predictions import Predictions
+from clipdistill.evaluation.shots import shot_metrics
 
 Metrics = dict[str, float | int | None]
 
 
 def classification_metrics(
-    predictions: Predictions, teacher: Predictions | None = None, *, temperature: bool = False
+    predictions: Predictions,
+    teacher: Predictions | None = None,
+    *,
+    temperature: bool = False,
+    class_counts: Sequence[int] | None = None,
 ) -> Metrics:
     """Metrics of one set.
 
@@ -24,10 +31,11 @@ def classification_metrics(
         predictions: of the model, on a single- or multi-label set.
         teacher: of its teacher, on the same set.
         temperature: also fit ``temperature`` and compute ``ece_tempered``.
+        class_counts: training samples of each class, if known: also the metrics of `shot_metrics`.
 
     Returns:
         Of a single-label set ``acc1``, ``acc5`` (None below 5 classes), ``mean_per_class_recall`` over the classes
-        present, and ``ece`` (see `clipdistill.evaluation.calibration`); of a multi-label set
+        present (the balanced accuracy), and ``ece`` (see `clipdistill.evaluation.calibration`); of a multi-label set
         ``mean_average_precision``; always ``unreadable``: the number of unreadable images. With a teacher, also its
         main metric under the prefix ``teacher_``, ``share_of_teacher``: the model's main metric over the teacher's
         (None where that is 0), and the metrics of `clipdistill.evaluation.agreement.agreement_metrics`.
@@ -45,6 +53,8 @@ def classification_metrics(
             "mean_per_class_recall": float(recall_C[recall_C.isfinite()].mean()),
             "ece": expected_calibration_error(predictions.logits_NC, predictions.labels_N),
         }
+        if class_counts is not None:
+            metrics |= shot_metrics(recall_C, class_counts)
         if temperature:
             metrics |= calibration_metrics(predictions.logits_NC, predictions.labels_N)
     metrics["unreadable"] = len(predictions.unreadable)

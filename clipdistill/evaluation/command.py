@@ -72,6 +72,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="accept a class list that names a class twice (published ImageNet lists do)",
     )
+    data.add_argument(
+        "--class-counts",
+        type=path,
+        metavar="FILE|DIR",
+        help="training samples of each class (class_counts.json, as clipdistill shards writes it): also report the "
+        "accuracy of classes with many (> 100), a medium number of (20 to 100) and few of them (default: that in the "
+        "split train of a local set, if there is one)",
+    )
     data.add_argument("--subset", metavar="NAME", help="configuration of a Hugging Face data set")
     for column in ("image", "label", "caption"):
         data.add_argument(

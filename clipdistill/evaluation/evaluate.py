@@ -29,6 +29,7 @@ from clipdistill.evaluation.ranks import from_first_rank
 from clipdistill.evaluation.retrieval import retrieval_metrics
 from clipdistill.evaluation.robustness import BaselineLine, robustness_metrics
 from clipdistill.evaluation.sets.samples import EvaluationSet
+from clipdistill.evaluation.shots import head_to_tail
 from clipdistill.models.towers import Tower
 
 Details = dict[str, Any]
@@ -108,7 +109,9 @@ def zero_shot(
 
     def compare() -> tuple[Metrics, Details]:
         predictions, teacher_predictions = predict(), None if predict_teacher is None else predict_teacher()
-        metrics = classification_metrics(predictions, teacher_predictions, temperature=temperature)
+        metrics = classification_metrics(
+            predictions, teacher_predictions, temperature=temperature, class_counts=data.class_counts
+        )
         return metrics, _samples(predictions) | _classes(data, predictions, teacher_predictions)
 
     return from_first_rank(compare)
@@ -191,11 +194,15 @@ def _classes(data: EvaluationSet, predictions: Predictions, teacher: Predictions
         rows = zip(names, counts_C, average_precision(predictions).tolist(), strict=True)
         return {"classes": [{"name": n, "samples": count, "average_precision": value} for n, count, value in rows]}
     recall_C = recall_per_class(predictions)
-    diagram = [asdict(each) for each in reliability(predictions.logits_NC, predictions.labels_N)]
+    curves: Details = {
+        "reliability": [asdict(each) for each in reliability(predictions.logits_NC, predictions.labels_N)]
+    }
+    if data.class_counts is not None:
+        curves["head_to_tail"] = [asdict(each) for each in head_to_tail(recall_C, data.class_counts)]
     if teacher is not None:
         gains = class_gains(recall_C, recall_per_class(teacher), predictions.labels_N, names)
-        return {"classes": [asdict(each) | {"gain": each.gain} for each in gains], "reliability": diagram}
+        return {"classes": [asdict(each) | {"gain": each.gain} for each in gains], **curves}
     counts_C = predictions.labels_N.bincount(minlength=len(names)).tolist()
     rows = zip(names, counts_C, recall_C.tolist(), strict=True)
     seen = [{"name": n, "samples": count, "recall": recall} for n, count, recall in rows if count]
-    return {"classes": seen, "reliability": diagram}
+    return {"classes": seen, **curves}

@@ -146,6 +146,7 @@ def _open_sets(args: argparse.Namespace) -> list[SetEvaluation]:
         allow_duplicates=args.allow_duplicate_classes,
         columns=columns,
         decoding=DecodingSettings(decoding=args.decoding, max_pixels=args.max_pixels or MAX_PIXELS),
+        class_counts=args.class_counts,
         cache=expand(args.cache),
     )
     sets = [open_split(location, split=args.split) for location in args.data]

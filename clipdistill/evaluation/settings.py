@@ -3,7 +3,7 @@
 from pydantic import Field
 
 from clipdistill.io.images import DecodingSettings
-from clipdistill.settings import Count, CountOrZero
+from clipdistill.settings import Count, CountOrZero, LocalPath
 
 
 class EvaluationSettings(DecodingSettings):
@@ -15,6 +15,9 @@ class EvaluationSettings(DecodingSettings):
     """Split of each set."""
     allow_duplicate_classes: bool = False
     """Accept class lists that name a class twice (published ImageNet lists do)."""
+    class_counts: LocalPath = ""
+    """Training samples of each class, for accuracy on frequent and rare classes: a file, or a folder with
+    ``class_counts.json``; empty: that in the split ``train`` of a local set, if there is one."""
     batch_size: Count = 256
     """Images encoded at once."""
     workers: CountOrZero = 0

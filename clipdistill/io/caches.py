@@ -1,6 +1,7 @@
 """The cache: files that can be made again, each named after what it was made of, and verified when it is read.
 
 CACHE/shards/KEY.json                      index of a shard's samples (clipdistill.data.index)
+CACHE/labels/KEY.json                      classes of a shard's samples (clipdistill.data.labels)
 CACHE/copies/VERSION-CONTENT.tar           copy of a remote shard of a test set (clipdistill.evaluation.sets.shards)
 CACHE/class_embeddings/KEY.safetensors     class features of a prompt set (clipdistill.models.class_embeddings)
 
@@ -17,12 +18,13 @@ from pathlib import Path
 
 DEFAULT_CACHE = "~/.cache/clipdistill"
 
-INDEXES, COPIES, CLASS_EMBEDDINGS = "shards", "copies", "class_embeddings"
+INDEXES, LABELS, COPIES, CLASS_EMBEDDINGS = "shards", "labels", "copies", "class_embeddings"
 """Folders in a cache."""
 
 _KEYS = "[0-9a-f]{32,64}"
 _FILES = {
     INDEXES: re.compile(rf"{_KEYS}\.json"),
+    LABELS: re.compile(rf"{_KEYS}\.json"),
     COPIES: re.compile(rf"{_KEYS}(-{_KEYS})?\.tar"),
     CLASS_EMBEDDINGS: re.compile(rf"{_KEYS}\.safetensors"),
 }

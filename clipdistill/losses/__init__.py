@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from clipdistill.losses._common import LossSum
 from clipdistill.losses.base import Comparison, Implementation, Loss, LossParts, Paper
-from clipdistill.losses.clip import CLIP, clip_loss, contrastive_sums, positive_targets
+from clipdistill.losses.clip import CLIP, adjusted_logits, clip_loss, contrastive_sums, positive_targets
 from clipdistill.losses.dist import DIST, dist_loss
 from clipdistill.losses.dkd import DKD, dkd_loss, dkd_sums
 from clipdistill.losses.feature import Feature, FeatureKind, feature_loss, feature_sums
@@ -54,6 +54,7 @@ __all__ = [
     "Paper",
     "Term",
     "TopKPrior",
+    "adjusted_logits",
     "clip_loss",
     "contrastive_sums",
     "dist_loss",

@@ -69,6 +69,7 @@ class Comparison:
         row_ids_B: for a loss that ``needs_caption_ids``, the id of each row's caption, equal for equal captions.
         column_ids_C: the same for the columns.
         class_prior: a teacher's mean prediction for each class, for a loss with a ``prior_temperature``.
+        class_counts_C: training samples of each class, for a loss that ``needs_class_counts``.
         implementation: for losses with several implementations.
     """
 
@@ -78,6 +79,7 @@ class Comparison:
     row_ids_B: Tensor | None = None
     column_ids_C: Tensor | None = None
     class_prior: Tensor | TopKPrior | None = None
+    class_counts_C: Tensor | None = None
     implementation: Implementation = "auto"
 
     @property
@@ -172,6 +174,11 @@ class Loss(Settings):
     @property
     def needs_labels(self) -> bool:
         """Whether it needs the class of each sample."""
+        return False
+
+    @property
+    def needs_class_counts(self) -> bool:
+        """Whether it needs the number of training samples of each class."""
         return False
 
     @property

@@ -13,10 +13,12 @@ from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import ValidationInfo, field_validator
 from torch import Tensor
 
 from clipdistill.losses._common import LossSum, matching_matrices, mean_over_rows, outside_autocast
 from clipdistill.losses.base import Comparison, Loss, LossParts, Paper
+from clipdistill.settings import Positive
 
 
 class CLIP(Loss):
@@ -24,6 +26,16 @@ class CLIP(Loss):
 
     loss: Literal["clip"] = "clip"
     over: Literal["captions", "prompts"] = "captions"
+    adjustment: Positive | None = None
+    """Over prompts: strength of the logit adjustment, for training sets whose classes differ in frequency (needs
+    ``labels: dataset``); see ``adjusted_logits``. 1: consistent with the balanced error; empty: none."""
+
+    @field_validator("adjustment")
+    @classmethod
+    def _adjustment_is_of_prompts(cls, value: float | None, info: ValidationInfo) -> float | None:
+        if value is not None and info.data.get("over") != "prompts":
+            raise ValueError("empty, or a number with over: prompts")
+        return value
 
     papers: ClassVar = (
         Paper(
@@ -44,6 +56,11 @@ class CLIP(Loss):
         return self.over == "prompts"
 
     @property
+    def needs_class_counts(self) -> bool:
+        """The adjustment is by the classes' frequencies."""
+        return self.adjustment is not None
+
+    @property
     def needs_caption_ids(self) -> bool:
         """Over captions, the positives are all captions equal to the row's caption."""
         return self.over == "captions"
@@ -57,6 +74,9 @@ class CLIP(Loss):
         else:
             assert comparison.target_B is not None
             positive_BC = F.one_hot(comparison.target_B, logits_BC.shape[1]).to(logits_BC)
+        if self.adjustment is not None:
+            assert comparison.class_counts_C is not None
+            logits_BC = adjusted_logits(logits_BC, comparison.class_counts_C, strength=self.adjustment)
         return LossParts.single("clip", contrastive_sums(logits_BC, positive_BC).numerator / rows)
 
 
@@ -105,6 +125,30 @@ def clip_loss(
             logits_BB = logits_BB + logit_bias
         both_directions = contrastive_sums(logits_BB, target_BB) + contrastive_sums(logits_BB.T, target_BB)
         return both_directions.value
+
+
+def adjusted_logits(logits_BC: Tensor, class_counts_C: Tensor, *, strength: float = 1.0) -> Tensor:
+    """``logits + strength * log(frequency)``: the logits of a cross-entropy that treats rare classes as frequent ones.
+
+    Equation 10 of Menon et al. 2021, Long-tail learning via logit adjustment (arXiv 2007.07314): a softmax over them is
+    that of the training set's frequencies, so the logits themselves become those of equally frequent classes. Only the
+    loss uses them; predictions use the logits. GKL's class prior holds no frequencies and does not replace this.
+
+    Args:
+        logits_BC: (B, C).
+        class_counts_C: (C,) training samples of each class; a class without any counts as one sample.
+        strength: tau.
+
+    Returns:
+        (B, C), with the gradient of the logits.
+
+    Raises:
+        ValueError: wrong shapes.
+    """
+    if tuple(class_counts_C.shape) != (logits_BC.shape[1],):
+        raise ValueError(f"class_counts_C must have shape ({logits_BC.shape[1]},), got {tuple(class_counts_C.shape)}")
+    counts_C = class_counts_C.to(logits_BC.device, torch.float32).clamp(min=1)
+    return logits_BC + strength * (counts_C / counts_C.sum()).log()
 
 
 def positive_targets(row_ids_B: Tensor, column_ids_N: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:

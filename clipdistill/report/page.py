@@ -7,6 +7,7 @@ import base64
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from clipdistill.evaluation.calibration import expected_calibration_error, relia
 from clipdistill.evaluation.classification import Metrics, recall_per_class
 from clipdistill.evaluation.evaluate import Evaluator, zero_shot
 from clipdistill.evaluation.sets.open import open_sets
+from clipdistill.evaluation.shots import head_to_tail
 from clipdistill.io.files import output_file, write_text, writing
 from clipdistill.io.jsonl import read_jsonl
 from clipdistill.io.packages import require
@@ -156,9 +158,10 @@ def _compare(data: EvaluationSet, models: Mapping[str, Evaluator]) -> SetCompari
         metrics = {role: zero_shot(model, data, temperature=False)[0] for role, model in models.items()}
         return SetComparison(data=data, metrics=metrics, predictions={})
     predictions = {role: model.predictions(data) for role, model in models.items()}
-    metrics = {"student": classification_metrics(predictions["student"], predictions.get("teacher"))}
+    measure = partial(classification_metrics, class_counts=data.class_counts)
+    metrics = {"student": measure(predictions["student"], predictions.get("teacher"))}
     if "teacher" in predictions:
-        metrics["teacher"] = classification_metrics(predictions["teacher"])
+        metrics["teacher"] = measure(predictions["teacher"])
     return SetComparison(data=data, metrics=metrics, predictions=predictions)
 
 
@@ -259,6 +262,8 @@ def _set_section(comparison: SetComparison, examples: int) -> dict[str, Any]:
     plots = []
     if comparison.predictions:
         plots = [_reliability(comparison), _confusion(comparison)]
+        if comparison.data.class_counts is not None:
+            plots.insert(0, _head_to_tail(comparison, comparison.data.class_counts))
     if "teacher" in comparison.predictions:
         plots.insert(0, _gains(comparison))
     return {
@@ -294,6 +299,27 @@ def _gains(comparison: SetComparison) -> dict[str, str]:
     figure.update_xaxes(tickformat="+.0%", title="recall of the student - recall of the teacher")
     figure.update_layout(height=120 + 20 * len(chosen))
     return {"title": "Classes that gain and lose most against the teacher", "plot": plot_div(figure)}
+
+
+def _head_to_tail(comparison: SetComparison, class_counts: Sequence[int]) -> dict[str, str]:
+    """Accuracy from the classes with the most training samples to those with the fewest."""
+    from plotly import graph_objects as go
+
+    figure = go.Figure()
+    for role, predictions in comparison.predictions.items():
+        points = head_to_tail(recall_per_class(predictions), class_counts)
+        places = np.cumsum([point.classes for point in points]) - np.array([point.classes for point in points]) / 2
+        figure.add_scatter(
+            x=places,
+            y=[point.recall for point in points],
+            text=[f"{point.classes} classes of {point.training_samples:,.0f} training samples" for point in points],
+            mode="lines+markers",
+            name=role,
+            line={"color": _COLOURS[role]},
+        )
+    figure.update_xaxes(title="classes, those with the most training samples first")
+    figure.update_yaxes(title="mean accuracy of the classes", tickformat=".0%", rangemode="tozero")
+    return {"title": "From frequent to rare classes", "plot": plot_div(figure)}
 
 
 def _reliability(comparison: SetComparison) -> dict[str, str]:

@@ -5,7 +5,7 @@ import sys
 from typing import Any
 
 from clipdistill.errors import InputError
-from clipdistill.io.arguments import path, positive
+from clipdistill.io.arguments import not_negative, path, positive
 from clipdistill.io.files import check_new
 from clipdistill.models.class_matching import BY_ORDER_FLAG
 from clipdistill.models.prompts import load_prompts
@@ -32,6 +32,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     icons.add_argument("--output", type=path, required=True, metavar="DIR", help="folder to write")
     icons.add_argument(
         "--size", type=positive, default=64, metavar="PIXELS", help="width and height, 32 to 512 (default: 64)"
+    )
+    icons.add_argument(
+        "--imbalance",
+        type=positive,
+        metavar="N",
+        help="a long-tailed training set: from N pictures of the most frequent class to 1 of the rarest, falling "
+        "exponentially (default: every drawing once)",
+    )
+    icons.add_argument(
+        "--seed",
+        type=not_negative,
+        metavar="N",
+        help="of the drawings of a long-tailed training set (default: 0)",
     )
 
     common = argparse.ArgumentParser(add_help=False)
@@ -181,7 +194,12 @@ def _open_source(args: argparse.Namespace) -> Source:
 
 
 def _run_icons(args: argparse.Namespace) -> None:
-    summary = render_icons(args.output, size=args.size, progress=_show if sys.stderr.isatty() else None)
+    if args.seed is not None and args.imbalance is None:
+        raise InputError("--seed: given without --imbalance; allowed: only with --imbalance")
+    progress = _show if sys.stderr.isatty() else None
+    summary = render_icons(
+        args.output, size=args.size, imbalance=args.imbalance, seed=args.seed or 0, progress=progress
+    )
     counts = ", ".join(f"{count} {split}" for split, count in summary.samples.items())
     print(f"{args.output}: {counts} icons of {summary.size} px, {summary.classes} classes")
 

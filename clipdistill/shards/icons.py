@@ -19,7 +19,7 @@ import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +67,12 @@ HELD_OUT = "ri"
 SHARED_WITH = 2
 """A concept of the held-out family is a class when at least this many of the other fonts have it."""
 
+MAX_IMBALANCE = 1000
+
 VALIDATION_SHARE = 0.2
 """Share of the (group, concept) pairs of the classes that goes to validation."""
 
-FORMAT = 2
+FORMAT = 3
 """Version of the rendered files; increased when the same settings give other files, so that older folders are not
 reused."""
 
@@ -108,6 +110,10 @@ class IconsSummary:
     """Version of the package with the fonts."""
     size: int
     """Width and height of a picture, in pixels."""
+    imbalance: int | None
+    """Training pictures of the most frequent class, where the rarest has one; None: all drawings once."""
+    seed: int | None
+    """Seed of the choice of the long-tailed set's drawings; None: all drawings once."""
     classes: int
     samples: dict[str, int]
     """Number of samples of each split."""
@@ -119,7 +125,14 @@ class IconsSummary:
     """Size and sha256 of every other file, by its path."""
 
 
-def render_icons(output: Path, *, size: int = 64, progress: Callable[[int, int], None] | None = None) -> IconsSummary:
+def render_icons(
+    output: Path,
+    *,
+    size: int = 64,
+    imbalance: int | None = None,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> IconsSummary:
     """Render the icon fonts into shards of images, captions and labels; an ``output`` with the same settings is reused.
 
     ============== =====================================================================================
@@ -137,15 +150,20 @@ def render_icons(output: Path, *, size: int = 64, progress: Callable[[int, int],
     trained on; training images identical to a validation image (aliases) are dropped. Glyphs of the held-out
     family without a class are in no split.
 
+    With an ``imbalance``, ``train/`` is a long-tailed set of the labelled drawings: see `long_tailed`.
+
     Raises:
-        InputError: ``size`` is out of range; qtawesome is missing, or its fonts give other classes than those
-            shipped; ``output`` contains anything but icons of the same settings.
+        InputError: ``size`` or ``imbalance`` is out of range; qtawesome is missing, or its fonts give other classes
+            than those shipped; ``output`` contains anything but icons of the same settings.
     """
     if not 32 <= size <= 512:
         raise InputError(f"size: {size}; allowed: 32 to 512 pixels")
     fonts, version = find_fonts()
+    tail: dict[str, Any] = {"imbalance": imbalance, "seed": None if imbalance is None else seed}
+    if imbalance is not None and not 2 <= imbalance <= MAX_IMBALANCE:
+        raise InputError(f"imbalance: {imbalance}; allowed: 2 to {MAX_IMBALANCE}")
     if output.exists():
-        return _reuse(output, format=FORMAT, qtawesome=version, size=size)
+        return _reuse(output, format=FORMAT, qtawesome=version, size=size, **tail)
 
     check_new(output)
     glyphs = sorted(read_glyphs(fonts), key=lambda glyph: _hash(glyph.key))
@@ -172,18 +190,21 @@ def render_icons(output: Path, *, size: int = 64, progress: Callable[[int, int],
             progress(done, len(glyphs))
     validation_images = {sample.image for sample in samples["val"]}
     samples["train"] = [sample for sample in samples["train"] if sample.image not in validation_images]
+    if imbalance is not None:
+        samples["train"] = long_tailed(samples["train"], imbalance=imbalance, seed=seed)
 
     counts: dict[str, Any] = {
         "format": FORMAT,
         "qtawesome": version,
         "size": size,
+        **tail,
         "classes": len(classnames),
         "samples": {split: len(group) for split, group in samples.items()},
         "families": {split: _count_families(group) for split, group in samples.items()},
         "empty": sorted(empty),
     }
     with new_folder(output) as folder:
-        write_shards(samples["train"], folder / "train", samples_per_shard=2000)
+        write_shards(samples["train"], folder / "train", samples_per_shard=2000, classnames=prompts.classnames)
         for split in ("val", "test"):
             write_classification_folder(
                 samples[split],
@@ -195,6 +216,34 @@ def render_icons(output: Path, *, size: int = 64, progress: Callable[[int, int],
         summary = IconsSummary(**counts, files=fingerprints(folder))
         write_json(folder / "icons.json", asdict(summary))
     return summary
+
+
+def long_tailed(samples: Iterable[Sample], *, imbalance: int, seed: int) -> list[Sample]:
+    """A long-tailed set: the class of rank r of C has ``imbalance^(1 - r / (C - 1))`` pictures, rounded.
+
+    The counts fall exponentially from ``imbalance`` to 1, as in the long-tailed CIFAR of Cui et al. 2019
+    (Class-balanced loss based on effective number of samples, arXiv 1901.05555). Classes are ranked by their number of
+    drawings, the frequent ones first, as designers drew them; the seed ranks equal ones and orders the drawings of a
+    class. A class with fewer drawings than pictures repeats them in turn.
+
+    Args:
+        samples: those without a label are left out.
+        imbalance: pictures of the first class.
+        seed: of the order of equal classes, of the drawings, and of the result.
+    """
+    of_class: defaultdict[int, list[Sample]] = defaultdict(list)
+    for sample in sorted(samples, key=lambda sample: _hash(f"{seed}/{sample.key}")):
+        if sample.label is not None:
+            of_class[sample.label].append(sample)
+    ranked = sorted(of_class, key=lambda label: (-len(of_class[label]), _hash(f"{seed}/{label}")))
+    chosen = []
+    for rank, label in enumerate(ranked):
+        drawings = of_class[label]
+        for number in range(round(imbalance ** (1 - rank / max(1, len(ranked) - 1)))):
+            turn, drawing = divmod(number, len(drawings))
+            key = drawings[drawing].key + (f"+{turn}" if turn else "")
+            chosen.append(replace(drawings[drawing], key=key))
+    return sorted(chosen, key=lambda sample: _hash(f"{seed}/{sample.key}"))
 
 
 def find_fonts() -> tuple[Path, str]:

@@ -8,14 +8,17 @@ import io
 import json
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from clipdistill.errors import InputError
 from clipdistill.io.files import check_new, new_folder
+from clipdistill.models.class_counts import CLASS_COUNTS_FILE, as_json
 from clipdistill.models.prompts import CLASSNAMES_FILE, PLACEHOLDER, TEMPLATE_FILES
 
 WRITTEN_EXTENSIONS = ("jpg", "png", "webp")
@@ -73,9 +76,11 @@ def write_shards(
     folder: Path,
     *,
     samples_per_shard: int = 1000,
+    classnames: Sequence[str] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> ShardSummary:
-    """Write ``0.tar`` .. ``n-1.tar`` and ``nshards.txt`` into the new folder ``folder``.
+    """Write ``0.tar`` .. ``n-1.tar`` and ``nshards.txt`` into the new folder ``folder``; with the names of the classes,
+    also ``class_counts.json``.
 
     The bytes of a tar depend on its samples alone: it stores no times and no owner. ``progress`` is called
     after each shard with the number of samples written so far.
@@ -86,18 +91,28 @@ def write_shards(
     if samples_per_shard < 1:
         raise InputError(f"samples_per_shard: {samples_per_shard}; allowed: 1 or more")
     check_new(folder)
-    iterator = iter(samples)
+    counts: Counter[int | None] = Counter()
+
+    def counted() -> Iterator[Sample]:
+        for sample in samples:
+            counts[sample.label] += 1
+            yield sample
+
+    iterator = counted()
     shards = written = 0
-    with new_folder(folder) as partial:
+    with new_folder(folder) as temporary:
         while (first := next(iterator, None)) is not None:
             rest = islice(iterator, samples_per_shard - 1)
-            written += _write_tar(chain([first], rest), partial / f"{shards}.tar")
+            written += _write_tar(chain([first], rest), temporary / f"{shards}.tar")
             shards += 1
             if progress:
                 progress(written)
         if not shards:
             raise InputError(f"samples: none to write into {folder.name!r}; allowed: one or more")
-        (partial / "nshards.txt").write_text(f"{shards}\n")
+        (temporary / "nshards.txt").write_text(f"{shards}\n")
+        if classnames is not None:
+            text = as_json(classnames, [counts[label] for label in range(len(classnames))])
+            (temporary / CLASS_COUNTS_FILE).write_text(text, encoding="utf-8")
     return ShardSummary(folder=folder, shards=shards, samples=written)
 
 
@@ -131,6 +146,7 @@ def write_classification_folder(
         split=split,
         shared_files={CLASSNAMES_FILE: _lines(classnames), TEMPLATE_FILES[1]: _lines(templates)},
         samples_per_shard=samples_per_shard,
+        classnames=classnames,
         progress=progress,
     )
 
@@ -165,9 +181,13 @@ def write_split(
     split: str,
     shared_files: dict[str, str],
     samples_per_shard: int,
+    classnames: Sequence[str] | None = None,
     progress: Callable[[int], None] | None,
 ) -> ShardSummary:
     """Write ``<folder>/<split>``; the folder's first split also writes the files that all splits share."""
+    write = partial(
+        write_shards, samples, samples_per_shard=samples_per_shard, classnames=classnames, progress=progress
+    )
     if not re.fullmatch(r"\w[\w.-]*", split):
         raise InputError(f"split: {split!r}; allowed: a folder name of letters, digits, '_', '-' and '.'")
     if folder.exists():
@@ -175,11 +195,11 @@ def write_split(
             file = folder / name
             if not file.is_file() or file.read_text(encoding="utf-8") != text:
                 raise InputError(f"{file}: is missing, or differs from that of split {split!r}; allowed: a new folder")
-        return write_shards(samples, folder / split, samples_per_shard=samples_per_shard, progress=progress)
-    with new_folder(folder) as partial:
+        return write(folder / split)
+    with new_folder(folder) as temporary:
         for name, text in shared_files.items():
-            (partial / name).write_text(text, encoding="utf-8")
-        inner = write_shards(samples, partial / split, samples_per_shard=samples_per_shard, progress=progress)
+            (temporary / name).write_text(text, encoding="utf-8")
+        inner = write(temporary / split)
     return ShardSummary(folder=folder / split, shards=inner.shards, samples=inner.samples)
 
 

@@ -13,6 +13,7 @@ from clipdistill.config import Config
 from clipdistill.data import ImageTextStream, LazyIndex, ShardIndex, StreamLoader, expand_urls, index_shards
 from clipdistill.data.class_lists import find_class_lists
 from clipdistill.data.embeddings import EmbeddingReader
+from clipdistill.data.labels import Labels, count_classes, read_labels, sampling_weights
 from clipdistill.data.reading import Views
 from clipdistill.data.sample import Decoder
 from clipdistill.data.sizes import stated_sizes
@@ -126,11 +127,13 @@ def uses_teacher_captions(config: Config) -> bool:
 
 def open_index(config: Config) -> Sequence[ShardIndex]:
     """The shards of a run: indexed on first use if the files beside them state their sizes, or if samples are drawn;
-    else all of them before the first step.
+    else, or if all labels are needed, all of them before the first step.
 
     Raises:
         InputError: as `index_all` and `stated_sizes`.
     """
+    if needs_all_labels(config):
+        return index_all(config)
     urls, cache = expand_urls(config.data.shards), expand(config.data.cache)
     if config.data.samples_per_epoch is not None:
         return LazyIndex(urls, cache_dir=cache)
@@ -158,6 +161,18 @@ def index_all(config: Config, *, rebuild: bool = False) -> list[ShardIndex]:
     if len(unusable) > config.data.max_bad_share * len(index):
         raise InputError(bad_shards_message(unusable, len(index), config.data.max_bad_share))
     return index
+
+
+def needs_all_labels(config: Config) -> bool:
+    """Whether the class of every sample is needed before the first step."""
+    return config.data.sampling is not None or any(term.needs_class_counts for term in config.terms)
+
+
+def _read_all_labels(config: Config, index: Sequence[ShardIndex], decoder: Decoder) -> list[Labels]:
+    """The labels of all shards; each rank reads those of a part of them."""
+    cache = expand(config.data.cache)
+    parts = on_all_ranks(lambda: read_labels(index[rank() :: world_size()], decoder, cache_dir=cache))
+    return [parts[number % len(parts)][number // len(parts)] for number in range(len(index))]
 
 
 def bad_shards_message(faults: Sequence[str], seen: int, allowed: float) -> str:
@@ -232,6 +247,11 @@ def open_stream(
         urls = index.urls if isinstance(index, LazyIndex) else [shard.url for shard in index]
         lists = from_first_rank(lambda: find_class_lists(urls, prompts, by_order=data.labels_by_order))
         decoder = replace(decoder, class_lists=lists)
+    weights = class_counts = None
+    if needs_all_labels(config):
+        labels = _read_all_labels(config, index, decoder)
+        weights = None if data.sampling is None else sampling_weights(labels, data.sampling)
+        class_counts = None if prompts is None else count_classes(labels, prompts.num_classes)
     embeddings = None
     if config.teacher_cache.folder:
         key = cache_content(config, decoder).key(teachers, device=device)
@@ -246,6 +266,8 @@ def open_stream(
         shuffle=data.shuffle,
         views=Views(data.views, data.view_seed),
         embeddings=embeddings,
+        weights=weights,
+        class_counts=class_counts,
         tokenizers=[tokenizer.grouped for tokenizer in tokenizers],
         samples_per_epoch=data.samples_per_epoch,
         rank=rank(),
@@ -255,13 +277,21 @@ def open_stream(
     return StreamLoader(stream, pin_memory=on_gpu, timeout=data.worker_timeout, device=device)
 
 
-def make_objective(config: Config, *, steps_per_epoch: float, num_classes: int, device: torch.device) -> Objective:
+def make_objective(
+    config: Config,
+    *,
+    steps_per_epoch: float,
+    num_classes: int,
+    class_counts: Sequence[int] | None,
+    device: torch.device,
+) -> Objective:
     """The objective, of the terms with weight above 0."""
     return Objective(
         config.terms,
         warmup_steps={term.term_name: round(term.warmup_epochs * steps_per_epoch) for term in config.terms},
         teacher_weights=[teacher.weight for teacher in config.teachers],
         num_classes=num_classes,
+        class_counts=class_counts,
         device=device,
         implementation=config.train.loss_implementation,
     )

@@ -125,7 +125,11 @@ class RunParts:
         self.total_steps = self._count_steps()
         self.schedule = Schedule(config.optimizer, total_steps=self.total_steps, step=self.progress.step)
         self.objective = make_objective(
-            config, steps_per_epoch=self.progress.steps_per_epoch, num_classes=num_classes, device=self._device
+            config,
+            steps_per_epoch=self.progress.steps_per_epoch,
+            num_classes=num_classes,
+            class_counts=self.loader.class_counts,
+            device=self._device,
         )
         self._prepare_student()
         set_seed(config.seed, device_specific=True)

@@ -1,6 +1,7 @@
 """The epoch plan: every sample once, equal steps, an order for each epoch, a shuffle within its window."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -115,6 +116,58 @@ def test_workers_make_the_batches_in_turn_across_epochs(steps, workers, epochs):
     turns = Counter(batch % workers for batch in range(steps * epochs))
     made = {worker: sum(plan.batches(epoch, worker) for epoch in range(epochs)) for worker in range(workers)}
     assert made == {worker: turns[worker] for worker in range(workers)}
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    sizes=st.lists(st.integers(0, 30), min_size=1, max_size=6).filter(lambda sizes: sum(sizes) >= 24),
+    weight=st.integers(0, 2**32),
+    layout=layouts,
+    epoch=st.integers(0, 50),
+    steps=st.integers(0, 5),
+)
+def test_an_epoch_of_weighted_samples(sizes, weight, layout, epoch, steps):
+    """As long as one without weights; each sample as often as its weight, up or down to a whole number, with its
+    repeats numbered; and other ranks and workers see what is left of it."""
+    total = sum(sizes)
+    weights = np.random.default_rng(weight).exponential(size=total) + 0.01
+    weights *= total / weights.sum()
+    plan = Plan(sizes=sizes, seed=weight, weights=weights, **(layout | {"batch_size": 1}))
+
+    def held(plan, epoch):
+        shares = [plan.partition(epoch, rank, worker) for rank in range(plan.ranks) for worker in range(plan.workers)]
+        pairs = [zip(share.number_N.tolist(), share.repeat_N.tolist(), strict=True) for share in shares]
+        return [pair for of_share in pairs for pair in of_share]
+
+    whole = held(Plan(sizes=sizes, seed=weight, weights=weights, batch_size=1, ranks=1, workers=1, shuffle=0), epoch)
+    times = Counter(number for number, _ in whole)
+    assert len(whole) == total
+    assert set(whole) == {(number, repeat) for number, count in times.items() for repeat in range(count)}
+    for number, expected in enumerate(weights):
+        assert np.floor(expected - 1e-9) <= times[number] <= np.ceil(expected + 1e-9)
+
+    shared = held(plan, epoch)
+    assert len(shared) == plan.steps * plan.global_batch
+    assert not Counter(shared) - Counter(whole)
+    step = min(steps, plan.steps)
+    now, positions, seen = given_out(plan, step)
+    past = PreviousLayout(**(layout | {"batch_size": 1}), before=int(plan.before(now)), positions=positions)
+    other = Plan(
+        sizes=sizes, seed=weight, weights=weights, batch_size=2, ranks=1, workers=1, shuffle=5,
+        first_epoch=now, past=[past],
+    )  # fmt: skip
+    of_epoch = Counter(number for number, _ in held(replace(plan, ranks=1, workers=1), now))
+    rest = Counter(seen) + Counter(number for number, _ in held(other, now))
+    assert not rest - of_epoch
+    assert total - rest.total() < 2
+
+
+def test_weights_are_kept_on_average():
+    weights = np.array([0.25, 3.5, 0.75, 1.5, 1, 2, 0.5, 0.5, 1, 1])
+    weights *= 10 / weights.sum()
+    plan = Plan(sizes=[4, 6], batch_size=1, ranks=1, workers=1, seed=0, shuffle=0, weights=weights)
+    times = Counter(number for epoch in range(2000) for number in plan.partition(epoch, 0, 0).number_N.tolist())
+    np.testing.assert_allclose([times[number] / 2000 for number in range(10)], weights, atol=0.05)
 
 
 def test_shard_sample_and_number_mean_the_same():

@@ -36,6 +36,7 @@ from clipdistill.losses import (
     LossParts,
     Term,
     TopKPrior,
+    adjusted_logits,
     clip_loss,
     dist_loss,
     dkd_loss,
@@ -225,6 +226,24 @@ def test_the_shares_of_a_loss_that_couples_rows_would_be_another() -> None:
     assert abs((3 * shares[0].value + 5 * shares[1].value) / 8 - whole) > 1e-3 * whole
 
 
+def test_an_adjusted_cross_entropy_is_that_of_the_training_sets_frequencies() -> None:
+    """A class without samples counts as one; the minimiser's logits, without the adjustment, favour no class."""
+    counts_C = torch.tensor([70, 25, 5, 0])
+    logits_BC = torch.randn(9, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    frequency = [70 / 101, 25 / 101, 5 / 101, 1 / 101]
+    for strength in (1.0, 0.5):
+        found = adjusted_logits(logits_BC, counts_C, strength=strength).softmax(1)
+        weighted_BC = logits_BC.exp() * torch.tensor(frequency, dtype=torch.float64) ** strength
+        torch.testing.assert_close(found, weighted_BC / weighted_BC.sum(1, keepdim=True), rtol=1e-6, atol=1e-7)
+    free_C = torch.zeros(3, requires_grad=True)
+    labels_B = torch.tensor([0] * 70 + [1] * 25 + [2] * 5)
+    adjusted = adjusted_logits(free_C.expand(100, 3), counts_C[:3])
+    F.cross_entropy(adjusted, labels_B).backward()
+    torch.testing.assert_close(free_C.grad, torch.zeros(3), rtol=0, atol=1e-6)
+    with pytest.raises(ValueError, match=r"class_counts_C must have shape \(4,\), got \(3,\)"):
+        adjusted_logits(logits_BC, counts_C[:3])
+
+
 def test_clip_over_captions_is_the_mean_of_both_directions() -> None:
     ids = torch.tensor([4, 1, 4, 0, 2, 1, 3, 7], device=DEVICE)
     comparison = compared(B, row_ids_B=ids, column_ids_C=ids)
@@ -354,6 +373,7 @@ def test_an_unknown_setting_is_refused_by_name(loss: type[Loss]) -> None:
         ({"loss": "kl", "temperature": math.inf}, "^temperature: inf is not allowed; allowed: "),
         ({"loss": "dkd", "beta": "much"}, "^beta: 'much' is not allowed; allowed: a finite number$"),
         ({"loss": "dist", "weight": -1}, "^weight: -1 is not allowed; allowed: >= 0$"),
+        ({"loss": "clip", "adjustment": 1}, "^adjustment: 1 is not allowed; allowed: empty, or a number with over"),
         ({"loss": "clip", "name": "a b"}, "^name: 'a b' is not allowed; allowed: text that matches "),
         ({"loss": "feature", "kind": "l1"}, "^kind: 'l1' is not allowed; allowed: cosine, mse$"),
         ({"loss": "mse"}, "loss: 'mse' is not allowed; allowed: gkl, kl, dkd, dist, clip, feature$"),

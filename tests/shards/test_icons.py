@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,44 @@ def splits(icons):
 
 def family_of(sample):
     return json.loads(sample["json"])["family"]
+
+
+def test_a_long_tailed_training_set(tmp_path, icons):
+    """Counts fall exponentially from the imbalance to 1; drawings are those of the whole set, each as often as its
+    class needs; the same seed gives the same bytes."""
+    whole, _ = icons
+    original = {sample["__key__"]: (sample["png"], sample["cls"]) for sample in read_split(whole) if "cls" in sample}
+    found = {}
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        summary = render_icons(tmp_path / name, size=SIZE, imbalance=50, seed=seed)
+        assert (summary.imbalance, summary.seed) == (50, seed)
+        found[name] = [(sample["__key__"], sample["png"], sample["cls"]) for sample in read_split(tmp_path / name)]
+    assert found["a"] == found["b"]
+    assert found["a"] != found["c"]
+    counts = Counter(int(label) for _, _, label in found["a"])
+    drawings = Counter(int(label) for _, label in original.values())
+    ranked = sorted(counts.values(), reverse=True)
+    assert ranked == [round(50 ** (1 - rank / (len(drawings) - 1))) for rank in range(len(drawings))]
+    listed = dict(json.loads((tmp_path / "a" / "train" / "class_counts.json").read_text()))
+    assert listed == {name: counts[label] for label, name in enumerate(CLASSNAMES)}
+    for label, count in counts.items():
+        for other in counts:
+            assert drawings[label] >= drawings[other] or count <= counts[other]
+    for key, picture, label in found["a"]:
+        assert original[key.partition("+")[0]] == (picture, label)
+    assert len({key for key, _, _ in found["a"]}) == len(found["a"])
+    for split in ("val", "test"):
+        tar = Path(split, "test", "0.tar")
+        assert (tmp_path / "a" / tar).read_bytes() == (whole / tar).read_bytes()
+    with pytest.raises(InputError, match=r"holds icons of imbalance 50; allowed: None, or a new folder"):
+        render_icons(tmp_path / "a", size=SIZE)
+    with pytest.raises(InputError, match=r"imbalance: 1; allowed: 2 to 1000"):
+        render_icons(tmp_path / "d", size=SIZE, imbalance=1)
+
+
+def read_split(folder):
+    shards = [str(tar) for tar in sorted((folder / "train").glob("*.tar"))]
+    return list(webdataset.WebDataset(shards, shardshuffle=False))
 
 
 def test_shipped_prompts():

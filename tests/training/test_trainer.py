@@ -153,7 +153,8 @@ def runs(colours: Path, tiny_model: Path, teacher_folder: Path, tmp_path_factory
 )
 def test_killed_and_resumed_run_is_bit_identical(runs: Runs, ranks: int, workers: int, accumulate: int) -> None:
     """Weights, average, optimizer, priors, positions, metrics, evaluations and samples, after two kills."""
-    layout = [f"data.workers={workers}", f"train.accumulate={accumulate}"]
+    sampling = ["data.sampling=class"] if accumulate > 1 else []
+    layout = [f"data.workers={workers}", f"train.accumulate={accumulate}", *sampling]
     name = f"killed-{ranks}-{workers}-{accumulate}"
     for step in (6, 13):
         job = runs.start(name, *layout, ranks=ranks)

@@ -19,10 +19,15 @@ from clipdistill.evaluation.sets.shards import is_shard_set, open_shard_set
 from clipdistill.evaluation.settings import EvaluationSettings
 from clipdistill.io.image_folders import find_image_folder
 from clipdistill.io.images import STANDARD_DECODING, DecodingSettings
+from clipdistill.io.paths import expand
+from clipdistill.models.class_counts import CLASS_COUNTS_FILE, load_class_counts
 from clipdistill.models.prompts import load_prompts
 
 HUB = "hf-hub:"
 """Prefix of the name of a data set on the Hugging Face Hub."""
+
+TRAIN_SPLIT = "train"
+"""The split whose class counts count for the others of its folder."""
 
 ALLOWED = (
     "a folder or URL in CLIP_benchmark's layout, a folder of tar files, a folder of class folders, a folder that the "
@@ -39,6 +44,7 @@ def open_set(
     allow_duplicates: bool = False,
     columns: Columns | None = None,
     decoding: DecodingSettings = STANDARD_DECODING,
+    class_counts: Path | None = None,
     cache: Path | None = None,
 ) -> EvaluationSet:
     """Open a test set; with several ranks, all call this together.
@@ -55,11 +61,13 @@ def open_set(
         allow_duplicates: accept a class list that names a class twice.
         columns: of a Hugging Face data set.
         decoding: of the images.
+        class_counts: file of the training samples of each class, or a folder with ``class_counts.json``; None: that in
+            the training split of a local folder, if there is one.
         cache: folder for indexes and copies of remote shards; None: neither is cached.
 
     Raises:
-        InputError: on every rank: no such set or split, a missing or damaged part, a bad class list, or classes that
-            are not among the prompts'.
+        InputError: on every rank: no such set or split, a missing or damaged part, a bad class list, classes that are
+            not among the prompts', or class counts of other classes.
     """
     opened = _open_set(
         location,
@@ -70,7 +78,16 @@ def open_set(
         columns=columns,
         cache=cache,
     )
-    return replace(opened, decoding=decoding)
+    if opened.kind != "classification":
+        return replace(opened, decoding=decoding)
+    beside = Path(location) / TRAIN_SPLIT
+    if class_counts is None and split != TRAIN_SPLIT and (beside / CLASS_COUNTS_FILE).is_file():
+        class_counts = beside
+    counts = None
+    if class_counts is not None:
+        load = partial(load_class_counts, class_counts, opened.prompts.classnames, of=f"data {opened.name}")
+        counts = with_shared_errors(partial(load, by_order=by_order))
+    return replace(opened, decoding=decoding, class_counts=counts)
 
 
 def _open_set(
@@ -127,6 +144,7 @@ def open_sets(folders: Sequence[str], settings: EvaluationSettings, *, cache: Pa
             split=settings.split,
             allow_duplicates=settings.allow_duplicate_classes,
             decoding=settings.images,
+            class_counts=expand(settings.class_counts) if settings.class_counts else None,
             cache=cache,
         )
         for folder in folders

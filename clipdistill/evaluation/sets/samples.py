@@ -92,6 +92,7 @@ class EvaluationSet:
         prompts: class names and templates; empty for retrieval.
         reader: its samples.
         decoding: of its images.
+        class_counts: training samples of each class of the prompts; None if they are not known.
     """
 
     name: str
@@ -99,6 +100,7 @@ class EvaluationSet:
     prompts: PromptSet
     reader: Reader
     decoding: DecodingSettings = STANDARD_DECODING
+    class_counts: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -119,7 +121,8 @@ class EvaluationSet:
             yield replace(sample, decoding=self.decoding)
 
     def identity(self, progress: Callable[[int], None] | None = None) -> str:
-        """Digest of every byte of the samples, their decoding, class names and templates; the same wherever the set is.
+        """Digest of every byte of the samples, their decoding, class names and templates, and the numbers of training
+        samples, if known; the same wherever the set is.
 
         Every rank calls this, and reads its share; ``progress`` is called with the number of samples it has read.
 
@@ -139,7 +142,8 @@ class EvaluationSet:
 
         content = [each for share in on_all_ranks(read_share) for each in share]
         decoding = [self.decoding.decoding, self.decoding.max_pixels]
-        return digest([self.kind, self.prompts.classnames, self.prompts.templates, content, decoding])
+        counts = [] if self.class_counts is None else [self.class_counts]
+        return digest([self.kind, self.prompts.classnames, self.prompts.templates, content, decoding, *counts])
 
 
 def _digest_of(samples: Iterator[EncodedSample]) -> str:
