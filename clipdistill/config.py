@@ -91,6 +91,12 @@ class Config(Settings):
         check(bool(self.data.shards), "data.shards", self.data.shards, "at least one path or pattern")
         self._check_prompts(terms)
         self._check_teachers(terms)
+        needs_clean = [term.term_name for term in terms if term.needs_clean]
+        if needs_clean:
+            what = f"{needs_clean[0]} compares with clean images, or sees them"
+            check(self.adversarial is not None, "adversarial", "none", f"settings of an attack, as {what}")
+            others = [term.term_name for term in terms if not term.separable]
+            check(not others, "objective", others, f"terms over prompts, images or features, as {what}")
         if self.adversarial is not None:
             against, allowed = self.adversarial.against, [term.term_name for term in terms if attackable(term, "")]
             one = "a term over prompts or images, each sample by itself"

@@ -1,5 +1,6 @@
 """Training runs of one config, in processes of their own (`scripts.jobs`)."""
 
+import hashlib
 import json
 import shutil
 import time
@@ -56,7 +57,7 @@ class Runs:
 
     def whole(self, *overrides: str, ranks: int = 1) -> Path:
         """The folder of the uninterrupted run."""
-        name = f"whole-{ranks}" + "".join(f"-{override.replace('/', '_')}" for override in overrides)
+        name = f"whole-{ranks}-{hashlib.sha256(json.dumps(overrides).encode()).hexdigest()[:8]}"
         if not (self.folder / name).exists():
             job = self.start(name, *overrides, ranks=ranks)
             assert job.wait() == [0] * ranks, job.text()

@@ -35,6 +35,7 @@ _PLACES = frozenset(
         "data.cache",
         "data.workers",
         "evaluation.folders",
+        "evaluation.class_counts",
         "teacher_cache.folder",
         "train.threads",
         "train.trackers",

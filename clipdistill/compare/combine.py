@@ -21,25 +21,48 @@ from clipdistill.errors import InputError
 from clipdistill.io.identity import first_difference
 
 Correct = NDArray[np.bool_]
+Images = NDArray[np.bool_]
 
 _COMMON = ("test", "validation", "shards", "shared", "seeds")
 """What parts have to agree in; those with teachers in these, too."""
 
 
-def compare_arms(correct: Mapping[str, Correct], pairs: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
-    """The comparisons of pairs of arms, corrected for their number.
+def compare_arms(
+    correct: Mapping[str, Correct], pairs: Sequence[tuple[str, str]], shots: Mapping[str, Images]
+) -> list[dict[str, Any]]:
+    """The comparisons of pairs of arms, corrected for their number; and of each pair on each shot, not corrected.
 
     Args:
         correct: of each arm, whether each run is right about each image (S, N).
         pairs: names of arms.
+        shots: which images are of frequent or rare classes (N,), by the name of the shot.
     """
     found = [compare_pair(correct[one], correct[other]) for one, other in pairs]
     adjusted = holm([max(pair.p_seeds, pair.p_images) for pair in found])
     found = [replace(pair, adjusted=value) for pair, value in zip(found, adjusted, strict=True)]
     return [
-        {"arm": one, "against": other, **asdict(pair), "shown": pair.is_shown, "claim": claim(one, other, pair)}
+        {
+            "arm": one,
+            "against": other,
+            **asdict(pair),
+            "shown": pair.is_shown,
+            "claim": claim(one, other, pair),
+            "shots": {
+                shot: _uncorrected(compare_pair(correct[one][:, among_N], correct[other][:, among_N]))
+                for shot, among_N in shots.items()
+            },
+        }
         for (one, other), pair in zip(pairs, found, strict=True)
     ]
+
+
+def _uncorrected(pair: Comparison) -> dict[str, Any]:
+    return {name: value for name, value in asdict(pair).items() if name != "adjusted"}
+
+
+def accuracy_by_shot(correct_SN: Correct, shots: Mapping[str, Images]) -> dict[str, list[float]]:
+    """Accuracy of each run on the images of each shot."""
+    return {shot: correct_SN[:, among_N].mean(1).tolist() for shot, among_N in shots.items()}
 
 
 def claim(arm: str, other: str, pair: Comparison) -> str:
@@ -117,6 +140,8 @@ def combine(parts: Mapping[str, dict[str, Any]], *, against: str = "") -> dict[s
         raise InputError(f"against: {against!r} is not allowed; allowed: {', '.join(arms)}")
     pairs = pairs_of(list(arms), against)
     check_seeds(len(first["seeds"]), len(pairs))
+    images = sum(data["images"] for data in first["test"])
+    shots = {shot: unpack([bits], images)[0] for shot, bits in first.get("shots", {}).items()}
     power = {
         key: value for key, value in first["power"].items() if key in ("seeds", "test_images", "validation_images")
     }
@@ -129,5 +154,5 @@ def combine(parts: Mapping[str, dict[str, Any]], *, against: str = "") -> dict[s
         "against": against,
         "power": power | {"comparisons": len(pairs), "best_p": best_p(len(first["seeds"]), len(pairs))},
         "arms": arms,
-        "comparisons": compare_arms(correct, pairs),
+        "comparisons": compare_arms(correct, pairs, shots),
     }

@@ -85,7 +85,7 @@ def _read_results(file: Path) -> Any:
 def _write(folder: Path, results: dict[str, Any]) -> None:
     from rich.console import Console
 
-    from clipdistill.compare.page import markdown, page, text_table
+    from clipdistill.compare.page import by_shot, markdown, page, text_table
     from clipdistill.io.files import write_json, write_text, writing
 
     with writing(f"output {folder}", folder):
@@ -95,4 +95,6 @@ def _write(folder: Path, results: dict[str, Any]) -> None:
     Console(width=160).print(text_table(results))
     for pair in results["comparisons"]:
         print(pair["claim"])
+    for line in by_shot(results):
+        print(line)
     print(f"table: {folder / TABLE_FILE}\nfigures: {folder / RESULTS_FILE}\npage: {folder / PAGE_FILE}")

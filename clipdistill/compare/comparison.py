@@ -25,7 +25,7 @@ import torch
 
 from clipdistill import __version__
 from clipdistill.compare.arms import CompareSettings
-from clipdistill.compare.combine import Correct, command_line, compare_arms, pack
+from clipdistill.compare.combine import Correct, Images, accuracy_by_shot, command_line, compare_arms, pack
 from clipdistill.compare.overlap import check_no_overlap
 from clipdistill.compare.statistics import (
     best_p,
@@ -44,6 +44,7 @@ from clipdistill.io.machine import describe_machine
 from clipdistill.io.manifest import fingerprints
 from clipdistill.io.paths import expand
 from clipdistill.io.run_files import IDENTITY_FILE, METRICS_FILE
+from clipdistill.models.class_counts import SHOTS, shot_of
 from clipdistill.training.build import index_all, open_evaluation_sets, uses_teacher_captions
 from clipdistill.training.identity import Identity, read_identity
 from clipdistill.training.trainer import train
@@ -209,6 +210,7 @@ class ArmsComparison:
         }
         teacher = self._teacher()
         identity = self._identity_of_a_run()
+        shots = self._shots()
         return {
             "command": command_line(),
             "machine": describe_machine(),
@@ -223,9 +225,24 @@ class ArmsComparison:
             "against": settings.against,
             "power": power,
             "teacher": teacher,
-            "arms": {arm: self._arm(arm, correct[arm], teacher) for arm in settings.arms},
-            "comparisons": compare_arms(correct, settings.pairs),
+            "shots": {shot: pack(among_N[None])[0] for shot, among_N in shots.items()},
+            "arms": {
+                arm: self._arm(arm, correct[arm], teacher) | {"shots": accuracy_by_shot(correct[arm], shots)}
+                for arm in settings.arms
+            },
+            "comparisons": compare_arms(correct, settings.pairs, shots),
         }
+
+    def _shots(self) -> dict[str, Images]:
+        """Which test images are of classes with many, a medium number of, and few training samples (N,); empty if the
+        numbers are not known, and without the shots that have no image."""
+        found = []
+        for data in self.test:
+            if data.class_counts is None:
+                return {}
+            found += [shot_of(data.class_counts[sample.label]) for sample in data.samples()]
+        masks = {shot: np.array([each == shot for each in found]) for shot in SHOTS}
+        return {shot: among_N for shot, among_N in masks.items() if among_N.any()}
 
     def _describe(self, sets: Sequence[EvaluationSet]) -> list[dict[str, Any]]:
         return [{"name": data.name, "images": len(data), "identity": self._identities[id(data)]} for data in sets]

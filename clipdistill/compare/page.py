@@ -3,6 +3,7 @@
 from datetime import timedelta
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 
 from clipdistill.compare.comparison import describe_power
@@ -53,10 +54,32 @@ def markdown(results: dict[str, Any]) -> str:
         *("| " + " | ".join(row) + " |" for row in rows(results)),
         "",
         *(f"- {comparison['claim']}" for comparison in results["comparisons"]),
+        *(f"- {line}" for line in by_shot(results)),
         *(f"- {arm}: {edge}" for arm, of_arm in results["arms"].items() for edge in of_arm["edges"]),
         f"- {describe_power(results['power'])}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def by_shot(results: dict[str, Any]) -> list[str]:
+    """A line for each shot, and one for each pair of arms on it; empty if the classes' frequencies are not known."""
+    lines = []
+    for shot, bits in results.get("shots", {}).items():
+        images = bytes.fromhex(bits)
+        means = [
+            f"{name} {np.mean(arm['shots'][shot]) * 100:.2f} ± {np.std(arm['shots'][shot], ddof=1) * 100:.2f} %"
+            for name, arm in results["arms"].items()
+        ]
+        count = sum(byte.bit_count() for byte in images)
+        lines.append(f"{shot}-shot classes ({count:,} images): {', '.join(means)}")
+        for pair in results["comparisons"]:
+            found = pair["shots"][shot]
+            lines.append(
+                f"{shot}-shot classes, {pair['arm']} - {pair['against']}: {found['difference'] * 100:+.2f} points "
+                f"[{found['low'] * 100:+.2f}, {found['high'] * 100:+.2f}]; p = {found['p_seeds']:.3f} over seeds, "
+                f"{found['p_images']:.3g} over images, not corrected"
+            )
+    return lines
 
 
 def page(results: dict[str, Any], *, name: str) -> str:
@@ -69,6 +92,7 @@ def page(results: dict[str, Any], *, name: str) -> str:
         header=HEADER,
         rows=rows(results),
         results=results,
+        by_shot=by_shot(results),
         power=describe_power(results["power"]),
         plots=[{"title": title, "plot": plot_div(figure)} for title, figure in plots.items()],
     )

@@ -2,8 +2,9 @@
 
     batch, targets of the clean images ─ noise of (seed, epoch, key) ─ pgd against a term ─> pixels for the student
 
-The teachers' answers to clean images are the target, so a teacher cache serves. Sources: GKL.md's settings (Cui et al.,
-arXiv 2503.08038), with KL as in AGFT, with features as in FARE (Schlarmann et al., arXiv 2402.12336).
+The teachers' answers to clean images are the target, so a teacher cache serves. A two-sided term compares with the
+student's own clean images instead. Sources: GKL-AT (Cui et al., arXiv 2503.08038); KL as in TRADES (Zhang et al., arXiv
+1901.08573) and AGFT; features as in FARE (Schlarmann et al., arXiv 2402.12336).
 
 Shapes: B images, C channels, H height, W width, P = C * H * W values of an image.
 """
@@ -124,13 +125,18 @@ class Adversary:
         self._student.eval()
         try:
             prompts_CD = self._encode_prompts(step)
+            clean = None
+            if any(term.is_two_sided for term in self._terms):
+                with torch.no_grad(), self._autocast():
+                    outputs = self._student(pixels_BCHW)._replace(prompts_CD=prompts_CD)
+                clean = Similarities(self._texts.complete(outputs, targets))
 
             def objective(images_BCHW: Tensor) -> Tensor:
                 with self._autocast():
                     outputs = self._student(images_BCHW)
                 outputs = outputs._replace(prompts_CD=prompts_CD)
                 student = Similarities(self._texts.complete(outputs, targets))
-                return self._objective.total_of(self._terms, student, targets, denominators, step)
+                return self._objective.total_of(self._terms, student, targets, denominators, step, clean)
 
             return pgd(
                 objective,
@@ -168,7 +174,8 @@ class Adversary:
 
 def attackable(term: Loss, against: str) -> bool:
     """Whether an attack can maximise a term: its value belongs to one image each, and it is the one that is named."""
-    return term.over in ("prompts", "images") and term.separable and against in ("", term.term_name)
+    seen = term.over in ("prompts", "images") and term.separable and not term.clean
+    return seen and against in ("", term.term_name)
 
 
 def hashed_uniform(seeds_B: Tensor, count: int) -> Tensor:

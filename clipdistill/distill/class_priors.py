@@ -1,4 +1,4 @@
-"""The class priors of an objective: one per teacher and per term that uses one.
+"""The class priors of an objective: one per teacher and per term that uses one; of two-sided terms the student's own.
 
 Shapes: B rows of this rank, C classes.
 """
@@ -28,13 +28,16 @@ class ClassPriors:
             f"{term.term_name}/{teacher}": ClassPrior(num_classes, device)
             for term in terms
             if term.prior_temperature is not None
-            for teacher in range(teachers)
+            for teacher in range(1 if term.is_two_sided else teachers)
         }
+        self._own = {f"{term.term_name}/0" for term in terms if term.is_two_sided}
         self.complete = False
-        """Whether the priors are final: means over all stored views of a teacher cache."""
+        """Whether the teachers' priors are final: means over all stored views of a teacher cache."""
 
-    def __bool__(self) -> bool:
-        return bool(self._priors)
+    @property
+    def of_teachers(self) -> bool:
+        """Whether there are any of a teacher's predictions."""
+        return bool(self._priors.keys() - self._own)
 
     def get(self, term: Loss, teacher: int) -> Tensor | TopKPrior | None:
         """The current prior; None if the term uses none."""
@@ -42,15 +45,28 @@ class ClassPriors:
         return None if prior is None else prior.prior
 
     def observe(self, term: Loss, teacher: int, logits_BC: Tensor, labels_B: Tensor) -> None:
-        """Add a teacher's predictions to the prior of the next epoch."""
+        """Add predictions to the prior of the next epoch.
+
+        Args:
+            term: that uses the prior.
+            teacher: number of the teacher; 0 for a two-sided term.
+            logits_BC: the teacher's; of a two-sided term the student's for clean images.
+            labels_B: the classes.
+        """
         if term.prior_temperature is not None:
             probability_BC = (logits_BC / term.prior_temperature).softmax(dim=-1)
             self._priors[f"{term.term_name}/{teacher}"].add(probability_BC, labels_B)
 
-    def end_epoch(self) -> None:
-        """Replace the priors by the means of the epoch."""
-        for prior in self._priors.values():
-            prior.end_epoch(sum_over_ranks)
+    def end_epoch(self, *, of_teachers: bool = True, own: bool = True) -> None:
+        """Replace the priors by the means of the epoch.
+
+        Args:
+            of_teachers: those of teachers' predictions.
+            own: those of the student's.
+        """
+        for name, prior in self._priors.items():
+            if own if name in self._own else of_teachers:
+                prior.end_epoch(sum_over_ranks)
 
     def shared_state(self) -> dict[str, Tensor]:
         """The current priors, the same on all ranks."""

@@ -79,6 +79,11 @@ class Objective:
         return any(term.over == "captions" and term.needs_teacher for term in self.terms)
 
     @property
+    def needs_clean(self) -> bool:
+        """Whether a term needs the student's clean images, where they are attacked."""
+        return any(term.needs_clean for term in self.terms)
+
+    @property
     def separable(self) -> bool:
         """Whether micro-batches can be computed separately, given the denominators."""
         return all(term.separable for term in self.terms)
@@ -91,10 +96,20 @@ class Objective:
     def observe(self, targets: Targets) -> None:
         """Add a micro-batch's teacher predictions to the class priors of the next epoch."""
         for term in self.terms:
-            if term.prior_temperature is not None:
+            if term.prior_temperature is not None and not term.is_two_sided:
                 assert targets.labels_B is not None
                 for number, teacher in enumerate(targets.teachers):
                     self.priors.observe(term, number, teacher.prompt_logits, targets.labels_B)
+
+    @torch.no_grad()
+    def observe_clean(self, clean: Similarities, targets: Targets) -> None:
+        """Add the student's predictions of a micro-batch's clean images to the priors of two-sided terms."""
+        for term in self.terms:
+            if term.prior_temperature is not None and term.is_two_sided:
+                assert targets.labels_B is not None
+                # of their own: those in ``clean`` would then have no gradient
+                logits_BC = Similarities(clean.outputs).prompt_logits
+                self.priors.observe(term, 0, logits_BC, targets.labels_B)
 
     @torch.no_grad()
     def denominators(self, batches: Sequence[Targets], rows: int) -> dict[str, Tensor]:
@@ -114,32 +129,58 @@ class Objective:
         packed = sum_over_ranks(torch.stack([value.to(widest_float(self.device)) for value in local.values()]))
         return dict(zip(local, packed, strict=True))
 
-    def losses(self, student: Similarities, targets: Targets, denominators: Denominators) -> dict[str, LossParts]:
+    def losses(
+        self,
+        student: Similarities,
+        targets: Targets,
+        denominators: Denominators,
+        clean: Similarities | None = None,
+    ) -> dict[str, LossParts]:
         """This rank's share of every term of one micro-batch, unweighted, by the term's name.
 
         The shares of all ranks and micro-batches add up to the value of the term on the global batch.
+
+        Args:
+            student: of the images that it sees.
+            targets: of the images.
+            denominators: of the step.
+            clean: the student's of the clean images, if it sees attacked ones and a term needs them.
         """
-        return {term.term_name: self._compute(term, student, targets, denominators) for term in self.terms}
+        return {term.term_name: self._compute(term, student, targets, denominators, clean) for term in self.terms}
 
     def total(self, losses: Mapping[str, LossParts], step: int) -> Tensor:
         """The weighted sum in optimizer step ``step``."""
         return torch.stack([self.weight_at(term, step) * losses[term.term_name].value for term in self.terms]).sum()
 
     def total_of(
-        self, terms: Sequence[Loss], student: Similarities, targets: Targets, denominators: Denominators, step: int
+        self,
+        terms: Sequence[Loss],
+        student: Similarities,
+        targets: Targets,
+        denominators: Denominators,
+        step: int,
+        clean: Similarities | None = None,
     ) -> Tensor:
-        """This rank's share of the weighted sum of some of the terms, 0-d."""
+        """This rank's share of the weighted sum of some of the terms, 0-d; arguments as for ``losses``."""
         values = [
-            self.weight_at(term, step) * self._compute(term, student, targets, denominators).value for term in terms
+            self.weight_at(term, step) * self._compute(term, student, targets, denominators, clean).value
+            for term in terms
         ]
         return torch.stack(values).sum()
 
-    def _compute(self, term: Loss, student: Similarities, targets: Targets, denominators: Denominators) -> LossParts:
+    def _compute(
+        self,
+        term: Loss,
+        student: Similarities,
+        targets: Targets,
+        denominators: Denominators,
+        clean: Similarities | None,
+    ) -> LossParts:
         """A term: its mean over directions, weighted over teachers."""
         rows = denominators["rows"].to(torch.float32)
         parts: dict[str, Tensor] = {}
         value = torch.zeros((), device=rows.device)
-        for key, share, comparison in self._comparisons(term, student, targets):
+        for key, share, comparison in self._comparisons(term, student, targets, clean):
             of_matrix = {
                 name.removeprefix(f"{key}/"): each for name, each in denominators.items() if name.startswith(f"{key}/")
             }
@@ -151,18 +192,21 @@ class Objective:
         return LossParts(parts, value)
 
     def _comparisons(
-        self, term: Loss, student: Similarities | None, targets: Targets
+        self, term: Loss, student: Similarities | None, targets: Targets, clean: Similarities | None = None
     ) -> Iterator[tuple[str, float, Comparison]]:
         """The comparisons of a term: key of the denominators, share in the term, and the student's matrix with a
-        teacher's."""
-        teachers = (
-            list(zip(targets.teachers, self.teacher_shares, strict=True)) if term.needs_teacher else [(None, 1.0)]
-        )
+        teacher's, or with that of its own clean images."""
+        teachers: list[tuple[Similarities | None, float]] = [(clean if term.is_two_sided else None, 1.0)]
+        if term.needs_teacher:
+            teachers = list(zip(targets.teachers, self.teacher_shares, strict=True))
+        if term.clean and student is not None:
+            student = clean or student
         for number, (teacher, share) in enumerate(teachers):
             whole = WholeBatch if term.couples_rows else lambda matrix: matrix
             ours = [whole(matrix) for matrix in student.over(term.over)] if student else []
             theirs = [whole(matrix) for matrix in teacher.over(term.over)] if teacher else []
-            for direction in range(max(len(ours), len(theirs))):
+            directions = max(len(ours), len(theirs), int(term.is_two_sided))
+            for direction in range(directions):
                 comparison = Comparison(
                     student=ours[direction] if ours else None,
                     teacher=theirs[direction] if theirs else None,
@@ -173,7 +217,7 @@ class Objective:
                     class_counts_C=self._class_counts_C if term.needs_class_counts else None,
                     implementation=self.implementation,
                 )
-                yield f"{term.term_name}/{number}/{direction}", share / max(len(ours), len(theirs)), comparison
+                yield f"{term.term_name}/{number}/{direction}", share / directions, comparison
 
     def _target_columns(self, term: Loss, targets: Targets) -> Tensor | None:
         """Column of each row's class or, over captions, of its matching pair in the matrix over all ranks."""

@@ -3,6 +3,8 @@
     batches ─ Teachers.run ─> Targets ─ Objective.denominators ─┐
             └ perturb ─> student ─> Similarities ───────────────┴─ Objective.losses ─> backward
 
+Terms that need clean images beside attacked ones get both from one forward pass.
+
 Shapes: K micro-batches, B samples per micro-batch, D features.
 """
 
@@ -146,15 +148,20 @@ class DistillationStep:
             last = number == len(batches) - 1
             with self._synchronised(last):
                 images = self._perturbed(batch, target, denominators, step)
+                clean = self._clean(batch)
                 with self.stopwatch.section("student forward"):
                     texts = self.texts.inputs(batch, step, prompts=last or prompts_CD is None)
-                    outputs = self.model(images, **texts)
+                    outputs = self.model(images if clean is None else torch.cat([images, clean]), **texts)
                 with self.stopwatch.section("loss"):
                     shared = outputs if last or prompts_CD is None else outputs._replace(prompts_CD=prompts_CD)
-                    student = Similarities(self.texts.complete(shared, target))
-                    losses = self.objective.losses(student, target, denominators)
+                    shared = self.texts.complete(shared, target)
+                    student, own_clean = Similarities(shared), None
+                    if clean is not None:
+                        student, own_clean = map(Similarities, shared.split([len(batch), len(batch)]))
+                        self.objective.observe_clean(own_clean, target)
+                    losses = self.objective.losses(student, target, denominators, own_clean)
                     if measure_shares and last:
-                        found.gradient_shares = self._gradient_shares(losses, student, step)
+                        found.gradient_shares = self._gradient_shares(losses, shared.image_BD, step)
                     total = self.objective.total(losses, step)
                 with self.stopwatch.section("backward"):
                     scaled = total * self.accelerator.num_processes
@@ -202,7 +209,7 @@ class DistillationStep:
             student = Similarities(self.texts.complete(cache.outputs, whole))
             losses = self.objective.losses(student, whole, denominators)
             if measure_shares:
-                found.gradient_shares = self._gradient_shares(losses, student, step)
+                found.gradient_shares = self._gradient_shares(losses, student.outputs.image_BD, step)
             total = self.objective.total(losses, step)
             (total * self.accelerator.num_processes).backward()
         for number in range(len(batches)):
@@ -220,13 +227,18 @@ class DistillationStep:
         with self.stopwatch.section("attack"):
             return self.perturb(batch, target, denominators, step)
 
+    def _clean(self, batch: Batch) -> Tensor | None:
+        """The clean images in the format of attacked ones; None if no term needs them."""
+        if self.perturb is None or not self.objective.needs_clean:
+            return None
+        return self.student.pixels.resize(batch.image_BCHW)
+
     def _synchronised(self, last: bool) -> Any:
         """Synchronise gradients only in the backward pass of the last micro-batch."""
         return contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
 
-    def _gradient_shares(self, losses: Mapping[str, LossParts], student: Similarities, step: int) -> dict[str, float]:
+    def _gradient_shares(self, losses: Mapping[str, LossParts], image_BD: Tensor | None, step: int) -> dict[str, float]:
         """Each weighted part's share of the gradient norms with respect to this rank's student image features."""
-        image_BD = student.outputs.image_BD
         assert image_BD is not None
         norms = {}
         for term in self.objective.terms:

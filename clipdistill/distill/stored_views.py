@@ -1,4 +1,4 @@
-"""Class priors from a teacher cache: means over all stored views, computed before the first step.
+"""Teachers' class priors from a teacher cache: means over all stored views, computed before the first step.
 
 Shapes: B views of samples.
 """
@@ -30,7 +30,7 @@ def observe_stored_views(
     class_lists: ClassLists | None,
     device: torch.device,
 ) -> None:
-    """Set the class priors to the means over all stored views; each rank reads its part of the shards once.
+    """Set the teachers' class priors to the means over all stored views; each rank reads its part of the shards once.
 
     Args:
         objective: holds the priors.
@@ -59,7 +59,7 @@ def observe_stored_views(
             if labels == "teacher":
                 labels_B = outputs[0].prompt_logits.argmax(dim=1)
             objective.observe(Targets(teachers=outputs, labels_B=labels_B))
-    objective.priors.end_epoch()
+    objective.priors.end_epoch(own=False)
     objective.priors.complete = True
 
 

@@ -64,7 +64,8 @@ class Comparison:
 
     Attributes:
         student: None if only denominators are computed.
-        teacher: None for a loss without a teacher.
+        teacher: None for a loss without a teacher. Of a two-sided loss the student's clean images, with a gradient;
+            None if only denominators are computed.
         target_B: the column of each row's class or matching pair; None over prompts without labels.
         row_ids_B: for a loss that ``needs_caption_ids``, the id of each row's caption, equal for equal captions.
         column_ids_C: the same for the columns.
@@ -147,9 +148,10 @@ class Loss(Settings):
     """Factor of the term; 0 disables it at no cost."""
     warmup_epochs: NonNegative = 0.0
     """Epochs over which the weight rises linearly from 0."""
+    clean: bool = False
+    """In adversarial training: the term sees the clean images, not the attacked ones."""
 
     papers: ClassVar[tuple[Paper, ...]] = ()
-    needs_teacher: ClassVar[bool] = True
     needs_logits: ClassVar[bool] = True
     """Whether it uses similarities, and so trains the logit scale; otherwise it compares only the rows' features."""
     needs_equal_widths: ClassVar[bool] = False
@@ -170,6 +172,21 @@ class Loss(Settings):
         return {
             name: value for name, value in values.items() if isinstance(value, str) or value != fields[name].default
         }
+
+    @property
+    def is_two_sided(self) -> bool:
+        """Whether it compares the student's attacked images with its clean ones, in place of a teacher's."""
+        return False
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether it compares with a teacher."""
+        return not self.is_two_sided
+
+    @property
+    def needs_clean(self) -> bool:
+        """Whether it needs the student's clean images, where they are attacked."""
+        return self.clean or self.is_two_sided
 
     @property
     def needs_labels(self) -> bool:

@@ -48,7 +48,11 @@ class CLIP(Loss):
             arxiv="2103.00020",
         ),
     )
-    needs_teacher: ClassVar = False
+
+    @property
+    def needs_teacher(self) -> bool:
+        """The targets are labels or captions."""
+        return False
 
     @property
     def needs_labels(self) -> bool:

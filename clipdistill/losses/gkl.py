@@ -37,7 +37,7 @@ from clipdistill.losses._common import (
 from clipdistill.losses.base import Comparison, Loss, LossParts, Paper
 from clipdistill.losses.fused import gkl_denominators_from_features, gkl_loss_from_features
 from clipdistill.losses.fused_common import GKLDenominators, GKLOutput, GKLSums
-from clipdistill.losses.prior import TopKPrior, prior_rows
+from clipdistill.losses.prior import TopKPrior, prior_rows, weight_mass
 from clipdistill.settings import Fraction, Positive
 
 
@@ -58,6 +58,10 @@ class GKL(Loss):
     """Temperature of the teacher's logits in the wMSE's weights (the authors' T2)."""
     class_prior: bool = False
     """Over prompts: weights from the teacher's mean prediction of the sample's class (needs ``labels``)."""
+    two_sided: bool = False
+    """In adversarial training, over prompts: the student's own clean images in place of a teacher's (GKL-AT). The
+    gradient of wMSE goes to both sides; the class prior, which it needs, is the student's mean prediction of the clean
+    images."""
 
     papers: ClassVar = (
         Paper(
@@ -84,6 +88,18 @@ class GKL(Loss):
             raise ValueError("true only with over: prompts")
         return value
 
+    @field_validator("two_sided")
+    @classmethod
+    def _two_sided_has_a_prior(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and not info.data.get("class_prior"):
+            raise ValueError("true only with class_prior: true")
+        return value
+
+    @property
+    def is_two_sided(self) -> bool:
+        """As the setting says."""
+        return self.two_sided
+
     @property
     def needs_labels(self) -> bool:
         """The class prior has a row for each class."""
@@ -96,6 +112,11 @@ class GKL(Loss):
 
     def denominators(self, comparison: Comparison) -> dict[str, Tensor]:
         """The wMSE's denominator: ``sum_b W_b^2``."""
+        if self.two_sided:
+            assert comparison.class_prior is not None
+            assert comparison.target_B is not None
+            mass_B = weight_mass(comparison.class_prior, comparison.target_B, self.gamma, torch.float32)
+            return {"wmse": mass_B.square().sum()}
         teacher = comparison.teacher
         assert teacher is not None
         if (fused := comparison.fused_implementation) is None:
@@ -121,11 +142,16 @@ class GKL(Loss):
                 temperature=self.temperature,
                 denominators=GKLDenominators(rows, wmse_denominator),
                 implementation=fused,
+                two_sided=self.two_sided,
                 **self._weighting(comparison),
             )
             return LossParts({"soft_ce": self.alpha * out.soft_ce, "wmse": self.beta * out.wmse}, out.loss)
         sums = gkl_sums(
-            student.logits_BC, teacher.logits_BC, temperature=self.temperature, **self._weighting(comparison)
+            student.logits_BC,
+            teacher.logits_BC,
+            temperature=self.temperature,
+            two_sided=self.two_sided,
+            **self._weighting(comparison),
         )
         soft_ce = self.alpha * sums.soft_ce.numerator / rows
         wmse = self.beta * sums.wmse.numerator / wmse_denominator

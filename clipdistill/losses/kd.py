@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
+from pydantic import ValidationInfo, field_validator
 from torch import Tensor
 
 from clipdistill.losses._common import (
@@ -35,6 +36,9 @@ class KL(Loss):
     over: Literal["prompts", "captions"] = "prompts"
     temperature: Positive = 1.0
     """Temperature of the logits; the loss is multiplied by its square."""
+    two_sided: bool = False
+    """In adversarial training, over prompts: the student's own clean images in place of a teacher's (TRADES); the
+    gradient goes to both sides."""
 
     papers: ClassVar = (
         Paper(
@@ -46,6 +50,18 @@ class KL(Loss):
         ),
     )
 
+    @field_validator("two_sided")
+    @classmethod
+    def _two_sided_is_of_prompts(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("over") != "prompts":
+            raise ValueError("true only with over: prompts")
+        return value
+
+    @property
+    def is_two_sided(self) -> bool:
+        """As the setting says."""
+        return self.two_sided
+
     def compute(self, comparison: Comparison, rows: Tensor, denominators: Mapping[str, Tensor]) -> LossParts:  # noqa: ARG002
         """One part, ``kl``."""
         student, teacher = comparison.pair
@@ -54,10 +70,12 @@ class KL(Loss):
                 **comparison.features,
                 temperature=self.temperature,
                 rows=rows,
+                two_sided=self.two_sided,
                 implementation=fused,
             )
         else:
-            loss = kd_sums(student.logits_BC, teacher.logits_BC, temperature=self.temperature).numerator / rows
+            sums = kd_sums(student.logits_BC, teacher.logits_BC, temperature=self.temperature, two_sided=self.two_sided)
+            loss = sums.numerator / rows
         return LossParts.single("kl", loss)
 
 

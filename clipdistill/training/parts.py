@@ -162,7 +162,11 @@ class RunParts:
             self.shared_components["ema"] = self.ema
         if state is not None:
             self._restore(state)
-        if self.loader.embeddings is not None and self.objective.priors and not self.objective.priors.complete:
+        if (
+            self.loader.embeddings is not None
+            and self.objective.priors.of_teachers
+            and not self.objective.priors.complete
+        ):
             observe_stored_views(
                 self.objective,
                 self.teachers,

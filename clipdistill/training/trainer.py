@@ -298,8 +298,8 @@ class Run:
 
                     lr = parts.schedule.rate(progress.step)
                     set_learning_rate(parts.optimizer, lr)
-                    if progress.enter(micro_batches[0].epoch) and not parts.teachers.cached:
-                        parts.objective.priors.end_epoch()
+                    if progress.enter(micro_batches[0].epoch):
+                        parts.objective.priors.end_epoch(of_teachers=not parts.teachers.cached)
                     losses = parts.distillation(micro_batches, progress.step, measure_shares=last_of_window)
                     with stopwatch.section("optimizer"):
                         grad_norm = self._update_weights()

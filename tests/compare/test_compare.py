@@ -8,13 +8,17 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest.mock import ANY
 
 import pytest
 import yaml
 
 from clipdistill.cli import main
+from clipdistill.compare.combine import unpack
+from clipdistill.compare.statistics import compare_pair
 from clipdistill.config import load_config, to_dict
 from clipdistill.evaluation import evaluate_sets, load_for_evaluation, open_set
 from tests.conftest import CLASSES, colour_samples, write_tar
@@ -93,7 +97,10 @@ def test_an_arm_that_learns_beats_one_that_does_not(
 
 @pytest.mark.slow
 def test_parts_joined_are_the_whole(write_arms: Callable[..., Path], tmp_path: Path) -> None:
-    path = str(write_arms(pilot=0, trials=1))
+    counts = tmp_path / "counts.json"
+    counts.write_text(json.dumps({"red": 101, "green": 30, "blue": 100, "grey": 2}))
+    settings = {"train.steps": 12, **LABELS, "evaluation.class_counts": str(counts)}
+    path = str(write_arms(pilot=0, trials=1, settings=settings))
     assert main(["compare", path, f"output={tmp_path / 'whole'}"]) == 0
     for arm in ("idle", "learning"):
         assert main(["compare", path, "--only", arm, f"output={tmp_path / arm}"]) == 0
@@ -103,8 +110,16 @@ def test_parts_joined_are_the_whole(write_arms: Callable[..., Path], tmp_path: P
     assert joined["comparisons"] == whole["comparisons"]
     assert joined["power"] == whole["power"]
     for arm in ("learning", "idle"):
-        for part in ("settings", "validation", "accuracy", "mean", "correct"):
+        for part in ("settings", "validation", "accuracy", "mean", "correct", "shots"):
             assert joined["arms"][arm][part] == whole["arms"][arm][part]
+    for shot, classes in {"many": (0,), "medium": (1, 2), "few": (3,)}.items():
+        among_N = [number % 4 in classes for number in range(40)]
+        found = [unpack(whole["arms"][arm]["correct"], 40)[:, among_N] for arm in ("idle", "learning")]
+        assert whole["arms"]["idle"]["shots"][shot] == found[0].mean(1).tolist()
+        expected = asdict(compare_pair(*found))
+        assert {**whole["comparisons"][0]["shots"][shot], "adjusted": ANY} == expected | {"adjusted": ANY}
+        table = (tmp_path / "joined" / "table.md").read_text()
+        assert f"- {shot}-shot classes ({sum(among_N)} images): learning " in table
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -18,7 +19,7 @@ from clipdistill.distill.student_texts import StudentTexts
 from clipdistill.distill.targets import Targets, make_targets
 from clipdistill.distill.teachers import Teachers
 from clipdistill.errors import InputError
-from clipdistill.losses import GKL, Feature, Loss, gkl_loss
+from clipdistill.losses import CLIP, GKL, KL, Feature, Loss, gkl_loss
 from clipdistill.models.class_embeddings import class_prompt_tokens, similarity_logits
 from clipdistill.models.loading import load_student
 from clipdistill.models.prompts import load_prompts
@@ -112,6 +113,31 @@ def test_micro_batches_are_attacked_as_the_whole_batch(
     (expected,) = setting.attack([whole])
     found = torch.cat(setting.attack(batches))
     assert ((found - expected).abs() > 1e-4).float().mean() < 0.005  # the sign of a gradient of about 0 is rounding
+
+
+def test_a_two_sided_term_is_attacked_from_the_students_own_answer(
+    teacher: FrozenModel, tiny_model: Path, colours: Path, batches: list[Batch]
+) -> None:
+    """TRADES' inner step: its clean softmax, in evaluation mode, is the constant target. A clean term takes no part."""
+    terms = [CLIP(over="prompts", clean=True, weight=50.0), KL(two_sided=True)]
+    setting = Setting(teacher, tiny_model, colours, *terms, start="normal", step=3 / 255)
+    (found,) = setting.attack(batches[:1])
+    student, class_CD = setting.student.eval(), setting.teachers.class_embeddings[0]
+    pixels = student.pixels.resize(batches[0].image_BCHW)
+
+    def logits(images: Tensor) -> Tensor:
+        out = student(images)
+        return similarity_logits(out.image_BD, class_CD, out.scale, None)
+
+    target_BC = logits(pixels).softmax(1).detach()
+    expected = setting.adversary._start(batches[0], pixels, 8 / 255)
+    for _ in range(3):
+        expected = expected.clamp(pixels - 8 / 255, pixels + 8 / 255).clamp(0, 1).detach().requires_grad_()
+        F.kl_div(logits(expected).log_softmax(1), target_BC, reduction="batchmean").backward()
+        expected = expected.detach() + 3 / 255 * expected.grad.sign()
+    expected = expected.clamp(pixels - 8 / 255, pixels + 8 / 255).clamp(0, 1)
+    assert ((found - expected).abs() > 1e-4).float().mean() < 0.005
+    assert (found - pixels).abs().max() > 5 / 255
 
 
 def test_the_named_term_is_maximised(

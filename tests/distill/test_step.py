@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from clipdistill.distill.step import DistillationStep
 from clipdistill.distill.student_texts import StudentTexts
 from clipdistill.distill.targets import Targets
 from clipdistill.distill.teachers import Teachers
-from clipdistill.losses import GKL, KL, Loss, gkl_loss
+from clipdistill.losses import CLIP, GKL, KL, Loss, gkl_loss
 from clipdistill.models.class_embeddings import class_embeddings, class_prompt_tokens, similarity_logits
 from clipdistill.models.loading import load_student
 from clipdistill.models.prompts import load_prompts
@@ -40,7 +41,7 @@ def batches_of(colours: Path, *towers: Student | FrozenModel, count: int = 1) ->
 def step_of(
     accelerator: Accelerator, student: Student, teacher: FrozenModel, colours: Path, *terms: Loss, **settings
 ) -> DistillationStep:
-    objective = Objective(terms, teacher_weights=[1.0])
+    objective = Objective(terms, teacher_weights=[1.0], num_classes=4)
     teachers = Teachers([teacher], tokenizers=[0])
     teachers.embed_classes(load_prompts(str(colours / "prompts")))
     texts = StudentTexts(student, class_CD=teachers.class_embeddings[0], teacher_captions=objective.needs_captions)
@@ -51,8 +52,7 @@ def step_of(
         teachers=teachers,
         objective=objective,
         texts=texts,
-        labels="none",
-        **settings,
+        **{"labels": "none", **settings},
     )
 
 
@@ -86,6 +86,62 @@ def test_gradients_are_those_of_the_loss_written_out(
     assert found.keys() == written_out.keys()
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, written_out[name], rtol=1e-4, atol=1e-7)
+
+
+def two_sided_losses(clean_BC: Tensor, attacked_BC: Tensor, labels_B: Tensor, prior_CC: Tensor) -> dict[str, Tensor]:
+    """CE on the clean side and GKL-AT (GKL.md), over pairs of classes as the paper writes it."""
+    weight_BC = prior_CC[labels_B] ** 0.4
+    pair_BCC = weight_BC[:, :, None] * weight_BC[:, None, :]
+    delta_BC = clean_BC - attacked_BC
+    apart_BCC = delta_BC[:, :, None] - delta_BC[:, None, :]
+    soft_BC = -clean_BC.softmax(1).detach() * attacked_BC.log_softmax(1)
+    return {
+        "ce": F.cross_entropy(clean_BC, labels_B),
+        "soft_ce": 4.0 * soft_BC.sum(1).mean(),
+        "wmse": 20.0 * (pair_BCC * apart_BCC**2).sum() / 4 / pair_BCC.sum(),
+    }
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("implementation", ["plain", "tiled"])
+def test_clean_and_attacked_images_of_one_student(
+    accelerator: Accelerator, student: Student, teacher: FrozenModel, colours: Path, micro_batches: int, implementation
+) -> None:
+    """GKL-AT: both sides get their gradient, the prior is uniform and then the student's own, and micro-batches give
+    the gradients of the whole batch."""
+
+    def darken(batch: Batch, targets: Targets, denominators: Denominators, step: int) -> Tensor:
+        return 0.8 * student.pixels.resize(batch.image_BCHW)
+
+    terms = (
+        CLIP(over="prompts", clean=True),
+        GKL(two_sided=True, class_prior=True, alpha=4, beta=20, gamma=0.4, weight_temperature=2.0),
+    )
+    batches = batches_of(colours, teacher, count=micro_batches)
+    step = step_of(accelerator, student, teacher, colours, *terms, labels="dataset", perturb=darken)
+    step.objective.implementation = implementation
+    image_BCHW = torch.cat([batch.image_BCHW for batch in batches])
+    labels_B = torch.cat([batch.labels_B for batch in batches])
+    class_CD = class_embeddings(teacher, load_prompts(str(colours / "prompts")))
+    prior_CC = torch.full((4, 4), 0.25)
+    for number in range(2):
+        losses = step(batches, number, measure_shares=True)
+        found = gradients(student)
+        pixels = student.pixels.resize(image_BCHW)
+        both = [student(images) for images in (pixels, 0.8 * pixels)]
+        clean_BC, attacked_BC = (similarity_logits(each.image_BD, class_CD, each.scale, None) for each in both)
+        expected = two_sided_losses(clean_BC, attacked_BC, labels_B, prior_CC)
+        torch.stack(list(expected.values())).sum().backward()
+        assert losses.sums["loss/clip_prompts/clip"].item() == pytest.approx(expected["ce"].item(), rel=1e-5)
+        for part in ("soft_ce", "wmse"):
+            assert losses.sums[f"loss/gkl_prompts/{part}"].item() == pytest.approx(expected[part].item(), rel=1e-4)
+        written_out = gradients(student)
+        for name, gradient in written_out.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-3, atol=1e-6)
+        step.objective.priors.end_epoch()
+        probability_BC = (clean_BC.detach() / 2.0).softmax(1)
+        means = [probability_BC[labels_B == label].mean(0) for label in range(4)]
+        prior_CC = torch.stack([mean if mean.isfinite().all() else prior_CC[0] for mean in means])
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])

@@ -16,6 +16,10 @@ from tests.processes import Runs, assert_identical, traced, until
 from tests.training.test_trainer import assert_same_training, launch
 
 ATTACK = {"eps": "16/255", "steps": 2, "warmup_epochs": 0.5}
+TWO_SIDED = [
+    {"loss": "clip", "over": "prompts", "clean": True},
+    {"loss": "gkl", "gamma": 0.4, "alpha": 4, "beta": 5, "class_prior": True, "two_sided": True},
+]
 OBJECTIVE = [{"loss": "gkl", "gamma": 0.5, "beta": 0.3, "class_prior": True}, {"loss": "feature", "weight": 2.0}]
 
 
@@ -35,7 +39,9 @@ def runs(colours: Path, tiny_model: Path, teacher_folder: Path, tmp_path_factory
     ("ranks", "accumulate"), [(1, 1), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((1, 2), (2, 1)))]
 )
 def test_killed_and_resumed_run_is_bit_identical(runs: Runs, ranks: int, accumulate: int) -> None:
-    layout = [f"train.accumulate={accumulate}"]
+    """With a teacher, and on several ranks the two-sided form without one."""
+    alone = [f"objective={json.dumps(TWO_SIDED)}", "teachers=[]"] if ranks > 1 else []
+    layout = [f"train.accumulate={accumulate}", *alone]
     name = f"killed-{ranks}-{accumulate}"
     for step in (5, 11):
         job = runs.start(name, *layout, ranks=ranks)
@@ -56,9 +62,22 @@ def test_ranks_change_nothing(write_config: Callable[..., Path], tmp_path: Path)
     check_layouts(write_config, tmp_path, {"two": (2, ["data.batch_size=8"])})
 
 
-def check_layouts(write_config: Callable[..., Path], tmp_path: Path, layouts: dict[str, tuple[int, list[str]]]) -> None:
+def test_the_two_sided_form_does_not_depend_on_the_layout(write_config: Callable[..., Path], tmp_path: Path) -> None:
+    """Without a teacher. The second epoch's prior is the student's own mean prediction."""
+    layouts = {"accumulated": (1, ["data.batch_size=8", "train.accumulate=2"])}
+    check_layouts(write_config, tmp_path, layouts, objective=TWO_SIDED, teachers=[])
+    checkpoint = find_checkpoint(tmp_path / "whole" / "checkpoints")
+    assert checkpoint is not None
+    prior_CC = load_file(checkpoint / "priors.safetensors")["gkl_prompts/0"]
+    assert prior_CC.sum(1).tolist() == pytest.approx([1.0] * 4)
+    assert (prior_CC - 0.25).abs().max() > 1e-4
+
+
+def check_layouts(
+    write_config: Callable[..., Path], tmp_path: Path, layouts: dict[str, tuple[int, list[str]]], **changes: Any
+) -> None:
     write_tar(tmp_path / "twin" / "0.tar", colour_samples(16))
-    config = write_config(objective=OBJECTIVE, labels="dataset", adversarial=ATTACK)
+    config = write_config(**{"objective": OBJECTIVE, "labels": "dataset", "adversarial": ATTACK, **changes})
     fixed = ["optimizer.eps=1e-3", "train.steps=4", "train.log_every=1", f"data.shards=[{tmp_path / 'twin'}]"]
     for name, (processes, overrides) in ({"whole": (1, ["data.batch_size=16"])} | layouts).items():
         launch(config, *fixed, f"output={tmp_path / name}", *overrides, processes=processes)
@@ -120,6 +139,16 @@ def test_attacks_cost_accuracy_on_attacked_images_only_where_they_are_not_traine
             {"adversarial": {}, "objective": [{"loss": "gkl", "over": "captions"}]},
             "adversarial: ",
         ),
+        (
+            {"objective": TWO_SIDED, "labels": "dataset"},
+            "adversarial: 'none' is not allowed; allowed: settings of an attack, as clip_prompts compares with clean",
+        ),
+        (
+            {"adversarial": {}, "objective": [*TWO_SIDED, {"loss": "clip"}], "labels": "dataset"},
+            "objective: ['clip_captions'] is not allowed; allowed: terms over prompts, images or features, as clip_pro",
+        ),
+        ({"objective": [{"loss": "gkl", "two_sided": True}]}, "objective.0.two_sided: True is not allowed; allowed: t"),
+        ({"objective": [{"loss": "kl", "over": "captions", "two_sided": True}]}, "objective.0.two_sided: True is not"),
     ],
 )
 def test_wrong_input_is_one_line(
