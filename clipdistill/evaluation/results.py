@@ -3,7 +3,8 @@
 ROOT/summary.json, summary.md            all results in the folder
 ROOT/MODEL/SET.TASK.json                 CLIP_benchmark's record
 ROOT/MODEL/eval_results.jsonl            DataComp's lines, one per set
-ROOT/MODEL/details/SET.TASK.json         the record, per-class results, unreadable images, settings, and the key
+ROOT/MODEL/details/SET.TASK.json         the record, per-class results, unreadable images, settings, the key, and the
+                                         fingerprint of the model
 
 The details are written first, atomically; all other files are derived from them.
 """
@@ -18,6 +19,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from clipdistill.errors import InputError
 from clipdistill.evaluation.benchmark_format import Record, main_metric
 from clipdistill.evaluation.datacomp import datacomp_line
 from clipdistill.evaluation.robustness import TASK as ROBUSTNESS
@@ -25,7 +27,7 @@ from clipdistill.io.files import write_json, write_text, writing
 
 _NAME_CHARACTERS = 150
 
-FORMAT = 2
+FORMAT = 3
 """Version of the details; increased when results under the same key may differ."""
 
 log = logging.getLogger(__name__)
@@ -95,6 +97,34 @@ def slug(text: str) -> str:
     plain = re.sub(r"[^A-Za-z0-9.@-]+", "_", text)[-_NAME_CHARACTERS:].strip("_.")
     digest = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:8]
     return f"{plain}-{digest}" if plain else digest
+
+
+def results_of(folders: Sequence[Path], fingerprint: str, *, flag: str) -> list[dict[str, Any]]:
+    """The details of all results of one model in folders of ``clipdistill evaluate --output``.
+
+    Args:
+        folders: of results, of any models.
+        fingerprint: of the model (`clipdistill.evaluation.models.fingerprint`), at the precision of the results.
+        flag: what names the folders, in messages.
+
+    Raises:
+        InputError: no such folder, or one without a result of the model.
+    """
+    found: list[dict[str, Any]] = []
+    for folder in folders:
+        if not folder.is_dir():
+            raise InputError(
+                f"{flag} {folder}: no such folder; allowed: one that `clipdistill evaluate --output` wrote"
+            )
+        every = [_read_details(path) for path in sorted(folder.rglob("details/*.json"))]
+        own = [details for details in every if details is not None and details.get("model") == fingerprint]
+        if not own:
+            raise InputError(
+                f"{flag} {folder}: holds {len(every)} results, none of this model's weights in fp32; allowed: what "
+                "`clipdistill evaluate --precision fp32 --output` wrote of it"
+            )
+        found += own
+    return found
 
 
 def load_results(paths: list[Path]) -> list[Record]:

@@ -268,7 +268,8 @@ def _complete(
                 continue
             record, details = measure(evaluation)
             results.append((record, details))
-            from_first_rank(partial(folder.save, name, key, record, details | {"settings": settings(evaluation)}))
+            about = details | {"model": model.fingerprint, "settings": settings(evaluation)}
+            from_first_rank(partial(folder.save, name, key, record, about))
     finally:
         if rank() == 0:
             folder.write_all()

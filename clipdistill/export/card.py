@@ -26,7 +26,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from clipdistill import __version__
 from clipdistill.errors import InputError
 from clipdistill.evaluation.benchmark_format import main_metric
-from clipdistill.evaluation.tasks import ZeroShotClassification, ZeroShotRetrieval
+from clipdistill.evaluation.robustness import TASK as ROBUSTNESS
+from clipdistill.evaluation.tasks import ATTACK_TASK, ZeroShotClassification, ZeroShotRetrieval
 from clipdistill.export.build import Exported
 from clipdistill.io.files import write_text
 from clipdistill.io.jsonl import read_jsonl
@@ -43,6 +44,9 @@ UNKNOWN = "unknown"
 _TASK_TYPES = {
     ZeroShotClassification.name: "zero-shot-image-classification",
     ZeroShotRetrieval.name: "image-text-retrieval",
+    ATTACK_TASK: "zero-shot-image-classification",
+    ROBUSTNESS: "zero-shot-image-classification",
+    "linear_probe": "image-classification",
 }
 """A record's task -> its type in the metadata; the Hub's own task list has no image-text retrieval."""
 
@@ -160,6 +164,7 @@ def write_card(
     exported: Exported,
     run: TrainedRun,
     *,
+    results: Sequence[Mapping[str, Any]] = (),
     user_metadata: UserMetadata | None = None,
     prompts: PromptSet | None = None,
     half: bool = False,
@@ -172,6 +177,7 @@ def write_card(
         tower: the model.
         exported: formats and measurements.
         run: how it was trained.
+        results: further results of the model: details, as ``clipdistill evaluate`` stores them.
         user_metadata: given by the user.
         prompts: classes and templates of the classifier, and of the examples.
         half: whether the weights are in float16.
@@ -180,10 +186,13 @@ def write_card(
     user_metadata = user_metadata or UserMetadata()
     name = repo_id.partition("/")[2] if repo_id else run.name
     teachers = [_teacher(teacher) for teacher in run.config.get("teachers") or []]
-    records = run.evaluations
-    sets = [_evaluated(record, run.config) for record in records]
-    pairs = zip(records, sets, strict=True)
-    entries = {item["dataset"]: _leaderboard_entry(record, item, user_metadata) for record, item in pairs}
+    measured = [{"record": record} for record in run.evaluations] + list(results)
+    sets = [_evaluated(details, run.config) for details in measured]
+    entries = {
+        item["dataset"]: _leaderboard_entry(details["record"], item, user_metadata)
+        for details, item in zip(measured, sets, strict=True)
+        if details["record"]["task"].startswith("zeroshot_")
+    }
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         undefined=StrictUndefined,
@@ -206,6 +215,7 @@ def write_card(
         settings=_settings(run),
         losses={k: v for k, v in run.last_record.items() if k.startswith("loss") and isinstance(v, int | float)},
         sets=sets,
+        measured_later=bool(results),
         exported=exported,
         examples=_examples(tower, prompts, repo_id),
         papers=_papers(run.terms),
@@ -237,6 +247,8 @@ def _metadata(
             task_name=item["task"],
             dataset_type=user_metadata.benchmarks.get(item["dataset"], item["dataset"]).partition(":")[0],
             dataset_name=item["dataset"],
+            # the Hub takes results with one task type, data set and configuration for one task
+            dataset_config=None if item["task"].startswith("zero-shot") else item["task"],
             metric_type="accuracy" if metric.startswith("acc") else metric,
             metric_name=metric,
             metric_value=round(value, 6),
@@ -387,8 +399,11 @@ def _settings(run: TrainedRun) -> dict[str, Any]:
     return rows
 
 
-def _evaluated(record: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+def _evaluated(details: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     """A data set's metrics, and a description of its prompts if its folder still exists."""
+    record, task = details["record"], details["record"]["task"].replace("zeroshot", "zero-shot").replace("_", " ")
+    if attack := details.get("attack"):
+        task += f" ({attack['attack'].upper()}, {attack['norm']}, {details['samples']:,} images)"
     metrics = {k: v for k, v in record["metrics"].items() if isinstance(v, int | float) and not isinstance(v, bool)}
     folders = (config.get("evaluation") or {}).get("folders") or []
     folder = next((path for path in folders if Path(path).name == record["dataset"] and Path(path).is_dir()), None)
@@ -398,7 +413,7 @@ def _evaluated(record: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str
             prompts = _describe_prompts(load_prompts(Path(folder), allow_duplicates=True))
     return {
         "dataset": record["dataset"],
-        "task": record["task"].replace("zeroshot", "zero-shot").replace("_", " "),
+        "task": task,
         "task_type": _TASK_TYPES[record["task"]],
         "metrics": metrics,
         "prompts": prompts,

@@ -77,6 +77,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SET=OWNER/NAME[:TASK]",
         help="the Hub benchmark of an evaluation set of the run; its result goes to .eval_results/ (repeatable)",
     )
+    card.add_argument(
+        "--results",
+        type=path,
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="folders of `clipdistill evaluate --output`: their results of this model, such as those under attack, go "
+        "into the card",
+    )
     hub = parser.add_argument_group("the Hugging Face Hub (token: HF_TOKEN, or `hf auth login`)")
     hub.add_argument("--push-to-hub", metavar="OWNER/NAME", help="push the export, in one commit")
     hub.add_argument("--private", action="store_true", help="to a private repo")
@@ -93,6 +102,8 @@ def run(args: argparse.Namespace) -> None:
 
     from clipdistill.errors import InputError
     from clipdistill.evaluation import load_for_evaluation
+    from clipdistill.evaluation.models import fingerprint
+    from clipdistill.evaluation.results import results_of
     from clipdistill.export.build import write_formats
     from clipdistill.export.card import UserMetadata, check_repo_id, read_run, write_card
     from clipdistill.export.hub import check_token, push
@@ -112,6 +123,7 @@ def run(args: argparse.Namespace) -> None:
     trained_run = read_run(args.checkpoint)
     prompts = _choose_prompts(args.prompts, trained_run, allow_duplicates=args.allow_duplicate_classes)
     tower = load_for_evaluation(args.checkpoint, args.pretrained)
+    results = results_of(args.results, fingerprint(tower), flag="--results") if args.results else []
     lock = Lock(args.output.with_name(f".{args.output.name}.lock"), f"--output {args.output}")
     with lock, writing(f"export {args.output}", args.output), new_folder(args.output) as folder:
         exported = write_formats(
@@ -132,6 +144,7 @@ def run(args: argparse.Namespace) -> None:
             tower,
             exported,
             trained_run,
+            results=results,
             user_metadata=user_metadata,
             prompts=prompts,
             half=args.half,

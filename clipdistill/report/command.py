@@ -12,6 +12,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data", nargs="+", default=(), metavar="SET", help="test sets (default: those of the run's config)"
     )
+    parser.add_argument(
+        "--results",
+        type=path,
+        nargs="+",
+        default=(),
+        metavar="DIR",
+        help="folders of `clipdistill evaluate --output`: also show their results of the student under attack",
+    )
     parser.add_argument("--no-teacher", action="store_true", help="do not evaluate the teacher")
     parser.add_argument(
         "--remote",
@@ -37,6 +45,7 @@ def run(args: argparse.Namespace) -> None:
         args.folder,
         output=args.output,
         data=args.data,
+        results=args.results,
         with_teacher=not args.no_teacher,
         remote=args.remote,
         examples=args.examples,

@@ -24,8 +24,11 @@ from clipdistill.evaluation.benchmark_format import MEAN
 from clipdistill.evaluation.calibration import expected_calibration_error, reliability
 from clipdistill.evaluation.classification import Metrics, recall_per_class
 from clipdistill.evaluation.evaluate import Evaluator, zero_shot
+from clipdistill.evaluation.models import fingerprint
+from clipdistill.evaluation.results import results_of
 from clipdistill.evaluation.sets.open import open_sets
 from clipdistill.evaluation.shots import head_to_tail
+from clipdistill.evaluation.tasks import ATTACK_TASK
 from clipdistill.io.files import output_file, write_text, writing
 from clipdistill.io.jsonl import read_jsonl
 from clipdistill.io.packages import require
@@ -66,6 +69,7 @@ def write_report(
     *,
     output: Path | None = None,
     data: Sequence[str] = (),
+    results: Sequence[Path] = (),
     with_teacher: bool = True,
     remote: bool = False,
     examples: int = 24,
@@ -80,6 +84,7 @@ def write_report(
         run: folder of a finished or unfinished run; without a student the report has curves only.
         output: the file; by default ``RUN/report.html``.
         data: test sets, as for ``open_set``; by default those of the run's config.
+        results: folders of ``clipdistill evaluate --output``, whose results of the student under attack are shown.
         with_teacher: also evaluate the run's first teacher.
         remote: also open what the run's config names on other machines. A run may come from anywhere: by default
             nothing is fetched because its config says so, and the report lists what it leaves out.
@@ -93,7 +98,8 @@ def write_report(
         The file.
 
     Raises:
-        InputError: the folder holds no run, a test set is damaged, or plotly is not installed.
+        InputError: the folder holds no run, a test set is damaged, ``results`` hold none of the student, or plotly is
+            not installed.
         RunError: the file could not be written.
     """
     require("report", "jinja2", "plotly", extra="report")
@@ -124,6 +130,7 @@ def write_report(
     steps = [record for record in records if "loss" in record]
     evaluations = [record for record in records if MEAN in record]
 
+    attacked = _results_under_attack(run, results, device) if results else []
     comparisons: list[SetComparison] = []
     if sets and (run / STUDENT_FOLDER).is_dir():
         names = {"student": (str(run), "")}
@@ -144,6 +151,7 @@ def write_report(
         summary=_summary(config, steps),
         curves=_curves(steps, evaluations) if steps else [],
         sets=[_set_section(comparison, examples) for comparison in comparisons],
+        attacks=_attacks(attacked),
         why_no_sets="" if comparisons else _why_no_sets(sets, run),
         left_out=left_out,
         config=OmegaConf.to_yaml(to_dict(config)),
@@ -253,6 +261,54 @@ def _lines(
     return {"title": title, "plot": plot_div(figure)}
 
 
+# Under attack.
+
+
+def _results_under_attack(run: Path, folders: Sequence[Path], device: torch.device | str) -> list[dict[str, Any]]:
+    if not (run / STUDENT_FOLDER).is_dir():
+        raise InputError(f"--results: {run} holds no student yet; allowed: a finished run")
+    student = fingerprint(load_for_evaluation(str(run), "", device=device))
+    found = results_of(folders, student, flag="--results")
+    return [details for details in found if details["record"]["task"] == ATTACK_TASK]
+
+
+def _attacks(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Of each set, the accuracy by the attack's radius, and the classes that lose most."""
+    from plotly import graph_objects as go
+
+    found = []
+    for details in results:
+        attack, metrics = details["attack"], details["record"]["metrics"]
+        accuracies = {"0": metrics["acc1"]} | {each: metrics[f"robust_acc1@{each}"] for each in attack["radii"]}
+        figure = go.Figure(go.Scatter(x=list(accuracies), y=list(accuracies.values()), mode="lines+markers"))
+        figure.update_xaxes(title=f"radius ({attack['norm']}, pixels from 0 to 1)", type="category")
+        figure.update_yaxes(title="zero-shot top-1", tickformat=".0%", rangemode="tozero")
+        last = attack["radii"][-1]
+        losses = sorted(details["classes"], key=lambda each: each["robust_recall"][last] - each["recall"])
+        worst = losses[:_CLASSES_SHOWN][::-1]
+        classes = go.Figure(
+            go.Bar(
+                x=[each["robust_recall"][last] - each["recall"] for each in worst],
+                y=[each["name"] for each in worst],
+                orientation="h",
+            )
+        )
+        classes.update_xaxes(tickformat="+.0%", title=f"recall at {last} - recall of clean images")
+        classes.update_layout(height=120 + 20 * len(worst))
+        found.append(
+            {
+                "title": f"{details['record']['dataset']} under attack: {attack['attack'].upper()}, "
+                f"{details['samples']:,} images",
+                "rows": [(radius, f"{accuracy:.2%}") for radius, accuracy in accuracies.items()],
+                "plots": [
+                    {"title": "Accuracy by radius", "plot": plot_div(figure)},
+                    {"title": "Classes that lose most", "plot": plot_div(classes)},
+                ],
+            }
+        )
+    return found
+
+
 # A test set.
 
 
@@ -308,9 +364,9 @@ def _head_to_tail(comparison: SetComparison, class_counts: Sequence[int]) -> dic
     figure = go.Figure()
     for role, predictions in comparison.predictions.items():
         points = head_to_tail(recall_per_class(predictions), class_counts)
-        places = np.cumsum([point.classes for point in points]) - np.array([point.classes for point in points]) / 2
+        sizes = np.array([point.classes for point in points])
         figure.add_scatter(
-            x=places,
+            x=(sizes.cumsum() - sizes / 2).tolist(),
             y=[point.recall for point in points],
             text=[f"{point.classes} classes of {point.training_samples:,.0f} training samples" for point in points],
             mode="lines+markers",

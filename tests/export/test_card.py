@@ -15,9 +15,10 @@ import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
 from safetensors.torch import load_file
 
+from clipdistill.cli import main
 from clipdistill.export.parity import smooth_pictures
 from tests.conftest import CLASSES
-from tests.export.helpers import Result, copied, probabilities_of, snippets_of
+from tests.export.helpers import Result, assert_refused, copied, probabilities_of, snippets_of
 
 # The card.
 
@@ -39,6 +40,29 @@ def test_card_metadata(exported: Path, run_folder: Path) -> None:
     (result,) = parse_eval_result_entries(yaml.safe_load((exported / ".eval_results" / "set.yaml").read_text()))
     assert (result.dataset_id, result.task_id) == ("someone/colours-benchmark", "main")
     assert result.value == pytest.approx(record["metrics"]["acc1"], abs=1e-6)
+
+
+def test_results_of_the_same_weights_go_into_the_card(
+    export: Callable[..., Result], run_folder: Path, teacher_folder: Path, colours: Path, tmp_path: Path
+) -> None:
+    for name, model in {"own": run_folder, "other": teacher_folder}.items():
+        command = ["evaluate", "--model", model, "--data", colours / "set", "--output", tmp_path / name]
+        assert main([*map(str, command), "--attack", "pgd", "--eps", "2/255"]) == 0
+    (details,) = (tmp_path / "own").glob("*/details/*.json")
+    value = json.loads(details.read_text())["record"]["metrics"]["robust_acc1"]
+    arguments = ("--checkpoint", run_folder, "--output", tmp_path / "export", "--formats", "open_clip")
+    assert export(*arguments, "--results", tmp_path / "own").returncode == 0
+    card = (tmp_path / "export" / "README.md").read_text()
+    assert f"| set | attack (PGD, linf, 21 images) | robust_acc1@2/255 | {value:.4f} |" in card
+    assert "| set | zero-shot classification | acc1 |" in card
+    assert "and by `clipdistill evaluate` on the same weights." in card
+    metadata = ModelCard.load(tmp_path / "export" / "README.md").data
+    assert ("attack (PGD, linf, 21 images)", "robust_acc1") in {
+        (result.task_name, result.metric_name) for result in metadata.eval_results
+    }
+    refused = export(*arguments[:3], tmp_path / "again", "--results", tmp_path / "other")
+    assert_refused(refused, "--results", "none of this model's weights in fp32")
+    assert not (tmp_path / "again").exists()
 
 
 def test_card_of_a_retrieval_set(export: Callable[..., Result], teacher_folder: Path, tmp_path: Path) -> None:

@@ -89,6 +89,39 @@ def test_a_finished_run(trained: Path, colours: Path, tmp_path: Path) -> None:
     assert total["y"] == pytest.approx(losses)
 
 
+def test_results_under_attack_and_from_frequent_to_rare_classes(
+    trained: Path, colours: Path, teacher_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Results of the very student are shown; another model's are refused."""
+    tailed = tmp_path / "set"
+    shutil.copytree(colours / "set", tailed)
+    (tailed / "train").mkdir()
+    counts = {"red": 120, "green": 30, "blue": 30, "grey": 1}
+    (tailed / "train" / "class_counts.json").write_text(json.dumps(counts))
+    for name, model in {"student": trained, "other": teacher_folder}.items():
+        attack = ["--attack", "pgd", "--eps", "1/255", "16/255", "--output", str(tmp_path / name)]
+        assert main(["evaluate", "--model", str(model), "--data", str(tailed), *attack]) == 0
+    file = tmp_path / "report.html"
+    command = ["report", str(trained), "--output", str(file), "--data", str(tailed), "--examples", "0", "--results"]
+    assert main([*command, str(tmp_path / "student")]) == 0
+    page = Page(file.read_text(encoding="utf-8"))
+    (details,) = (tmp_path / "student").glob("*/details/*.json")
+    metrics = json.loads(details.read_text())["record"]["metrics"]
+    text = " ".join(" ".join(page.text).split())
+    assert f"set under attack: PGD, 21 images radius student 0 {metrics['acc1']:.2%}" in text
+    assert f"16/255 {metrics['robust_acc1@16/255']:.2%}" in text
+    assert "few_shot_acc1" in text
+    curve = next(
+        trace for trace in plots(page) if trace.get("name") == "student" and "x" in trace and len(trace["x"]) == 4
+    )
+    assert curve["x"] == [0.5, 1.5, 2.5, 3.5]
+    capsys.readouterr()
+    assert main([*command, str(tmp_path / "other")]) == 2
+    assert re.search(
+        r"--results .*other: holds 1 results, none of this model's weights in fp32", capsys.readouterr().err
+    )
+
+
 def test_a_run_that_has_not_ended_has_curves_only(trained: Path, tmp_path: Path) -> None:
     unfinished = tmp_path / "unfinished"
     unfinished.mkdir()
