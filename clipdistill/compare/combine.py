@@ -78,7 +78,8 @@ def claim(arm: str, other: str, pair: Comparison) -> str:
 
 def command_line() -> str:
     """The command that is running, without the folder of its program."""
-    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    program = Path(sys.argv[0]).name
+    return " ".join(["clipdistill" if program == "__main__.py" else program, *sys.argv[1:]])
 
 
 def pack(correct_SN: Correct) -> list[str]:

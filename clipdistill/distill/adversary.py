@@ -61,6 +61,11 @@ class AdversarialSettings(Settings):
     """Name of the term that is maximised (``LOSS_OVER``, or its ``name``); empty: all terms over prompts or images."""
     warmup_epochs: NonNegative = 0.0
     """Epochs over which eps, and with it the step, rises linearly."""
+    weight_radius: Positive | None = None
+    """Adversarial weight perturbation (AWP): how far each weight tensor moves, relative to its norm, for a step's
+    gradients (0.005 in GKL-AT); empty: not at all. It doubles the forward and backward passes."""
+    weight_from_epoch: NonNegative = 0.0
+    """Epoch from which the weights move."""
 
     @field_validator("eps")
     @classmethod

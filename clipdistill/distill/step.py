@@ -3,13 +3,14 @@
     batches ─ Teachers.run ─> Targets ─ Objective.denominators ─┐
             └ perturb ─> student ─> Similarities ───────────────┴─ Objective.losses ─> backward
 
-Terms that need clean images beside attacked ones get both from one forward pass.
+Terms that need clean images beside attacked ones get both from one forward pass. A weight attack repeats the part after
+``perturb``: for its direction, and at the moved weights.
 
 Shapes: K micro-batches, B samples per micro-batch, D features.
 """
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +27,7 @@ from clipdistill.distill.student_texts import StudentTexts
 from clipdistill.distill.targets import Labels, Targets, make_targets
 from clipdistill.distill.teachers import Teachers
 from clipdistill.distill.transfer import Transfer
+from clipdistill.distill.weight_attack import WeightAttack
 from clipdistill.losses import LossParts
 from clipdistill.models.outputs import ModelOutputs
 from clipdistill.models.towers import Student
@@ -68,6 +70,7 @@ class DistillationStep:
         texts: the student's class prompts and captions.
         labels: source of a sample's class.
         perturb: changes the student's images; None: no change.
+        weight_attack: moves the student's weights for the gradients of a step; None: no move.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class DistillationStep:
         texts: StudentTexts,
         labels: Labels,
         perturb: Perturb | None = None,
+        weight_attack: WeightAttack | None = None,
     ) -> None:
         self.accelerator = accelerator
         self.model = model
@@ -90,6 +94,7 @@ class DistillationStep:
         self.texts = texts
         self.labels = labels
         self.perturb = perturb
+        self.weight_attack = weight_attack
         self.stopwatch = NoStopwatch()
         self._transfer = Transfer(accelerator.device)
 
@@ -105,14 +110,44 @@ class DistillationStep:
         with self.stopwatch.section("teacher"):
             targets = self._make_targets(batches)
         rows = sum(len(batch) for batch in batches)
-        if len(batches) == 1 or self.objective.separable:
-            with self.stopwatch.section("loss"):
-                denominators = self.objective.denominators(targets, rows)
-            return self._backward_apart(batches, targets, denominators, step, measure_shares)
-        whole = Targets.cat(targets)
+        together = len(batches) > 1 and not self.objective.separable
+        counted = [Targets.cat(targets)] if together else targets
         with self.stopwatch.section("loss"):
-            denominators = self.objective.denominators([whole], rows)
-        return self._backward_together(batches, targets, whole, denominators, step, measure_shares)
+            denominators = self.objective.denominators(counted, rows)
+        if self.weight_attack is None or not self.weight_attack.is_active(step):
+            seen = (self._perturbed(*each, denominators, step) for each in zip(batches, targets, strict=True))
+            return self._backward(batches, seen, counted, denominators, step, measure_shares=measure_shares)
+        images = [self._perturbed(*each, denominators, step) for each in zip(batches, targets, strict=True)]
+        with self.weight_attack.moved(
+            lambda: self._backward(batches, images, counted, denominators, step, observe=False)
+        ):
+            return self._backward(batches, images, counted, denominators, step, measure_shares=measure_shares)
+
+    def _backward(
+        self,
+        batches: Sequence[Batch],
+        images: Iterable[Tensor],
+        targets: Sequence[Targets],
+        denominators: Denominators,
+        step: int,
+        *,
+        measure_shares: bool = False,
+        observe: bool = True,
+    ) -> StepLosses:
+        """Accumulate the gradients of the images that the student sees.
+
+        Args:
+            batches: the micro-batches.
+            images: what the student sees of each, attacked or not.
+            targets: of each, or of all together if terms couple their rows.
+            denominators: of the step.
+            step: from 0.
+            measure_shares: as for the step.
+            observe: add the student's predictions to the class priors.
+        """
+        if len(targets) < len(batches):
+            return self._backward_together(batches, list(images), targets[0], denominators, step, measure_shares)
+        return self._backward_apart(batches, images, targets, denominators, step, measure_shares, observe)
 
     def _make_targets(self, batches: Sequence[Batch]) -> list[Targets]:
         """Run the teachers if needed, and add their predictions to the class priors."""
@@ -131,10 +166,12 @@ class DistillationStep:
     def _backward_apart(
         self,
         batches: Sequence[Batch],
+        images: Iterable[Tensor],
         targets: Sequence[Targets],
         denominators: Denominators,
         step: int,
         measure_shares: bool,
+        observe: bool,
     ) -> StepLosses:
         """Gradients of terms with independent rows: forward and backward, one micro-batch after another.
 
@@ -144,21 +181,21 @@ class DistillationStep:
         found = StepLosses()
         with self.stopwatch.section("student forward"):
             prompts_CD = self._encode_prompts(step) if len(batches) > 1 else None
-        for number, (batch, target) in enumerate(zip(batches, targets, strict=True)):
+        for number, (batch, image_BCHW, target) in enumerate(zip(batches, images, targets, strict=True)):
             last = number == len(batches) - 1
             with self._synchronised(last):
-                images = self._perturbed(batch, target, denominators, step)
                 clean = self._clean(batch)
                 with self.stopwatch.section("student forward"):
                     texts = self.texts.inputs(batch, step, prompts=last or prompts_CD is None)
-                    outputs = self.model(images if clean is None else torch.cat([images, clean]), **texts)
+                    outputs = self.model(image_BCHW if clean is None else torch.cat([image_BCHW, clean]), **texts)
                 with self.stopwatch.section("loss"):
                     shared = outputs if last or prompts_CD is None else outputs._replace(prompts_CD=prompts_CD)
                     shared = self.texts.complete(shared, target)
                     student, own_clean = Similarities(shared), None
                     if clean is not None:
                         student, own_clean = map(Similarities, shared.split([len(batch), len(batch)]))
-                        self.objective.observe_clean(own_clean, target)
+                        if observe:
+                            self.objective.observe_clean(own_clean, target)
                     losses = self.objective.losses(student, target, denominators, own_clean)
                     if measure_shares and last:
                         found.gradient_shares = self._gradient_shares(losses, shared.image_BD, step)
@@ -184,16 +221,13 @@ class DistillationStep:
     def _backward_together(
         self,
         batches: Sequence[Batch],
-        targets: Sequence[Targets],
+        images: Sequence[Tensor],
         whole: Targets,
         denominators: Denominators,
         step: int,
         measure_shares: bool,
     ) -> StepLosses:
         """Gradients of terms that couple rows across micro-batches (in-batch terms)."""
-        images = [
-            self._perturbed(batch, target, denominators, step) for batch, target in zip(batches, targets, strict=True)
-        ]
 
         def forward(number: int) -> ModelOutputs:
             prompts = number == len(batches) - 1

@@ -17,6 +17,7 @@ from clipdistill.distill.step import DistillationStep
 from clipdistill.distill.stored_views import observe_stored_views
 from clipdistill.distill.student_texts import StudentTexts
 from clipdistill.distill.teachers import Teachers
+from clipdistill.distill.weight_attack import WeightAttack
 from clipdistill.distributed.collectives import gather_objects
 from clipdistill.distributed.random_state import RandomState
 from clipdistill.io.paths import expand
@@ -147,6 +148,7 @@ class RunParts:
             texts=texts,
             labels=config.labels,
             perturb=self._make_adversary(texts),
+            weight_attack=self._make_weight_attack(),
         )
         self.window = Window(self._device)
         self.components: dict[str, Component] = {
@@ -265,6 +267,13 @@ class RunParts:
             warmup_steps=round(settings.warmup_epochs * self.progress.steps_per_epoch),
             autocast=self._accelerator.autocast,
         )
+
+    def _make_weight_attack(self) -> WeightAttack | None:
+        settings = self._config.adversarial
+        if settings is None or settings.weight_radius is None:
+            return None
+        from_step = round(settings.weight_from_epoch * self.progress.steps_per_epoch)
+        return WeightAttack(self.student, radius=settings.weight_radius, from_step=from_step)
 
     def _make_teachers(
         self, frozen: Sequence[FrozenModel], tokenizers: CaptionTokenizers, prompts: PromptSet | None

@@ -16,6 +16,7 @@ from clipdistill.distill.step import DistillationStep
 from clipdistill.distill.student_texts import StudentTexts
 from clipdistill.distill.targets import Targets
 from clipdistill.distill.teachers import Teachers
+from clipdistill.distill.weight_attack import WeightAttack
 from clipdistill.losses import CLIP, GKL, KL, Loss, gkl_loss
 from clipdistill.models.class_embeddings import class_embeddings, class_prompt_tokens, similarity_logits
 from clipdistill.models.loading import load_student
@@ -142,6 +143,37 @@ def test_clean_and_attacked_images_of_one_student(
         probability_BC = (clean_BC.detach() / 2.0).softmax(1)
         means = [probability_BC[labels_B == label].mean(0) for label in range(4)]
         prior_CC = torch.stack([mean if mean.isfinite().all() else prior_CC[0] for mean in means])
+
+
+@pytest.mark.parametrize("over", ["prompts", "captions"])
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_gradients_at_moved_weights(
+    accelerator: Accelerator, student: Student, teacher: FrozenModel, colours: Path, micro_batches: int, over: str
+) -> None:
+    """AWP: those of a student whose weights were moved by hand along their gradient; then all is as before."""
+    batches = batches_of(colours, teacher, count=micro_batches)
+    plain = step_of(accelerator, student, teacher, colours, KL(over=over))
+    attack = WeightAttack(student, radius=0.05, from_step=3)
+    step = step_of(accelerator, student, teacher, colours, KL(over=over), weight_attack=attack)
+    before = {name: p.detach().clone() for name, p in student.named_parameters()}
+    plain(batches, 3, measure_shares=False)
+    direction = gradients(student)
+    step(batches, 2, measure_shares=False)
+    for name, gradient in gradients(student).items():
+        torch.testing.assert_close(gradient, direction[name])
+
+    step(batches, 3, measure_shares=False)
+    found = gradients(student)
+    with torch.no_grad():
+        for name, weight in student.named_parameters():
+            assert torch.equal(weight, before[name]), name
+            if name in direction and weight.ndim > 1:
+                weight += 0.05 * weight.norm() * direction[name] / direction[name].norm()
+    plain(batches, 3, measure_shares=False)
+    expected = gradients(student)
+    assert any(not torch.allclose(expected[name], direction[name], rtol=1e-2) for name in expected)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])

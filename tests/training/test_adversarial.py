@@ -39,8 +39,9 @@ def runs(colours: Path, tiny_model: Path, teacher_folder: Path, tmp_path_factory
     ("ranks", "accumulate"), [(1, 1), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((1, 2), (2, 1)))]
 )
 def test_killed_and_resumed_run_is_bit_identical(runs: Runs, ranks: int, accumulate: int) -> None:
-    """With a teacher, and on several ranks the two-sided form without one."""
-    alone = [f"objective={json.dumps(TWO_SIDED)}", "teachers=[]"] if ranks > 1 else []
+    """With a teacher, and on several ranks the two-sided form without one, and with moved weights."""
+    moved = ["adversarial.weight_radius=0.01", "adversarial.weight_from_epoch=0.5"]
+    alone = [f"objective={json.dumps(TWO_SIDED)}", "teachers=[]", *moved] if ranks > 1 else []
     layout = [f"train.accumulate={accumulate}", *alone]
     name = f"killed-{ranks}-{accumulate}"
     for step in (5, 11):
@@ -63,9 +64,10 @@ def test_ranks_change_nothing(write_config: Callable[..., Path], tmp_path: Path)
 
 
 def test_the_two_sided_form_does_not_depend_on_the_layout(write_config: Callable[..., Path], tmp_path: Path) -> None:
-    """Without a teacher. The second epoch's prior is the student's own mean prediction."""
+    """Without a teacher, at moved weights. The second epoch's prior is the student's own mean prediction."""
     layouts = {"accumulated": (1, ["data.batch_size=8", "train.accumulate=2"])}
-    check_layouts(write_config, tmp_path, layouts, objective=TWO_SIDED, teachers=[])
+    attack = ATTACK | {"weight_radius": 0.01}
+    check_layouts(write_config, tmp_path, layouts, objective=TWO_SIDED, teachers=[], adversarial=attack)
     checkpoint = find_checkpoint(tmp_path / "whole" / "checkpoints")
     assert checkpoint is not None
     prior_CC = load_file(checkpoint / "priors.safetensors")["gkl_prompts/0"]
