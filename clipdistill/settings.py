@@ -6,10 +6,20 @@ types, a docstring with units under each field. ``clipdistill.config`` composes 
 
 import difflib
 from collections.abc import Iterator, Sequence
+from fractions import Fraction as Quotient
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+)
 from pydantic_core import ErrorDetails
 
 from clipdistill.errors import InputError
@@ -20,6 +30,27 @@ NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
+
+
+def _quotient(value: Any) -> Any:
+    """A number, of a text such as ``2/255``; other values as they are."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(Quotient(value.replace(" ", "")))
+    except (ValueError, ZeroDivisionError):
+        return value
+
+
+Radius = Annotated[Positive, BeforeValidator(_quotient)]
+"""Radius of a ball around an image with pixels from 0 to 1; also as a quotient: 4/255."""
+
+
+def check_radius(value: float, info: ValidationInfo) -> float:
+    """Validator of a radius beside a field ``norm``: in the L-inf norm, at most the range of a pixel."""
+    if info.data.get("norm") == "linf" and value > 1:
+        raise ValueError("in (0, 1], or a quotient such as 4/255")
+    return value
 
 
 def _expanded(text: str) -> str:

@@ -23,6 +23,9 @@ from clipdistill.io.identity import first_difference
 Correct = NDArray[np.bool_]
 Images = NDArray[np.bool_]
 
+PLAIN_MEASURE = "zero-shot top-1"
+"""What is compared, unless the evaluation attacks the images."""
+
 _COMMON = ("test", "validation", "shards", "shared", "seeds")
 """What parts have to agree in; those with teachers in these, too."""
 
@@ -114,6 +117,9 @@ def combine(parts: Mapping[str, dict[str, Any]], *, against: str = "") -> dict[s
             seeds or shared settings; or two state one arm.
     """
     first = next(iter(parts.values()))
+    measures = {part.get("measure", PLAIN_MEASURE) for part in parts.values() if isinstance(part, dict)}
+    if len(measures) > 1:
+        raise InputError(f"results: of different measures: {', '.join(sorted(measures))}; allowed: parts of one call")
     taught = next((part for part in parts.values() if isinstance(part, dict) and part.get("teachers")), first)
     arms: dict[str, Any] = {}
     correct: dict[str, Correct] = {}

@@ -25,7 +25,15 @@ import torch
 
 from clipdistill import __version__
 from clipdistill.compare.arms import CompareSettings
-from clipdistill.compare.combine import Correct, Images, accuracy_by_shot, command_line, compare_arms, pack
+from clipdistill.compare.combine import (
+    PLAIN_MEASURE,
+    Correct,
+    Images,
+    accuracy_by_shot,
+    command_line,
+    compare_arms,
+    pack,
+)
 from clipdistill.compare.overlap import check_no_overlap
 from clipdistill.compare.statistics import (
     best_p,
@@ -36,7 +44,9 @@ from clipdistill.config import Config
 from clipdistill.data import ShardIndex
 from clipdistill.errors import InputError
 from clipdistill.evaluation import EvaluationSet, load_for_evaluation, predict
+from clipdistill.evaluation.attack import AttackSettings, robust_hits, shown_radius
 from clipdistill.evaluation.classification import top1_hits
+from clipdistill.evaluation.evaluate import Evaluator
 from clipdistill.evaluation.sets.open import open_sets
 from clipdistill.io.files import write_json
 from clipdistill.io.jsonl import read_jsonl
@@ -81,6 +91,8 @@ class ArmsComparison:
         for data in (*self.test, *self.validation):
             if data.kind != "classification":
                 raise InputError(f"test, evaluation.folders: {data.name} is for {data.kind}; allowed: classification")
+        attack = first.evaluation.attack
+        self._attack = None if attack is None else AttackSettings.of(attack)
         self._identities = {id(data): data.identity() for data in (*self.test, *self.validation)}
         self._students: dict[tuple[str, int], Path] = {}
         self._studies = {arm: Study(search) for arm, search in self._searches.items()}
@@ -122,8 +134,8 @@ class ArmsComparison:
             "seeds": settings.seeds,
             "comparisons": pairs,
             "best_p": best_p(settings.seeds, pairs),
-            "test_images": sum(len(data) for data in self.test),
-            "validation_images": sum(len(data) for data in self.validation),
+            "test_images": sum(map(self._images, self.test)),
+            "validation_images": sum(map(self._images, self.validation)),
         }
         if settings.pilot and len(settings.arms) > 1:
             names = list(settings.arms)[:2]
@@ -187,7 +199,8 @@ class ArmsComparison:
 
     def _correct(self, student: Path, sets: Sequence[EvaluationSet], name: str) -> Correct:
         """Which images of some sets a student gets right (N,); kept in a file, by the content of both."""
-        made_of = [fingerprints(student), [self._identities[id(data)] for data in sets]]
+        attack = self._attack and self._attack.described()
+        made_of = [fingerprints(student), [self._identities[id(data)] for data in sets], attack]
         key = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()
         path = self.settings.folder / "tested" / f"{name}.json"
         try:
@@ -215,6 +228,7 @@ class ArmsComparison:
             "command": command_line(),
             "machine": describe_machine(),
             "versions": {"clipdistill": __version__, "torch": torch.__version__},
+            "measure": self._measured,
             "test": self._describe(self.test),
             "validation": self._describe(self.validation),
             "shards": identity["shards"],
@@ -238,14 +252,28 @@ class ArmsComparison:
         numbers are not known, and without the shots that have no image."""
         found = []
         for data in self.test:
-            if data.class_counts is None:
+            if data.class_counts is None or self._attack is not None:
                 return {}
             found += [shot_of(data.class_counts[sample.label]) for sample in data.samples()]
         masks = {shot: np.array([each == shot for each in found]) for shot in SHOTS}
         return {shot: among_N for shot, among_N in masks.items() if among_N.any()}
 
     def _describe(self, sets: Sequence[EvaluationSet]) -> list[dict[str, Any]]:
-        return [{"name": data.name, "images": len(data), "identity": self._identities[id(data)]} for data in sets]
+        return [
+            {"name": data.name, "images": self._images(data), "identity": self._identities[id(data)]} for data in sets
+        ]
+
+    def _images(self, data: EvaluationSet) -> int:
+        """Number of images of a set that are measured."""
+        return len(data) if self._attack is None else min(len(data), self._attack.images)
+
+    @property
+    def _measured(self) -> str:
+        """What is compared, in words."""
+        if self._attack is None:
+            return PLAIN_MEASURE
+        attack = self._attack
+        return f"{PLAIN_MEASURE} under {attack.attack.upper()}, {attack.norm}, {shown_radius(attack.radii[-1])}"
 
     def _identity_of_a_run(self) -> Identity:
         """What a run was made of, of an arm with a teacher if there is one."""
@@ -288,9 +316,12 @@ class ArmsComparison:
         return float(self._measure(teachers[0].model, teachers[0].pretrained, self.test).mean())
 
     def _measure(self, model: str, pretrained: str, sets: Sequence[EvaluationSet]) -> Correct:
-        """Which images of some sets a model gets right (N,)."""
+        """Which images of some sets a model gets right, or under attack keeps right (N,)."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         tower = load_for_evaluation(model, pretrained, device=device)
+        if self._attack is not None:
+            evaluator = Evaluator(tower, batch_size=256, workers=0, device=device)
+            return torch.cat([robust_hits(evaluator, data, self._attack) for data in sets]).numpy()
         hits = [top1_hits(predict(tower, data, device=device)) for data in sets]
         return torch.cat(hits).cpu().numpy()
 

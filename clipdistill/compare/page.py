@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from clipdistill.compare.combine import PLAIN_MEASURE
 from clipdistill.compare.comparison import describe_power
 from clipdistill.report.html import plot_div, render_page
 
@@ -32,9 +33,14 @@ def rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
     return found
 
 
+def measure_of(results: dict[str, Any]) -> str:
+    """What was measured; results of earlier versions do not say."""
+    return str(results.get("measure", PLAIN_MEASURE))
+
+
 def text_table(results: dict[str, Any]) -> Table:
     """The arms as a table of rich."""
-    table = Table(title=f"zero-shot top-1 on {_of_test(results)}")
+    table = Table(title=f"{measure_of(results)} on {_of_test(results)}")
     for column in HEADER:
         table.add_column(column)
     for row in rows(results):
@@ -45,7 +51,7 @@ def text_table(results: dict[str, Any]) -> Table:
 def markdown(results: dict[str, Any]) -> str:
     """The arms as a Markdown table, with what the comparisons show."""
     lines = [
-        f"Zero-shot top-1 on {_of_test(results)}; {results['trials']} trials an arm, chosen on validation; "
+        f"{_of_test(results)}: {measure_of(results)}; {results['trials']} trials an arm, chosen on validation; "
         f"seeds {results['seeds'][0]} to {results['seeds'][-1]}. `{results['command']}`, {results['machine']}, torch "
         f"{results['versions']['torch']}.",
         "",
@@ -88,6 +94,7 @@ def page(results: dict[str, Any], *, name: str) -> str:
     return render_page(
         "clipdistill.compare",
         name=name,
+        measure=measure_of(results),
         test=_of_test(results),
         header=HEADER,
         rows=rows(results),
@@ -113,7 +120,7 @@ def _seeds(results: dict[str, Any]) -> Any:
     )
     if results["teacher"] is not None:
         figure.add_hline(y=results["teacher"], line_dash="dot", annotation_text="teacher")
-    figure.update_yaxes(tickformat=".1%", title="zero-shot top-1")
+    figure.update_yaxes(tickformat=".1%", title=measure_of(results))
     return figure
 
 

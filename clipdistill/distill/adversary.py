@@ -12,11 +12,10 @@ Shapes: B images, C channels, H height, W width, P = C * H * W values of an imag
 import hashlib
 import math
 from collections.abc import Mapping
-from fractions import Fraction as Quotient
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import BeforeValidator, ValidationInfo, field_validator
+from pydantic import field_validator
 from torch import Tensor
 
 from clipdistill.attacks import Norm, pgd
@@ -27,20 +26,7 @@ from clipdistill.distill.student_texts import StudentTexts
 from clipdistill.distill.targets import Targets
 from clipdistill.losses import Loss
 from clipdistill.models.towers import Student
-from clipdistill.settings import Count, NonNegative, Positive, Settings
-
-
-def _quotient(value: Any) -> Any:
-    """A number, of a text such as ``2/255``; other values as they are."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return float(Quotient(value.replace(" ", "")))
-    except (ValueError, ZeroDivisionError):
-        return value
-
-
-Radius = Annotated[Positive, BeforeValidator(_quotient)]
+from clipdistill.settings import Count, NonNegative, Positive, Radius, Settings, check_radius
 
 
 class AdversarialSettings(Settings):
@@ -67,12 +53,7 @@ class AdversarialSettings(Settings):
     weight_from_epoch: NonNegative = 0.0
     """Epoch from which the weights move."""
 
-    @field_validator("eps")
-    @classmethod
-    def _fits_into_pixels(cls, value: float, info: ValidationInfo) -> float:
-        if info.data.get("norm") == "linf" and value > 1:
-            raise ValueError("in (0, 1], or a quotient such as 4/255")
-        return value
+    _fits_into_pixels = field_validator("eps")(check_radius)
 
     @property
     def step_size(self) -> float:

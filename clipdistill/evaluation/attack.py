@@ -27,6 +27,7 @@ from clipdistill.evaluation.classification import Metrics, share_of_teacher
 from clipdistill.evaluation.encoding import encode_classes, encode_pixels, evaluation_transform
 from clipdistill.evaluation.ranks import on_all_ranks
 from clipdistill.evaluation.sets.samples import EncodedSample, EvaluationSet, UnreadableImageError
+from clipdistill.evaluation.settings import AttackedEvaluation
 from clipdistill.io.machine import cores_per_process
 from clipdistill.models.class_embeddings import similarity_logits
 from clipdistill.models.towers import Tower
@@ -62,6 +63,14 @@ class AttackSettings:
     radii: tuple[Fraction, ...]
     images: int
     seed: int
+
+    @classmethod
+    def of(cls, settings: AttackedEvaluation) -> "AttackSettings":
+        """The attack of a run's evaluation."""
+        radius = Fraction(settings.eps).limit_denominator(1_000_000)
+        return cls(
+            attack=settings.attack, norm=settings.norm, radii=(radius,), images=settings.images, seed=settings.seed
+        )
 
     def described(self) -> dict[str, Any]:
         """As JSON values."""
@@ -100,6 +109,15 @@ def accuracy_under_attack(
         of_teacher = _hits(teacher, data, settings).metrics()["robust_acc1"]
         metrics |= share_of_teacher("robust_acc1", metrics["robust_acc1"], of_teacher)
     return metrics, {"samples": len(hits.labels_n), "attack": settings.described(), "classes": hits.classes(data)}
+
+
+def robust_hits(evaluator: "Evaluator", data: EvaluationSet, settings: AttackSettings) -> Tensor:
+    """Which of the drawn images stay classified correctly at the largest radius (n,); every rank calls this.
+
+    Raises:
+        InputError: as `accuracy_under_attack`.
+    """
+    return next(reversed(_hits(evaluator, data, settings).robust.values()))
 
 
 @dataclass(frozen=True, kw_only=True)

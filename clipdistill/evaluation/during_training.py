@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from clipdistill.evaluation.attack import AttackSettings, accuracy_under_attack
 from clipdistill.evaluation.benchmark_format import Record, benchmark_record
 from clipdistill.evaluation.evaluate import Evaluator, zero_shot
 from clipdistill.evaluation.ranks import broadcast_from_first_rank
@@ -22,6 +23,7 @@ def evaluate_sets(
     workers: int = 0,
     device: torch.device | str = "cpu",
     cache: Path | None = None,
+    attack: AttackSettings | None = None,
 ) -> list[Record]:
     """Evaluate a tower zero-shot; with several ranks, all call this together, and all get the records.
 
@@ -38,16 +40,22 @@ def evaluate_sets(
         workers: threads of a rank that decode and resize; 0: one per core.
         device: where the tower is.
         cache: folder for class features, useful while the text tower does not change.
+        attack: also measure ``robust_acc1`` on sets for classification.
 
     Returns:
-        One CLIP_benchmark record per set; see ``classification_metrics`` and ``retrieval_metrics``.
+        One CLIP_benchmark record per set; see ``classification_metrics``, ``retrieval_metrics`` and
+        ``accuracy_under_attack``.
 
     Raises:
         InputError: on every rank: a bad sample, a set without readable images, or features that are not finite.
     """
     broadcast_from_first_rank(tower.clip.buffers())
     evaluator = Evaluator(tower, batch_size=batch_size, workers=workers, device=device, cache=cache)
-    return [
-        benchmark_record(data, zero_shot(evaluator, data, temperature=False)[0], model=model, pretrained=pretrained)
-        for data in sets
-    ]
+    records = []
+    for data in sets:
+        metrics = zero_shot(evaluator, data, temperature=False)[0]
+        if attack is not None and data.kind == "classification":
+            attacked = accuracy_under_attack(evaluator, data, attack)[0]
+            metrics |= {name: value for name, value in attacked.items() if name.startswith("robust_")}
+        records.append(benchmark_record(data, metrics, model=model, pretrained=pretrained))
+    return records

@@ -57,6 +57,8 @@ def open_evaluation_sets(config: Config, *, cache: Path) -> list[EvaluationSet]:
     if twice is not None:
         raise InputError(f"evaluation.folders: two sets named {twice}; allowed: different names")
     metrics = [MEAN, *(f"evaluation/{data.name}/{metric}" for data in sets for metric in RISING[data.kind])]
+    if settings.attack is not None:
+        metrics += [f"evaluation/{data.name}/robust_acc1" for data in sets if data.kind == "classification"]
     if sets and config.train.best_metric not in metrics:
         raise InputError(f"train.best_metric: {config.train.best_metric}; allowed: {', '.join(metrics)}")
     return sets

@@ -31,6 +31,7 @@ from clipdistill.distributed.signals import Interruption, stopped_by
 from clipdistill.distributed.watchdog import Watchdog
 from clipdistill.errors import InputError, Interrupted, RunError
 from clipdistill.evaluation import evaluate_sets
+from clipdistill.evaluation.attack import AttackSettings
 from clipdistill.evaluation.benchmark_format import named_metrics
 from clipdistill.export import export_open_clip
 from clipdistill.io.files import write_json, writing
@@ -509,6 +510,7 @@ class Run:
             workers=config.evaluation.workers,
             device=self.device,
             cache=None if self.parts.student.text_mode == "train" else self.cache,
+            attack=None if config.evaluation.attack is None else AttackSettings.of(config.evaluation.attack),
         )
         record: dict[str, Any] = {"step": step, **named_metrics(found)}
         name = config.train.best_metric

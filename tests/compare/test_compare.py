@@ -123,6 +123,23 @@ def test_parts_joined_are_the_whole(write_arms: Callable[..., Path], tmp_path: P
 
 
 @pytest.mark.slow
+def test_arms_are_compared_under_attack(write_arms: Callable[..., Path], tmp_path: Path) -> None:
+    settings = {"train.steps": 12, **LABELS, "evaluation.attack": {"eps": "120/255", "images": 25}}
+    path = str(write_arms(pilot=0, trials=1, settings=settings))
+    assert main(["compare", path]) == 0
+    results = json.loads((tmp_path / "compare" / "results.json").read_text())
+    assert results["measure"] == "zero-shot top-1 under PGD, linf, 120/255"
+    assert [data["images"] for data in results["test"]] == [25]
+    run = results["arms"]["learning"]["runs"][2]
+    command = ["evaluate", "--model", run, "--data", str(tmp_path / "unseen"), "--output", str(tmp_path / "r.json")]
+    assert main([*command, "--attack", "pgd", "--eps", "120/255", "--attack-images", "25"]) == 0
+    found = json.loads((tmp_path / "r.json").read_text())["metrics"]
+    assert results["arms"]["learning"]["accuracy"][2] == pytest.approx(found["robust_acc1"])
+    assert found["robust_acc1"] < found["acc1"]
+    assert results["measure"] in (tmp_path / "compare" / "table.md").read_text()
+
+
+@pytest.mark.slow
 def test_equal_arms_with_equal_seeds_are_equal(write_arms: Callable[..., Path], tmp_path: Path) -> None:
     """Same settings, seeds and order of data: every pair of runs is the same, and nothing is claimed."""
     space = {"space": {"optimizer.lr": "log(0.005, 0.02)"}}

@@ -124,6 +124,32 @@ def test_attacks_cost_accuracy_on_attacked_images_only_where_they_are_not_traine
     assert json.loads(saved)["settings"]["adversarial"]["steps"] == 3
 
 
+def test_accuracy_under_attack_chooses_a_checkpoint(
+    write_config: Callable[..., Path], colours: Path, tmp_path: Path
+) -> None:
+    """The metric of the last step is what ``evaluate --attack`` says of the student."""
+    config = write_config(
+        adversarial=ATTACK,
+        evaluation={"folders": [str(colours / "set")], "attack": {"eps": "12/255", "images": 15, "seed": 3}},
+        train={"steps": 6, "evaluate_every": 2, "best_metric": "evaluation/set/robust_acc1", "trackers": []},
+    )
+    assert main(["train", "--config", str(config)]) == 0
+    run = tmp_path / "run"
+    values = [
+        record["evaluation/set/robust_acc1"]
+        for record in read_jsonl(run / "metrics.jsonl")
+        if "evaluation/set/acc1" in record
+    ]
+    assert len(values) == 3
+    command = ["evaluate", "--model", str(run), "--data", str(colours / "set"), "--output", str(tmp_path / "r.json")]
+    attack = ["--attack", "pgd", "--eps", "12/255", "--attack-images", "15", "--attack-seed", "3"]
+    assert main([*command, *attack]) == 0
+    assert json.loads((tmp_path / "r.json").read_text())["metrics"]["robust_acc1"] == pytest.approx(values[-1])
+    wrong = ["evaluation.attack=null", "output=x"]
+    assert main(["train", "--config", str(config), *wrong]) == 2
+    assert main(["train", "--config", str(config), "evaluation.attack.eps=2", "output=x"]) == 2
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
