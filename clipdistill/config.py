@@ -95,13 +95,24 @@ class Config(Settings):
         if needs_clean:
             what = f"{needs_clean[0]} compares with clean images, or sees them"
             check(self.adversarial is not None, "adversarial", "none", f"settings of an attack, as {what}")
-            others = [term.term_name for term in terms if not term.separable]
-            check(not others, "objective", others, f"terms over prompts, images or features, as {what}")
+            others = [term.term_name for term in terms if not term.separable or term.over == "captions"]
+            check(not others, "objective", others, f"terms over prompts or images, as {what}")
+            both = [term.term_name for term in terms if term.clean and term.is_two_sided]
+            check(not both, "objective", both, "clean or two_sided: a two-sided term sees both")
         if self.adversarial is not None:
             against, allowed = self.adversarial.against, [term.term_name for term in terms if attackable(term, "")]
             one = "a term over prompts or images, each sample by itself"
             check(bool(allowed), "adversarial", stated, one)
             check(against in ("", *allowed), "adversarial.against", against, f"{one}: {', '.join(allowed)}")
+            sides = [term.is_two_sided for term in terms if attackable(term, against)]
+            start = self.adversarial.start
+            moves = start != "clean" or not all(sides)
+            check(
+                moves,
+                "adversarial.start",
+                start,
+                "uniform or normal, as two-sided terms have no gradient at clean images",
+            )
         return self
 
     def _check_prompts(self, terms: Sequence[Term]) -> None:

@@ -44,7 +44,7 @@ from clipdistill.config import Config
 from clipdistill.data import ShardIndex
 from clipdistill.errors import InputError
 from clipdistill.evaluation import EvaluationSet, load_for_evaluation, predict
-from clipdistill.evaluation.attack import AttackSettings, robust_hits, shown_radius
+from clipdistill.evaluation.attack import ROBUST, AttackSettings, robust_hits, shown_radius
 from clipdistill.evaluation.classification import top1_hits
 from clipdistill.evaluation.evaluate import Evaluator
 from clipdistill.evaluation.sets.open import open_sets
@@ -82,7 +82,7 @@ class ArmsComparison:
         first = next(iter(self._configs.values()))
         cache = expand(first.data.cache)
         self.validation = open_evaluation_sets(first, cache=cache)
-        self.test = open_sets(settings.test, first.evaluation, cache=cache)
+        self.test = open_sets(settings.test, first.evaluation, cache=cache, counts_must_fit=False)
         for arm, config in self._configs.items():
             if (config.evaluation, config.train.best_metric) != (first.evaluation, first.train.best_metric):
                 raise InputError(
@@ -93,6 +93,12 @@ class ArmsComparison:
                 raise InputError(f"test, evaluation.folders: {data.name} is for {data.kind}; allowed: classification")
         attack = first.evaluation.attack
         self._attack = None if attack is None else AttackSettings.of(attack)
+        metric = first.train.best_metric
+        if attack is not None and not metric.endswith(ROBUST):
+            raise InputError(
+                f"train.best_metric: {metric}; allowed with evaluation.attack: evaluation/SET{ROBUST}, so that "
+                "settings are chosen by what is compared"
+            )
         self._identities = {id(data): data.identity() for data in (*self.test, *self.validation)}
         self._students: dict[tuple[str, int], Path] = {}
         self._studies = {arm: Study(search) for arm, search in self._searches.items()}

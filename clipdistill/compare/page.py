@@ -77,13 +77,13 @@ def by_shot(results: dict[str, Any]) -> list[str]:
             for name, arm in results["arms"].items()
         ]
         count = sum(byte.bit_count() for byte in images)
-        lines.append(f"{shot}-shot classes ({count:,} images): {', '.join(means)}")
+        lines.append(f"images of {shot}-shot classes ({count:,}): {', '.join(means)}")
         for pair in results["comparisons"]:
             found = pair["shots"][shot]
             lines.append(
-                f"{shot}-shot classes, {pair['arm']} - {pair['against']}: {found['difference'] * 100:+.2f} points "
-                f"[{found['low'] * 100:+.2f}, {found['high'] * 100:+.2f}]; p = {found['p_seeds']:.3f} over seeds, "
-                f"{found['p_images']:.3g} over images, not corrected"
+                f"images of {shot}-shot classes, {pair['arm']} - {pair['against']}: "
+                f"{found['difference'] * 100:+.2f} points [{found['low'] * 100:+.2f}, {found['high'] * 100:+.2f}]; "
+                f"p = {found['p_seeds']:.3f} over seeds, {found['p_images']:.3g} over images, not corrected"
             )
     return lines
 

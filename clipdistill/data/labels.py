@@ -1,7 +1,7 @@
 """The classes of all training samples before the first step: for sampling by class, and for class frequencies.
 
     shards ─ read_labels ─> class of each sample ─┬─ sampling_weights ─> how often an epoch holds each sample
-                                                  └─ count_classes ────> samples of each class
+                                                  └─ count_classes ────> samples of each class in an epoch
 
 The labels of a shard are read once, and cached by the shard's content.
 
@@ -21,7 +21,8 @@ from numpy.typing import NDArray
 
 from clipdistill.data.index import ShardIndex
 from clipdistill.data.sample import Decoder, SampleReader
-from clipdistill.data.shard_format import BadSampleError
+from clipdistill.data.shard_format import SHARD_UNREADABLE, BadSampleError
+from clipdistill.errors import InputError
 from clipdistill.io.caches import LABELS, mark_used
 from clipdistill.io.files import why, write_text
 from clipdistill.io.paths import expand
@@ -49,12 +50,16 @@ def read_labels(index: Sequence[ShardIndex], decoder: Decoder, *, cache_dir: str
         cache_dir: folder for the labels of shards; None: no cache.
 
     Raises:
-        InputError: a label outside the class list.
+        InputError: a label outside the class list, or a shard that cannot be read.
     """
     urls = [shard.url for shard in index]
     digests = [""] * len(urls) if decoder.class_lists is None else decoder.class_lists.digests(urls)
     with ThreadPoolExecutor(max_workers=_THREADS) as pool:
-        return list(pool.map(lambda shard, classes: _labels_of(shard, classes, decoder, cache_dir), index, digests))
+        labels = list(pool.map(lambda shard, classes: _labels_of(shard, classes, decoder, cache_dir), index, digests))
+    missing = sum(int((label_N < 0).sum()) for label_N in labels)
+    if missing:
+        log.warning("data.shards: %d of %d samples have no label", missing, sum(map(len, labels)))
+    return labels
 
 
 def sampling_weights(labels: Sequence[Labels], sampling: Sampling) -> NDArray[np.float64]:
@@ -72,10 +77,12 @@ def sampling_weights(labels: Sequence[Labels], sampling: Sampling) -> NDArray[np
     return weight_N
 
 
-def count_classes(labels: Sequence[Labels], classes: int) -> list[int]:
-    """The number of samples of each class."""
+def count_classes(labels: Sequence[Labels], classes: int, *, weights: NDArray[np.float64] | None = None) -> list[float]:
+    """How many samples of each class an epoch holds, with the weights of its samples (`sampling_weights`), if any."""
     label_N = np.concatenate([*labels, np.zeros(0, np.int64)])
-    count_C: list[int] = np.bincount(label_N[label_N >= 0], minlength=classes).tolist()
+    known_N = label_N >= 0
+    weight_N = None if weights is None else weights[known_N]
+    count_C: list[float] = np.bincount(label_N[known_N], weights=weight_N, minlength=classes).tolist()
     return count_C
 
 
@@ -101,9 +108,15 @@ def _labels_of(shard: ShardIndex, classes: str, decoder: Decoder, cache_dir: str
 
 
 def _label_of(reader: SampleReader, sample: int, decoder: Decoder) -> int:
+    raw = reader.read(0, sample)
     try:
-        return decoder.label(reader.read(0, sample))
-    except BadSampleError:
+        return decoder.label(raw)
+    except BadSampleError as bad:
+        if bad.reason == SHARD_UNREADABLE:  # perhaps only temporarily
+            raise InputError(
+                f"data.shards: {shown(raw.url)}: labels cannot be read: {bad.detail}; allowed: readable shards, as all "
+                "labels are needed before the first step"
+            ) from bad
         return -1
 
 

@@ -14,7 +14,8 @@ import numpy as np
 
 from clipdistill.data.index import LazyIndex, OtherShardError, ShardIndex
 from clipdistill.data.plan import Plan, ResampledPlan, view_pixels
-from clipdistill.data.sample import BadSampleError, RawSample, SampleReader
+from clipdistill.data.sample import RawSample, SampleReader
+from clipdistill.data.shard_format import SHARD_UNREADABLE, BadSampleError
 from clipdistill.errors import InputError
 
 _EMPTY_DRAWS = 20
@@ -144,7 +145,7 @@ def read_draws(
         if turn.number in yielded:
             return None
         if fault:
-            return RawSample(url=index.urls[turn.shard], key="", fault=BadSampleError("shard unreadable", str(fault)))
+            return RawSample(url=index.urls[turn.shard], key="", fault=BadSampleError(SHARD_UNREADABLE, str(fault)))
         return reader.read(turn.shard, turn.sample)
 
     order = _in_order(plan, index, rank, worker, draw, first, read)

@@ -16,7 +16,7 @@ from clipdistill.data.class_lists import ClassLists
 from clipdistill.data.formats import format_of
 from clipdistill.data.image import Augmentation, EncodedView, Pixels, render
 from clipdistill.data.index import LazyIndex, OtherShardError, ShardIndex
-from clipdistill.data.shard_format import MAX_SAMPLE_BYTES, BadSampleError, RawSample
+from clipdistill.data.shard_format import MAX_SAMPLE_BYTES, SHARD_UNREADABLE, BadSampleError, RawSample
 from clipdistill.data.workers import note_shard
 from clipdistill.errors import InputError
 from clipdistill.io.images import MAX_PIXELS, Size, TooManyPixelsError
@@ -91,7 +91,7 @@ class SampleReader:
         try:
             entry = self._entry(shard, raw)
             if sample >= len(entry):
-                raise BadSampleError("shard unreadable", f"damage hides it: {entry.problems[-1]}")
+                raise BadSampleError(SHARD_UNREADABLE, f"damage hides it: {entry.problems[-1]}")
             start = int(entry.offsets[sample])
             stop = int(entry.offsets[sample + 1]) if sample + 1 < len(entry) else entry.end
             data = self._read(shard, start, min(stop - start, MAX_SAMPLE_BYTES))
@@ -117,14 +117,14 @@ class SampleReader:
         lazy = self._index if isinstance(self._index, LazyIndex) else None
         raw.url = lazy.urls[shard] if lazy else self._index[shard].url
         if lazy and self._failure is not None:
-            raise BadSampleError("shard unreadable", self._failure)
+            raise BadSampleError(SHARD_UNREADABLE, self._failure)
         try:
             entry: ShardIndex = self._index[shard]
         except OtherShardError:
             raise
         except InputError as error:  # a lazy index finds out here
             self._failure = str(error)
-            raise BadSampleError("shard unreadable", self._failure) from error
+            raise BadSampleError(SHARD_UNREADABLE, self._failure) from error
         return entry
 
     def _read(self, shard: int, start: int, size: int) -> bytes:
@@ -140,7 +140,7 @@ class SampleReader:
                 self._failure = f"the shard ends at byte {start + len(data):,}: it changed since it was indexed"
             except Exception as error:  # every filesystem raises its own errors
                 self._failure = one_line(error, url)
-        raise BadSampleError("shard unreadable", self._failure)
+        raise BadSampleError(SHARD_UNREADABLE, self._failure)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,9 @@ MAX_SAMPLE_BYTES = 256 << 20
 """Largest number of bytes read of a sample."""
 
 
+SHARD_UNREADABLE = "shard unreadable"
+"""Reason of samples whose shard cannot be read, perhaps only at this moment."""
+
 ReadContent = Callable[[int, int], None]
 """Reads the bytes from an offset, of a length, for the digest of a shard's content."""
 

@@ -180,7 +180,7 @@ class ImageTextStream(IterableDataset[Batch]):
         views: Fixed augmentations of each sample, of which an epoch shows one; none: a new one each epoch.
         embeddings: Stored teachers' embeddings of the views; None: batches carry none.
         weights: How often an epoch holds each sample of the index, on average (`sampling_weights`); None: once.
-        class_counts: Samples of each class in the index, if they were counted; for readers of the loader.
+        class_counts: Samples of each class in an epoch, if they were counted; for readers of the loader.
         tokenizers: Captions -> token ids, run in the decoding process.
         samples_per_epoch: None: an epoch is every sample once. A number: shards are drawn at random with
             replacement, and an epoch is that many samples.
@@ -209,7 +209,7 @@ class ImageTextStream(IterableDataset[Batch]):
         views: Views = NO_VIEWS,
         embeddings: EmbeddingReader | None = None,
         weights: NDArray[np.float64] | None = None,
-        class_counts: Sequence[int] | None = None,
+        class_counts: Sequence[float] | None = None,
         tokenizers: Sequence[Callable[[Sequence[str]], TokenGroups]] = (),
         samples_per_epoch: int | None = None,
         rank: int = 0,
@@ -449,8 +449,8 @@ class StreamLoader:
         return self._stream.decoder.class_lists
 
     @property
-    def class_counts(self) -> Sequence[int] | None:
-        """Samples of each class of the prompts, None if they were not counted."""
+    def class_counts(self) -> Sequence[float] | None:
+        """Samples of each class of the prompts in an epoch, None if they were not counted."""
         return self._stream.class_counts
 
     def class_digests(self) -> list[str]:

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator
 
 from clipdistill.data.shard_format import (
     MAX_SAMPLE_BYTES,
+    SHARD_UNREADABLE,
     BadSampleError,
     RawSample,
     ReadAt,
@@ -63,7 +64,7 @@ class TarShards:
             if extension in wanted:
                 raw.members[extension] = data[entry.start : entry.start + entry.size]
         if key is None:
-            raise BadSampleError("shard unreadable", "no sample where the index has one: the shard changed")
+            raise BadSampleError(SHARD_UNREADABLE, "no sample where the index has one: the shard changed")
 
 
 def _reading(entries: Iterable[Member | Damage], size: int, read_content: ReadContent) -> Iterator[Member | Damage]:

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-from pydantic import field_validator
+from pydantic import ValidationInfo, field_validator
 from torch import Tensor
 
 from clipdistill.attacks import Norm, pgd
@@ -50,8 +50,15 @@ class AdversarialSettings(Settings):
     weight_radius: Positive | None = None
     """Adversarial weight perturbation (AWP): how far each weight tensor moves, relative to its norm, for a step's
     gradients (0.005 in GKL-AT); empty: not at all. It doubles the forward and backward passes."""
-    weight_from_epoch: NonNegative = 0.0
-    """Epoch from which the weights move."""
+    weight_from_epoch: NonNegative | None = None
+    """Epoch from which the weights move; empty: the first."""
+
+    @field_validator("weight_from_epoch")
+    @classmethod
+    def _has_weights_to_move(cls, value: float | None, info: ValidationInfo) -> float | None:
+        if value is not None and info.data.get("weight_radius") is None:
+            raise ValueError("empty, or a number with weight_radius")
+        return value
 
     _fits_into_pixels = field_validator("eps")(check_radius)
 

@@ -29,7 +29,7 @@ class Objective:
         warmup_steps: optimizer steps over which a term's weight rises, by the term's name; other terms have no warm-up.
         teacher_weights: share of each teacher; normalised to sum to 1.
         num_classes: C, for the class priors.
-        class_counts: training samples of each class, for terms that need them.
+        class_counts: training samples of each class in an epoch, for terms that need them.
         device: device of the priors.
         implementation: for losses with several implementations.
     """
@@ -41,7 +41,7 @@ class Objective:
         warmup_steps: Mapping[str, int] | None = None,
         teacher_weights: Sequence[float] = (),
         num_classes: int = 0,
-        class_counts: Sequence[int] | None = None,
+        class_counts: Sequence[float] | None = None,
         device: torch.device | str = "cpu",
         implementation: Implementation = "auto",
     ) -> None:

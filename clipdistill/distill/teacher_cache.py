@@ -37,6 +37,7 @@ from clipdistill.data.image import EncodedView
 from clipdistill.data.plan import view_pixels
 from clipdistill.data.reading import Views
 from clipdistill.data.sample import BROKEN_IMAGE, BadSampleError, Decoder, SampleReader
+from clipdistill.data.shard_format import SHARD_UNREADABLE
 from clipdistill.data.workers import dead_worker_message, from_workers
 from clipdistill.errors import InputError, RunError
 from clipdistill.io.images import as_size
@@ -441,7 +442,7 @@ class _Chunks(IterableDataset["_Chunk | InputError"]):
                     else:
                         pixels[ready, view] = decoded.pixels
             except BadSampleError as bad:
-                if bad.reason == "shard unreadable":  # perhaps only temporarily
+                if bad.reason == SHARD_UNREADABLE:  # perhaps only temporarily
                     raise InputError(
                         f"shard {shown(shard.url)}: {bad.detail}; "
                         "allowed: a readable shard that is unchanged since it was indexed"

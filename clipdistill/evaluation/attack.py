@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 
 Attack = Literal["apgd", "pgd"]
 
+ROBUST = "/robust_acc1"
+"""End of the name, in a run's metrics, of the accuracy under attack."""
+
 DEFAULT_RADII = (Fraction(1, 255), Fraction(2, 255), Fraction(4, 255))
 
 _APGD_STEPS = 100
@@ -67,7 +70,8 @@ class AttackSettings:
     @classmethod
     def of(cls, settings: AttackedEvaluation) -> "AttackSettings":
         """The attack of a run's evaluation."""
-        radius = Fraction(settings.eps).limit_denominator(1_000_000)
+        near = Fraction(settings.eps).limit_denominator(1_000_000)
+        radius = near if float(near) == settings.eps else Fraction(settings.eps)
         return cls(
             attack=settings.attack, norm=settings.norm, radii=(radius,), images=settings.images, seed=settings.seed
         )

@@ -186,7 +186,7 @@ def write_card(
     user_metadata = user_metadata or UserMetadata()
     name = repo_id.partition("/")[2] if repo_id else run.name
     teachers = [_teacher(teacher) for teacher in run.config.get("teachers") or []]
-    measured = [{"record": record} for record in run.evaluations] + list(results)
+    measured = [part for record in run.evaluations for part in _by_task(record, run.config)] + list(results)
     sets = [_evaluated(details, run.config) for details in measured]
     entries = {
         item["dataset"]: _leaderboard_entry(details["record"], item, user_metadata)
@@ -399,11 +399,25 @@ def _settings(run: TrainedRun) -> dict[str, Any]:
     return rows
 
 
+def _by_task(record: Mapping[str, Any], config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A run's record as details: clean and, if its images were attacked too, under attack."""
+    robust = {name: value for name, value in record["metrics"].items() if name.startswith("robust_")}
+    clean = {name: value for name, value in record["metrics"].items() if name not in robust}
+    parts: list[dict[str, Any]] = [{"record": {**record, "metrics": clean}}]
+    attack = (config.get("evaluation") or {}).get("attack")
+    if robust and attack:
+        of_attack = {"record": {**record, "task": ATTACK_TASK, "metrics": robust}, "attack": attack}
+        parts.append({**of_attack, "samples": f"up to {attack['images']:,}"})
+    return parts
+
+
 def _evaluated(details: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     """A data set's metrics, and a description of its prompts if its folder still exists."""
     record, task = details["record"], details["record"]["task"].replace("zeroshot", "zero-shot").replace("_", " ")
     if attack := details.get("attack"):
-        task += f" ({attack['attack'].upper()}, {attack['norm']}, {details['samples']:,} images)"
+        samples = details["samples"]
+        images = f"{samples:,}" if isinstance(samples, int) else samples
+        task += f" ({attack['attack'].upper()}, {attack['norm']}, {images} images)"
     metrics = {k: v for k, v in record["metrics"].items() if isinstance(v, int | float) and not isinstance(v, bool)}
     folders = (config.get("evaluation") or {}).get("folders") or []
     folder = next((path for path in folders if Path(path).name == record["dataset"] and Path(path).is_dir()), None)

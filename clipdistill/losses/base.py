@@ -148,8 +148,8 @@ class Loss(Settings):
     """Factor of the term; 0 disables it at no cost."""
     warmup_epochs: NonNegative = 0.0
     """Epochs over which the weight rises linearly from 0."""
-    clean: bool = False
-    """In adversarial training: the term sees the clean images, not the attacked ones."""
+    clean: bool | None = None
+    """In adversarial training: the term sees the clean images, not the attacked ones. Empty: the attacked ones."""
 
     papers: ClassVar[tuple[Paper, ...]] = ()
     needs_logits: ClassVar[bool] = True
@@ -186,7 +186,7 @@ class Loss(Settings):
     @property
     def needs_clean(self) -> bool:
         """Whether it needs the student's clean images, where they are attacked."""
-        return self.clean or self.is_two_sided
+        return bool(self.clean) or self.is_two_sided
 
     @property
     def needs_labels(self) -> bool:

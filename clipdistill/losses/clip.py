@@ -140,7 +140,8 @@ def adjusted_logits(logits_BC: Tensor, class_counts_C: Tensor, *, strength: floa
 
     Args:
         logits_BC: (B, C).
-        class_counts_C: (C,) training samples of each class; a class without any counts as one sample.
+        class_counts_C: (C,) training samples of each class, as often as training sees them; a class without any counts
+            as one sample.
         strength: tau.
 
     Returns:

@@ -58,7 +58,7 @@ class GKL(Loss):
     """Temperature of the teacher's logits in the wMSE's weights (the authors' T2)."""
     class_prior: bool = False
     """Over prompts: weights from the teacher's mean prediction of the sample's class (needs ``labels``)."""
-    two_sided: bool = False
+    two_sided: bool | None = None
     """In adversarial training, over prompts: the student's own clean images in place of a teacher's (GKL-AT). The
     gradient of wMSE goes to both sides; the class prior, which it needs, is the student's mean prediction of the clean
     images."""
@@ -90,7 +90,7 @@ class GKL(Loss):
 
     @field_validator("two_sided")
     @classmethod
-    def _two_sided_has_a_prior(cls, value: bool, info: ValidationInfo) -> bool:
+    def _two_sided_has_a_prior(cls, value: bool | None, info: ValidationInfo) -> bool | None:
         if value and not info.data.get("class_prior"):
             raise ValueError("true only with class_prior: true")
         return value
@@ -98,7 +98,7 @@ class GKL(Loss):
     @property
     def is_two_sided(self) -> bool:
         """As the setting says."""
-        return self.two_sided
+        return bool(self.two_sided)
 
     @property
     def needs_labels(self) -> bool:
@@ -112,7 +112,7 @@ class GKL(Loss):
 
     def denominators(self, comparison: Comparison) -> dict[str, Tensor]:
         """The wMSE's denominator: ``sum_b W_b^2``."""
-        if self.two_sided:
+        if self.is_two_sided:
             assert comparison.class_prior is not None
             assert comparison.target_B is not None
             mass_B = weight_mass(comparison.class_prior, comparison.target_B, self.gamma, torch.float32)
@@ -142,7 +142,7 @@ class GKL(Loss):
                 temperature=self.temperature,
                 denominators=GKLDenominators(rows, wmse_denominator),
                 implementation=fused,
-                two_sided=self.two_sided,
+                two_sided=self.is_two_sided,
                 **self._weighting(comparison),
             )
             return LossParts({"soft_ce": self.alpha * out.soft_ce, "wmse": self.beta * out.wmse}, out.loss)
@@ -150,7 +150,7 @@ class GKL(Loss):
             student.logits_BC,
             teacher.logits_BC,
             temperature=self.temperature,
-            two_sided=self.two_sided,
+            two_sided=self.is_two_sided,
             **self._weighting(comparison),
         )
         soft_ce = self.alpha * sums.soft_ce.numerator / rows

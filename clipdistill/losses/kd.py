@@ -36,7 +36,7 @@ class KL(Loss):
     over: Literal["prompts", "captions"] = "prompts"
     temperature: Positive = 1.0
     """Temperature of the logits; the loss is multiplied by its square."""
-    two_sided: bool = False
+    two_sided: bool | None = None
     """In adversarial training, over prompts: the student's own clean images in place of a teacher's (TRADES); the
     gradient goes to both sides."""
 
@@ -52,7 +52,7 @@ class KL(Loss):
 
     @field_validator("two_sided")
     @classmethod
-    def _two_sided_is_of_prompts(cls, value: bool, info: ValidationInfo) -> bool:
+    def _two_sided_is_of_prompts(cls, value: bool | None, info: ValidationInfo) -> bool | None:
         if value and info.data.get("over") != "prompts":
             raise ValueError("true only with over: prompts")
         return value
@@ -60,7 +60,7 @@ class KL(Loss):
     @property
     def is_two_sided(self) -> bool:
         """As the setting says."""
-        return self.two_sided
+        return bool(self.two_sided)
 
     def compute(self, comparison: Comparison, rows: Tensor, denominators: Mapping[str, Tensor]) -> LossParts:  # noqa: ARG002
         """One part, ``kl``."""
@@ -70,11 +70,13 @@ class KL(Loss):
                 **comparison.features,
                 temperature=self.temperature,
                 rows=rows,
-                two_sided=self.two_sided,
+                two_sided=self.is_two_sided,
                 implementation=fused,
             )
         else:
-            sums = kd_sums(student.logits_BC, teacher.logits_BC, temperature=self.temperature, two_sided=self.two_sided)
+            sums = kd_sums(
+                student.logits_BC, teacher.logits_BC, temperature=self.temperature, two_sided=self.is_two_sided
+            )
             loss = sums.numerator / rows
         return LossParts.single("kl", loss)
 

@@ -1,4 +1,4 @@
-"""Training samples of each class, ``class_counts.json``: beside the shards that ``clipdistill shards`` writes.
+"""Samples of each class, ``class_counts.json``: ``clipdistill shards`` writes it beside the shards of each split.
 
     [["airplane", 500], ["bird", 5], ...]     in class order; an object {"airplane": 500, ...} is read too
 
@@ -24,6 +24,10 @@ _MOST_FEW, _MOST_MEDIUM = 19, 100
 _ALLOWED = 'pairs of a class name and a number of samples, such as [["cat", 12], ["dog", 5]]'
 
 
+class OtherClassesError(InputError):
+    """Class counts are those of other classes."""
+
+
 def shot_of(samples: int) -> Shot:
     """The group of a class of so many training samples."""
     if samples > _MOST_MEDIUM:
@@ -47,7 +51,8 @@ def load_class_counts(place: Path, classnames: Sequence[str], *, of: str, by_ord
         by_order: match the classes by their order.
 
     Raises:
-        InputError: the file cannot be read, or it has other classes.
+        InputError: the file cannot be read, or is malformed.
+        OtherClassesError: it has other classes.
     """
     file = place / CLASS_COUNTS_FILE if place.is_dir() else place
     text = read_text(file, what="class counts")
@@ -56,10 +61,13 @@ def load_class_counts(place: Path, classnames: Sequence[str], *, of: str, by_ord
     except (ValueError, RecursionError) as error:
         raise InputError(f"class counts {file}: not JSON: {str(error)[:80]}; allowed: {_ALLOWED}") from error
     names, counts = _pairs(content, file)
-    indices = match_classes(names, classnames, of=f"class counts {file}", to=of, by_order=by_order)
+    try:
+        indices = match_classes(names, classnames, of=f"class counts {file}", to=of, by_order=by_order)
+    except InputError as error:
+        raise OtherClassesError(str(error)) from error
     if len(indices) < len(classnames):
         missing = sorted(set(range(len(classnames))) - set(indices))
-        raise InputError(
+        raise OtherClassesError(
             f"class counts {file}: none for {len(missing)} classes of {of}, such as {classnames[missing[0]]!r}; "
             "allowed: a number for each class, 0 for one without training samples"
         )
@@ -73,7 +81,7 @@ def _pairs(content: Any, file: Path) -> tuple[list[str], list[int]]:
     for pair in pairs if good else ():
         two = isinstance(pair, list | tuple) and len(pair) == 2
         if not two or not isinstance(pair[0], str) or type(pair[1]) is not int or pair[1] < 0:
-            raise InputError(f"class counts {file}: {str(pair)[:60]}; allowed: {_ALLOWED}")
+            raise InputError(f"class counts {file}: {pair!r:.60}; allowed: {_ALLOWED}")
     if not good:
-        raise InputError(f"class counts {file}: {str(content)[:60]}; allowed: {_ALLOWED}")
+        raise InputError(f"class counts {file}: {content!r:.60}; allowed: {_ALLOWED}")
     return [name for name, _ in pairs], [count for _, count in pairs]

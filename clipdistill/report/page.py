@@ -20,6 +20,7 @@ from clipdistill.config import Config, load_saved_config, to_dict
 from clipdistill.errors import InputError
 from clipdistill.evaluation import EvaluationSet, Predictions, classification_metrics, load_for_evaluation
 from clipdistill.evaluation.agreement import class_gains
+from clipdistill.evaluation.attack import ROBUST
 from clipdistill.evaluation.benchmark_format import MEAN
 from clipdistill.evaluation.calibration import expected_calibration_error, reliability
 from clipdistill.evaluation.classification import Metrics, recall_per_class
@@ -126,7 +127,7 @@ def write_report(
     for what in left_out:
         progress(f"left out {what}: on another machine (--remote fetches it)")
     folders = [folder for folder in data or settings.folders if data or remote or not is_remote(folder)]
-    sets = open_sets(folders, settings, cache=cache)
+    sets = open_sets(folders, settings, cache=cache, counts_must_fit=not data)
     steps = [record for record in records if "loss" in record]
     evaluations = [record for record in records if MEAN in record]
 
@@ -230,6 +231,11 @@ def _curves(steps: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[st
     if evaluations:
         names = {name: name.removeprefix("evaluation/").removesuffix("/acc1") for name in sets}
         curves.append(_lines("Zero-shot top-1", evaluations, names, percent=True, markers=True))
+        robust = [
+            name for name in dict.fromkeys(name for record in evaluations for name in record) if name.endswith(ROBUST)
+        ]
+        names = {name: name.removeprefix("evaluation/").removesuffix(ROBUST) for name in robust}
+        curves.append(_lines("Zero-shot top-1 under attack", evaluations, names, percent=True, markers=True))
     return [curve for curve in curves if curve["plot"]]
 
 
@@ -269,7 +275,13 @@ def _results_under_attack(run: Path, folders: Sequence[Path], device: torch.devi
         raise InputError(f"--results: {run} holds no student yet; allowed: a finished run")
     student = fingerprint(load_for_evaluation(str(run), "", device=device))
     found = results_of(folders, student, flag="--results")
-    return [details for details in found if details["record"]["task"] == ATTACK_TASK]
+    attacked = [details for details in found if details["record"]["task"] == ATTACK_TASK]
+    if not attacked:
+        raise InputError(
+            f"--results {folders[0]}: no result of `clipdistill evaluate --attack`; allowed: folders with one of this "
+            "run"
+        )
+    return attacked
 
 
 def _attacks(results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ from clipdistill.distill.teachers import Teachers
 from clipdistill.distributed.collectives import gather_objects, rank, world_size
 from clipdistill.errors import InputError
 from clipdistill.evaluation import EvaluationSet
+from clipdistill.evaluation.attack import ROBUST
 from clipdistill.evaluation.benchmark_format import MEAN, RISING
 from clipdistill.evaluation.ranks import from_first_rank, on_all_ranks
 from clipdistill.evaluation.sets.open import open_sets
@@ -58,7 +59,7 @@ def open_evaluation_sets(config: Config, *, cache: Path) -> list[EvaluationSet]:
         raise InputError(f"evaluation.folders: two sets named {twice}; allowed: different names")
     metrics = [MEAN, *(f"evaluation/{data.name}/{metric}" for data in sets for metric in RISING[data.kind])]
     if settings.attack is not None:
-        metrics += [f"evaluation/{data.name}/robust_acc1" for data in sets if data.kind == "classification"]
+        metrics += [f"evaluation/{data.name}{ROBUST}" for data in sets if data.kind == "classification"]
     if sets and config.train.best_metric not in metrics:
         raise InputError(f"train.best_metric: {config.train.best_metric}; allowed: {', '.join(metrics)}")
     return sets
@@ -253,7 +254,7 @@ def open_stream(
     if needs_all_labels(config):
         labels = _read_all_labels(config, index, decoder)
         weights = None if data.sampling is None else sampling_weights(labels, data.sampling)
-        class_counts = None if prompts is None else count_classes(labels, prompts.num_classes)
+        class_counts = None if prompts is None else count_classes(labels, prompts.num_classes, weights=weights)
     embeddings = None
     if config.teacher_cache.folder:
         key = cache_content(config, decoder).key(teachers, device=device)
@@ -284,7 +285,7 @@ def make_objective(
     *,
     steps_per_epoch: float,
     num_classes: int,
-    class_counts: Sequence[int] | None,
+    class_counts: Sequence[float] | None,
     device: torch.device,
 ) -> Objective:
     """The objective, of the terms with weight above 0."""

@@ -272,7 +272,7 @@ class RunParts:
         settings = self._config.adversarial
         if settings is None or settings.weight_radius is None:
             return None
-        from_step = round(settings.weight_from_epoch * self.progress.steps_per_epoch)
+        from_step = round((settings.weight_from_epoch or 0.0) * self.progress.steps_per_epoch)
         return WeightAttack(self.student, radius=settings.weight_radius, from_step=from_step)
 
     def _make_teachers(

@@ -30,6 +30,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from clipdistill.config import Config, load_config, settings_of_result
 from clipdistill.errors import InputError
+from clipdistill.evaluation.attack import ROBUST, AttackSettings
 from clipdistill.evaluation.benchmark_format import named_metrics
 from clipdistill.io.identity import first_difference
 from clipdistill.io.lock import InUseError, Lock
@@ -121,7 +122,7 @@ class Study:
             raise InputError(
                 "evaluation.folders: empty; allowed: at least one validation set, by which trials are chosen"
             )
-        self.metric = base.train.best_metric
+        self.metric, attack = base.train.best_metric, base.evaluation.attack
         validation = open_evaluation_sets(base, cache=expand(base.data.cache))
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         identity = {
@@ -130,10 +131,12 @@ class Study:
             "space": search.space.to_dict(),
             "metric": self.metric,
             "validation": [each.identity() for each in validation],
+            "attack": None if attack is None else AttackSettings.of(attack).described(),
         }
         search.output.mkdir(parents=True, exist_ok=True)
         with self._alone():
-            pruner = Hopeless(images=sum(len(each) for each in validation))
+            most = math.inf if attack is None or not self.metric.endswith(ROBUST) else attack.images
+            pruner = Hopeless(images=int(sum(min(len(each), most) for each in validation)))
             self._study = _open(search.output / STUDY_FILE, pruner=pruner)
             self._check("search", identity)
             parameters = {

@@ -119,12 +119,14 @@ def test_parts_joined_are_the_whole(write_arms: Callable[..., Path], tmp_path: P
         expected = asdict(compare_pair(*found))
         assert {**whole["comparisons"][0]["shots"][shot], "adjusted": ANY} == expected | {"adjusted": ANY}
         table = (tmp_path / "joined" / "table.md").read_text()
-        assert f"- {shot}-shot classes ({sum(among_N)} images): learning " in table
+        assert f"- images of {shot}-shot classes ({sum(among_N)}): learning " in table
 
 
 @pytest.mark.slow
 def test_arms_are_compared_under_attack(write_arms: Callable[..., Path], tmp_path: Path) -> None:
     settings = {"train.steps": 12, **LABELS, "evaluation.attack": {"eps": "120/255", "images": 25}}
+    assert main(["compare", str(write_arms(pilot=0, trials=1, settings=settings))]) == 2
+    settings["train.best_metric"] = "evaluation/set/robust_acc1"
     path = str(write_arms(pilot=0, trials=1, settings=settings))
     assert main(["compare", path]) == 0
     results = json.loads((tmp_path / "compare" / "results.json").read_text())

@@ -72,6 +72,22 @@ def test_kept_labels_are_read_again_when_anything_they_come_from_changes(folder:
     assert read(folder, cache) == [*first[:12], 2, *first[13:]]
 
 
+def test_labels_that_cannot_be_read_now_are_no_missing_labels(folder: Path, tmp_path: Path) -> None:
+    index, cache = index_of(folder), tmp_path / "cache"
+    (folder / "0.tar").rename(tmp_path / "0.tar")
+    with pytest.raises(InputError, match=r"0\.tar: labels cannot be read: .*; allowed: readable shards"):
+        read_labels(index, decoder(folder), cache_dir=cache)
+    (tmp_path / "0.tar").rename(folder / "0.tar")
+    assert np.concatenate(read_labels(index, decoder(folder), cache_dir=cache)).tolist() == read(folder)
+
+
+def test_counts_are_those_that_training_sees(folder: Path) -> None:
+    """An adjustment by frequency beside a sampling by class changes nothing."""
+    labels = read_labels(index_of(folder), decoder(folder), cache_dir=None)
+    weights = sampling_weights(labels, "class")
+    assert count_classes(labels, 3, weights=weights) == pytest.approx([28 / 3] * 3)
+
+
 def test_a_label_of_no_class_is_refused_before_the_first_step(folder: Path) -> None:
     write_tar(folder / "3.tar", [{"key": "x", "png": png(COLOURS[0]), "cls": 7}])
     with pytest.raises(InputError, match=r"3\.tar: sample 'x' has cls 7, allowed: 0 to 2"):

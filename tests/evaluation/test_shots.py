@@ -11,6 +11,8 @@ import torch
 from clipdistill.cli import main
 from clipdistill.errors import InputError
 from clipdistill.evaluation import open_set
+from clipdistill.evaluation.sets.open import open_sets
+from clipdistill.evaluation.settings import EvaluationSettings
 from clipdistill.evaluation.shots import head_to_tail, shot_metrics
 from clipdistill.models.class_counts import as_json, load_class_counts
 from tests.conftest import CLASSES, COLOURS, png
@@ -67,6 +69,7 @@ def test_counts_go_to_classes_by_name(tmp_path: Path, content: str) -> None:
         ("{}", r"\{\}; allowed: pairs"),
         ("7", r"7; allowed: pairs"),
         ("[", r"not JSON: .*; allowed: pairs"),
+        ('["a\\nb"]', r"'a\\nb'; allowed: pairs"),
     ],
 )
 def test_counts_that_do_not_fit_are_refused(tmp_path: Path, content: str, message: str) -> None:
@@ -127,6 +130,31 @@ def test_from_class_folders_to_shots(tailed: Path, teacher_folder: Path, tmp_pat
     other = evaluate("--class-counts", tmp_path / "counts.json")
     assert other["key"] != found["key"]
     assert other["record"]["metrics"]["many_shot_acc1"] == pytest.approx((recall["red"] + recall["green"]) / 2)
+
+
+def test_counts_of_other_classes(tailed: Path, teacher_folder: Path, colours: Path, tmp_path: Path) -> None:
+    """Those that were found are left out; those that were named are refused, or go to the sets that they fit."""
+    more = tmp_path / "more"
+    more.mkdir()
+    (more / "classnames.txt").write_text("\n".join([*CLASSES, "violet"]))
+    (more / "templates.txt").write_text("{c}")
+    assert open_set(tailed, prompts=str(more)).class_counts is None
+    with pytest.raises(InputError, match="none for 1 classes of data set, such as 'violet'"):
+        open_set(tailed, prompts=str(more), class_counts=tailed / "train")
+    counts = tmp_path / "pets.json"
+    counts.write_text('{"cat": 3, "dog": 2}')
+    settings = EvaluationSettings(class_counts=str(counts))
+    with pytest.raises(InputError, match="classes are not in data set"):
+        open_sets([str(tailed)], settings, cache=tmp_path / "cache")
+    (data,) = open_sets([str(tailed)], settings, cache=tmp_path / "cache", counts_must_fit=False)
+    assert data.class_counts == (21, 3, 0, 0)
+    counts.write_text(json.dumps({"red": 1, "green": 2, "blue": 3, "grey": 4}))
+    pets = tmp_path / "pets"
+    for number, name in enumerate(("cat", "dog")):
+        (pets / "test" / name).mkdir(parents=True)
+        (pets / "test" / name / "0.png").write_bytes(png(COLOURS[number]))
+    both = open_sets([str(pets), str(colours / "set")], settings, cache=tmp_path / "cache")
+    assert [each.class_counts for each in both] == [None, (1, 2, 3, 4)]
 
 
 def test_shards_without_class_names_have_no_counts(tmp_path: Path) -> None:

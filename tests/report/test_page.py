@@ -115,7 +115,11 @@ def test_results_under_attack_and_from_frequent_to_rare_classes(
         trace for trace in plots(page) if trace.get("name") == "student" and "x" in trace and len(trace["x"]) == 4
     )
     assert curve["x"] == [0.5, 1.5, 2.5, 3.5]
+    plain = ["evaluate", "--model", str(trained), "--data", str(tailed), "--output", str(tmp_path / "plain")]
+    assert main(plain) == 0
     capsys.readouterr()
+    assert main([*command, str(tmp_path / "plain")]) == 2
+    assert "plain: no result of `clipdistill evaluate --attack`" in capsys.readouterr().err
     assert main([*command, str(tmp_path / "other")]) == 2
     assert re.search(
         r"--results .*other: holds 1 results, none of this model's weights in fp32", capsys.readouterr().err

@@ -173,7 +173,26 @@ def test_accuracy_under_attack_chooses_a_checkpoint(
         ),
         (
             {"adversarial": {}, "objective": [*TWO_SIDED, {"loss": "clip"}], "labels": "dataset"},
-            "objective: ['clip_captions'] is not allowed; allowed: terms over prompts, images or features, as clip_pro",
+            "objective: ['clip_captions'] is not allowed; allowed: terms over prompts or images, as clip_prompts comp",
+        ),
+        (
+            {"adversarial": {"start": "clean"}, "objective": TWO_SIDED, "labels": "dataset"},
+            "adversarial.start: 'clean' is not allowed; allowed: uniform or normal, as two-sided terms have no g",
+        ),
+        (
+            {"adversarial": {}, "objective": [{"loss": "kl", "two_sided": True, "clean": True}, {"loss": "gkl"}]},
+            "objective: ['kl_prompts'] is not allowed; allowed: clean or two_sided",
+        ),
+        (
+            {
+                "adversarial": {},
+                "objective": [{"loss": "feature", "over": "captions", "clean": True}, {"loss": "gkl"}],
+            },
+            "objective: ['feature_captions'] is not allowed; allowed: terms over prompts or images",
+        ),
+        (
+            {"adversarial": {"weight_from_epoch": 3}},
+            "adversarial.weight_from_epoch: 3 is not allowed; allowed: empty, or a number with weight_radius",
         ),
         ({"objective": [{"loss": "gkl", "two_sided": True}]}, "objective.0.two_sided: True is not allowed; allowed: t"),
         ({"objective": [{"loss": "kl", "over": "captions", "two_sided": True}]}, "objective.0.two_sided: True is not"),

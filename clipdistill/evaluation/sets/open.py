@@ -5,11 +5,13 @@ folders of class folders ──────────── images.py ─┼�
 Hugging Face data sets ────────────── hub.py ────┘
 """
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from clipdistill.distributed.collectives import rank
 from clipdistill.errors import InputError
 from clipdistill.evaluation.ranks import with_shared_errors
 from clipdistill.evaluation.sets.hub import Columns, holds_tables, is_dataset, open_dataset
@@ -20,8 +22,10 @@ from clipdistill.evaluation.settings import EvaluationSettings
 from clipdistill.io.image_folders import find_image_folder
 from clipdistill.io.images import STANDARD_DECODING, DecodingSettings
 from clipdistill.io.paths import expand
-from clipdistill.models.class_counts import CLASS_COUNTS_FILE, load_class_counts
+from clipdistill.models.class_counts import CLASS_COUNTS_FILE, OtherClassesError, load_class_counts
 from clipdistill.models.prompts import load_prompts
+
+log = logging.getLogger(__name__)
 
 HUB = "hf-hub:"
 """Prefix of the name of a data set on the Hugging Face Hub."""
@@ -62,7 +66,7 @@ def open_set(
         columns: of a Hugging Face data set.
         decoding: of the images.
         class_counts: file of the training samples of each class, or a folder with ``class_counts.json``; None: that in
-            the training split of a local folder, if there is one.
+            the training split of a local folder, if there is one, and it has the classes of the prompts.
         cache: folder for indexes and copies of remote shards; None: neither is cached.
 
     Raises:
@@ -81,13 +85,23 @@ def open_set(
     if opened.kind != "classification":
         return replace(opened, decoding=decoding)
     beside = Path(location) / TRAIN_SPLIT
-    if class_counts is None and split != TRAIN_SPLIT and (beside / CLASS_COUNTS_FILE).is_file():
-        class_counts = beside
+    found = split != TRAIN_SPLIT and (beside / CLASS_COUNTS_FILE).is_file()
+    place = beside if class_counts is None and found else class_counts
     counts = None
-    if class_counts is not None:
-        load = partial(load_class_counts, class_counts, opened.prompts.classnames, of=f"data {opened.name}")
-        counts = with_shared_errors(partial(load, by_order=by_order))
+    if place is not None:
+        load = partial(load_class_counts, place, opened.prompts.classnames, of=f"data {opened.name}", by_order=by_order)
+        try:
+            counts = with_shared_errors(load)
+        except OtherClassesError as error:
+            if class_counts is not None:
+                raise
+            _log_once("%s: the accuracy of frequent and rare classes is left out", error)
     return replace(opened, decoding=decoding, class_counts=counts)
+
+
+def _log_once(message: str, error: Exception) -> None:
+    if rank() == 0:
+        log.warning(message, error)
 
 
 def _open_set(
@@ -132,23 +146,42 @@ def _open_set(
     return with_shared_errors(open_local)
 
 
-def open_sets(folders: Sequence[str], settings: EvaluationSettings, *, cache: Path) -> list[EvaluationSet]:
+def open_sets(
+    folders: Sequence[str], settings: EvaluationSettings, *, cache: Path, counts_must_fit: bool = True
+) -> list[EvaluationSet]:
     """Open sets with the settings of a run's evaluation, whatever its own folders.
 
+    Args:
+        folders: the sets.
+        settings: of the evaluation. Its class counts go to the sets with their classes.
+        cache: folder for indexes and copies of remote shards.
+        counts_must_fit: at least one set must have them.
+
     Raises:
-        InputError: as ``open_set``.
+        InputError: as ``open_set``; the class counts fit no set.
     """
-    return [
-        open_set(
+    counts = expand(settings.class_counts) if settings.class_counts else None
+    sets: list[EvaluationSet] = []
+    misfits: list[OtherClassesError] = []
+    for folder in folders:
+        open_one = partial(
+            open_set,
             folder,
             split=settings.split,
             allow_duplicates=settings.allow_duplicate_classes,
             decoding=settings.images,
-            class_counts=expand(settings.class_counts) if settings.class_counts else None,
             cache=cache,
         )
-        for folder in folders
-    ]
+        try:
+            sets.append(open_one(class_counts=counts))
+        except OtherClassesError as error:
+            misfits.append(error)
+            sets.append(open_one())
+    if misfits and len(misfits) == len(sets) and counts_must_fit:
+        raise misfits[0]
+    for misfit in misfits:
+        _log_once("%s: the accuracy of its frequent and rare classes is left out", misfit)
+    return sets
 
 
 def load_classification_set(
