@@ -154,6 +154,7 @@ def test_equal_arms_with_equal_seeds_are_equal(write_arms: Callable[..., Path], 
     assert {key for key in settings[0] if settings[0][key] != settings[1][key]} == {"output"}
 
 
+@pytest.mark.slow
 def test_arms_with_and_without_a_teacher_see_the_same_views(write_arms: Callable[..., Path], tmp_path: Path) -> None:
     arms = {
         "kl": {"settings": {"objective": [{"loss": "kl"}]}, "space": {"objective.0.temperature": "log(1, 8)"}},

@@ -46,6 +46,7 @@ def family_of(sample):
     return json.loads(sample["json"])["family"]
 
 
+@pytest.mark.slow
 def test_a_long_tailed_training_set(tmp_path, icons):
     """Counts fall exponentially from the imbalance to 1; drawings are those of the whole set, each as often as its
     class needs; the same seed gives the same bytes."""

@@ -99,6 +99,7 @@ LEARNABLE = ("objective=[{loss: clip, over: prompts}]", "labels=dataset", "teach
 """The tests' teacher is random; the labels teach something."""
 
 
+@pytest.mark.slow
 def test_hopeless_trials_end_early(tune: Callable[..., int], tmp_path: Path) -> None:
     space = ("optimizer.lr=choice(0.01, 1e-9)", "optimizer.weight_decay=uniform(0, 0.1)", *LEARNABLE)
     assert tune(trials=12, space=space) == 0
@@ -124,6 +125,7 @@ def test_a_searched_setting_wins_over_a_fixed_one_that_holds_it(tune: Callable[.
         assert (term.beta, term.gamma) == (0.3, trial["settings"]["objective.0.gamma"])
 
 
+@pytest.mark.slow
 def test_more_trials_continue_a_study(tune: Callable[..., int], tmp_path: Path) -> None:
     assert tune(trials=2) == 0
     first = results_of(tmp_path / "tune")
@@ -167,6 +169,7 @@ def test_processes_share_a_study(write_config: Callable[..., Path], tmp_path: Pa
     assert len({trial["run"] for trial in trials}) == 6
 
 
+@pytest.mark.slow
 def test_another_search_in_the_same_folder_is_refused(
     tune: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -182,6 +185,7 @@ def test_another_search_in_the_same_folder_is_refused(
         assert line.endswith("allowed: the same, or another output")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changed", ["training", "validation"])
 def test_a_study_ends_where_its_data_change(
     tune: Callable[..., int],
