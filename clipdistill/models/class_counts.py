@@ -7,6 +7,7 @@ arXiv 1904.05160): many, more than 100 training samples; medium, 20 to 100; few,
 """
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -54,7 +55,8 @@ def load_class_counts(place: Path, classnames: Sequence[str], *, of: str, by_ord
         InputError: the file cannot be read, or is malformed.
         OtherClassesError: it has other classes.
     """
-    file = place / CLASS_COUNTS_FILE if place.is_dir() else place
+    is_folder = os.path.isdir(place)  # noqa: PTH112 (Path.is_dir raises where it may not look)
+    file = place / CLASS_COUNTS_FILE if is_folder else place
     text = read_text(file, what="class counts")
     try:
         content = json.loads(text)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from clipdistill.distributed.collectives import rank
 from clipdistill.errors import InputError
-from clipdistill.evaluation.ranks import with_shared_errors
+from clipdistill.evaluation.ranks import from_first_rank, with_shared_errors
 from clipdistill.evaluation.sets.hub import Columns, holds_tables, is_dataset, open_dataset
 from clipdistill.evaluation.sets.images import open_image_set
 from clipdistill.evaluation.sets.samples import EvaluationSet
@@ -82,36 +82,50 @@ def open_set(
         columns=columns,
         cache=cache,
     )
-    if opened.kind != "classification":
-        return replace(opened, decoding=decoding)
+    opened = replace(opened, decoding=decoding)
+    if class_counts is not None:
+        return _with_counts(opened, class_counts, by_order=by_order)
+    return _with_counts_beside(opened, location, split=split, by_order=by_order)
+
+
+def _with_counts(data: EvaluationSet, place: Path | None, *, by_order: bool = False) -> EvaluationSet:
+    """A set for classification with the class counts in a file or folder; others, and without a place, as they are.
+
+    Raises:
+        InputError: as ``load_class_counts``.
+    """
+    if place is None or data.kind != "classification":
+        return data
+    load = partial(load_class_counts, place, data.prompts.classnames, of=f"data {data.name}", by_order=by_order)
+    return replace(data, class_counts=with_shared_errors(load))
+
+
+def _with_counts_beside(
+    data: EvaluationSet, location: str | Path, *, split: str, by_order: bool = False
+) -> EvaluationSet:
+    """A set with the class counts in the training split of its local folder, if there are any and they fit."""
     beside = Path(location) / TRAIN_SPLIT
-    found = split != TRAIN_SPLIT and (beside / CLASS_COUNTS_FILE).is_file()
-    place = beside if class_counts is None and found else class_counts
-    counts = None
-    if place is not None:
-        load = partial(load_class_counts, place, opened.prompts.classnames, of=f"data {opened.name}", by_order=by_order)
-        try:
-            counts = with_shared_errors(load)
-        except OtherClassesError as error:
-            if class_counts is not None:
-                raise
-            _log_once("%s: the accuracy of frequent and rare classes is left out", error)
-    return replace(opened, decoding=decoding, class_counts=counts)
+    found = from_first_rank(lambda: split != TRAIN_SPLIT and (beside / CLASS_COUNTS_FILE).is_file())
+    try:
+        return _with_counts(data, beside if found else None, by_order=by_order)
+    except OtherClassesError as error:
+        _warn_left_out(error)
+        return data
 
 
-def _log_once(message: str, error: Exception) -> None:
+def _warn_left_out(error: OtherClassesError) -> None:
     if rank() == 0:
-        log.warning(message, error)
+        log.warning("%s: the accuracy of frequent and rare classes is left out", error)
 
 
 def _open_set(
     location: str | Path,
     *,
     split: str,
-    prompts: str | None,
-    by_order: bool,
+    prompts: str | None = None,
+    by_order: bool = False,
     allow_duplicates: bool,
-    columns: Columns | None,
+    columns: Columns | None = None,
     cache: Path | None,
 ) -> EvaluationSet:
     text = str(location)
@@ -164,23 +178,19 @@ def open_sets(
     sets: list[EvaluationSet] = []
     misfits: list[OtherClassesError] = []
     for folder in folders:
-        open_one = partial(
-            open_set,
-            folder,
-            split=settings.split,
-            allow_duplicates=settings.allow_duplicate_classes,
-            decoding=settings.images,
-            cache=cache,
-        )
+        opened = _open_set(folder, split=settings.split, allow_duplicates=settings.allow_duplicate_classes, cache=cache)
+        opened = replace(opened, decoding=settings.images)
         try:
-            sets.append(open_one(class_counts=counts))
+            counted = _with_counts(opened, counts)
         except OtherClassesError as error:
             misfits.append(error)
-            sets.append(open_one())
+            counted = opened
+        fits = counted.class_counts is not None
+        sets.append(counted if fits else _with_counts_beside(opened, folder, split=settings.split))
     if misfits and len(misfits) == len(sets) and counts_must_fit:
         raise misfits[0]
     for misfit in misfits:
-        _log_once("%s: the accuracy of its frequent and rare classes is left out", misfit)
+        _warn_left_out(misfit)
     return sets
 
 
