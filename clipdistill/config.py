@@ -213,7 +213,9 @@ def _map_texts(value: Any, change: Callable[[str, str], str], key: str = "") -> 
     return change(key, value) if isinstance(value, str) else value
 
 
-_NAMES_OR_PATHS = frozenset(("prompts", "teachers.model", "teachers.pretrained", "student.model", "student.pretrained"))
+_NAMES_OR_PATHS = frozenset(
+    ("prompts", "teachers.model", "teachers.pretrained", "student.model", "student.pretrained", "student.text_model")
+)
 _PATHS = _NAMES_OR_PATHS | {
     "output",
     "data.shards",
@@ -332,7 +334,15 @@ _FREE_ON_RESUME = frozenset(
 """Settings that change no result, and the factors of the global batch, whose product the trainer checks."""
 
 _BY_CONTENT = frozenset(
-    ("prompts", "data.shards", "teachers.model", "teachers.pretrained", "student.model", "student.pretrained")
+    (
+        "prompts",
+        "data.shards",
+        "teachers.model",
+        "teachers.pretrained",
+        "student.model",
+        "student.pretrained",
+        "student.text_model",
+    )
 )
 """Names and places of files: what is in them is compared, wherever it is."""
 

@@ -23,7 +23,7 @@ from clipdistill.io.run_files import (
     checkpoint_folders,
 )
 from clipdistill.io.urls import one_line
-from clipdistill.models.loading import load_frozen_model, load_student
+from clipdistill.models.loading import load_frozen_model
 from clipdistill.models.towers import FrozenModel, Tower
 from clipdistill.models.weights import describe_mismatch
 
@@ -115,12 +115,8 @@ def _load_checkpoint(run: Path, step: int, *, precision: str, device: torch.devi
     averaged = checkpoint / "ema.safetensors"
     weights = averaged if averaged.is_file() else checkpoint / "student.safetensors"
     config = load_saved_config(run / CONFIG_FILE)
-    teacher = None
-    if config.student.text == "teacher":
-        teacher = load_frozen_model(config.teachers[0].model, pretrained=config.teachers[0].pretrained)
-    student = load_student(
-        config.student.model, pretrained=config.student.pretrained, text_mode=config.student.text, teacher=teacher
-    )
+    teachers = [each.load() for each in config.teachers] if config.student.text == "teacher" else []
+    student = config.student.build(teachers)
     try:
         frozen = checkpoint / FROZEN_FILE
         student.load_state_dict({**(load_file(frozen) if frozen.is_file() else {}), **load_file(weights)})

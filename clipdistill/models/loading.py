@@ -1,4 +1,8 @@
-"""Load models by name, folder or config, and build the student."""
+"""Load models by name, folder or config, and build the student.
+
+A student's towers may come from two models: the image tower from its own, the text tower from the teacher or from
+``student.text_model``.
+"""
 
 import difflib
 import json
@@ -6,12 +10,12 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import open_clip
 import torch
 from open_clip.factory import set_model_preprocess_cfg
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from clipdistill.errors import InputError
 from clipdistill.io.images import Size, as_size
@@ -19,9 +23,12 @@ from clipdistill.io.resources import resource
 from clipdistill.models.custom_code import load_tokenizer, refuse_code
 from clipdistill.models.initialisation import AnyInitialisation, OwnWeights
 from clipdistill.models.precision import Precision, chosen_precision
+from clipdistill.models.timm_towers import find_timm_tower, is_timm, load_timm_weights
 from clipdistill.models.towers import MAX_LOGIT_SCALE, FrozenModel, Student, is_text, text_state
 from clipdistill.models.weights import describe_mismatch, plain_weights
-from clipdistill.settings import Positive, Settings
+from clipdistill.settings import Positive, Settings, check
+
+log = logging.getLogger(__name__)
 
 
 class TeacherSettings(Settings):
@@ -57,9 +64,14 @@ class StudentSettings(Settings):
     """The model that is trained."""
 
     model: str
-    """An open_clip name, ``hf-hub:``/``local-dir:``, a model config (.json), or the stem of one in configs/models."""
+    """An open_clip name, ``hf-hub:``/``local-dir:``, a model config (.json), the stem of one in configs/models, or an
+    image tower of timm: ``timm/NAME`` or ``timm/NAME.TAG``, whose pixel settings are kept."""
     pretrained: str = ""
-    """Tag or weights file to start from; empty: random weights (``hf-hub:``/``local-dir:`` include weights)."""
+    """Tag or weights file to start from; for timm also a folder of ``timm.models.save_for_hf``. Empty: random weights
+    (``hf-hub:``/``local-dir:`` include weights)."""
+    text_model: str | None = None
+    """Beside an image tower of timm, unless ``text: teacher``: the model whose text tower the student has, as for
+    ``model``; with its weights for ``hf-hub:``/``local-dir:``, else with random ones."""
     init: AnyInitialisation = Field(default_factory=OwnWeights)
     """Initialisation of a new student's weights; ``own``: random, or those of ``pretrained``."""
     text: Literal["train", "freeze", "teacher"] = "train"
@@ -73,20 +85,41 @@ class StudentSettings(Settings):
     compile: bool = False
     """Compile the image tower, and the blocks of a trained text tower, with torch.compile."""
 
+    @model_validator(mode="after")
+    def _has_a_text_tower(self) -> Self:
+        borrows = is_timm(self.model) and self.text != "teacher"
+        allowed = "a model with a text tower" if borrows else "empty, but beside an image tower of timm"
+        allowed += ", or text: teacher" if borrows else ""
+        check(borrows == bool(self.text_model), "text_model", self.text_model, allowed)
+        check(not is_timm(self.text_model or ""), "text_model", self.text_model, allowed)
+        return self
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether it starts from weights that were loaded."""
+        return bool(self.pretrained or _schema(self.model) or _schema(self.text_model or ""))
+
     def load(self, teachers: Sequence[FrozenModel] = ()) -> Student:
         """Build the student on the CPU; random weights are drawn from torch's global generator."""
-        student = load_student(
+        student = self.build(teachers)
+        if is_timm(self.model) and not self.pretrained:
+            log.info("student.model %s: random weights; student.pretrained names a tag or a file", self.model)
+        if self.grad_checkpointing:
+            student.clip.set_grad_checkpointing(True)
+        self.init.apply(student, teachers)
+        return student
+
+    def build(self, teachers: Sequence[FrozenModel] = ()) -> Student:
+        """The student before its initialisation."""
+        return load_student(
             self.model,
             pretrained=self.pretrained,
+            text_model=self.text_model or "",
             text_mode=self.text,
             teacher=teachers[0] if self.text == "teacher" else None,
             logit_scale=self.logit_scale,
             train_logit_scale=self.train_logit_scale,
         )
-        if self.grad_checkpointing:
-            student.clip.set_grad_checkpointing(True)
-        self.init.apply(student, teachers)
-        return student
 
 
 def load_frozen_model(
@@ -117,6 +150,7 @@ def load_student(
     model: str,
     *,
     pretrained: str = "",
+    text_model: str = "",
     text_mode: str = "train",
     teacher: FrozenModel | None = None,
     logit_scale: float | None = None,
@@ -125,19 +159,23 @@ def load_student(
     """Build the student, from random weights or pretrained ones.
 
     With ``text_mode="teacher"`` the student consists of its own image tower, projected into the teacher's space, and a
-    copy of the teacher's text tower, as one ordinary open_clip model. Pretrained image weights are kept, except for the
-    projection if its width differs: it is initialised at random.
+    copy of the teacher's text tower, as one ordinary open_clip model; with a ``text_model``, of that model's text
+    tower. Pretrained image weights are kept, except for the projection if its width differs: it is initialised at
+    random.
 
     Raises:
         InputError: as ``load_frozen_model``; ``text_mode="teacher"`` without a teacher.
     """
-    if text_mode != "teacher":
-        clip, config, tokenizer = create_clip(model, pretrained, need_weights=False)
-    else:
+    if text_mode == "teacher":
         if teacher is None:
             raise InputError("student.text: 'teacher' without a teacher; allowed: exactly one teacher")
-        clip, config, tokenizer = _with_text_of(teacher, model, pretrained)
+        owner = (teacher.clip, teacher.model_config, teacher.tokenizer)
+        clip, config, tokenizer = _with_text_of(owner, model, pretrained)
         logit_scale = logit_scale if logit_scale is not None else min(teacher.logit_scale, MAX_LOGIT_SCALE)
+    elif text_model:
+        clip, config, tokenizer = _with_text_of(create_clip(text_model, need_weights=False), model, pretrained)
+    else:
+        clip, config, tokenizer = create_clip(model, pretrained, need_weights=False)
     return Student(
         model,
         clip,
@@ -149,31 +187,49 @@ def load_student(
     )
 
 
-def read_image_size(model: str) -> Size:
-    """Height and width of a model's input in pixels, from its config alone: nothing is allocated, nothing loaded.
+def read_image_size(model: str, pretrained: str = "") -> Size:
+    """Height and width of a student's input in pixels, from its config alone: nothing is allocated, nothing loaded.
 
     Raises:
         InputError: as ``load_frozen_model``.
     """
+    if is_timm(model):
+        return as_size(find_timm_tower(model, pretrained).preprocess["size"])
     with torch.device("meta"):
         clip = create_clip(model, need_weights=False, device="meta")[0]
     return as_size(open_clip.get_model_preprocess_cfg(clip)["size"])
 
 
-def _with_text_of(teacher: FrozenModel, model: str, pretrained: str) -> tuple[Any, dict[str, Any], Any]:
-    teacher_config = dict(teacher.model_config)
-    custom_text = bool(teacher_config.pop("custom_text", False))
-    teacher_config.pop("vision_cfg")
-    clip, config, _ = create_clip(model, "", need_weights=False, overrides=teacher_config, custom_text=custom_text)
+_Clip = tuple[Any, dict[str, Any], Any]
+"""An open_clip model, its config and its tokenizer."""
+
+
+def _with_text_of(owner: _Clip, model: str, pretrained: str) -> _Clip:
+    """The image tower of a model, in the space and with the text tower of another one, their owner."""
+    owner_clip, owner_config, tokenizer = owner
+    text_config = dict(owner_config)
+    text_config.pop("vision_cfg")
+    custom_text = bool(text_config.pop("custom_text", False)) or "hf_model_name" in text_config["text_cfg"]
+    if "hf_model_name" in text_config["text_cfg"]:
+        text_config["text_cfg"] = {**text_config["text_cfg"], "hf_model_pretrained": False}  # its weights are copied
+    from_timm = is_timm(model)
+    clip, config, _ = create_clip(
+        model,
+        pretrained if from_timm else "",
+        need_weights=False,
+        overrides=text_config,
+        custom_text=custom_text,
+    )
     own_quick_gelu = config.get("quick_gelu", False)
-    if own_quick_gelu != teacher_config.get("quick_gelu", False):
+    has_activation = "timm_model_name" not in config["vision_cfg"]  # towers of timm have their own
+    if has_activation and own_quick_gelu != text_config.get("quick_gelu", False):
         raise InputError(
             f"student.model: {model!r} with quick_gelu={own_quick_gelu} and a teacher with "
             f"quick_gelu={not own_quick_gelu}; allowed: the same activation for student.text: teacher"
         )
     prefix = "text." if isinstance(clip, open_clip.CustomTextCLIP) else ""
-    state = {f"{prefix}{name.removeprefix('text.')}": tensor for name, tensor in text_state(teacher.clip).items()}
-    if pretrained or _schema(model):
+    state = {f"{prefix}{name.removeprefix('text.')}": tensor for name, tensor in text_state(owner_clip).items()}
+    if not from_timm and (pretrained or _schema(model)):
         own = create_clip(model, pretrained, need_weights=True)[0]
         set_model_preprocess_cfg(clip, open_clip.get_model_preprocess_cfg(own))
         fitting = clip.visual.state_dict()
@@ -182,12 +238,13 @@ def _with_text_of(teacher: FrozenModel, model: str, pretrained: str) -> tuple[An
     missing, unexpected = clip.load_state_dict(state, strict=False)
     assert not unexpected, unexpected
     assert not [name for name in missing if is_text(name)], missing
-    if teacher.bias is not None:
-        clip.logit_bias.data.fill_(teacher.bias)
-    config = {**config, **teacher_config}
+    for name in ("logit_scale", "logit_bias"):
+        if getattr(owner_clip, name, None) is not None:
+            getattr(clip, name).data.copy_(getattr(owner_clip, name).detach())
+    config = {**config, **text_config}
     if custom_text:
         config["custom_text"] = True
-    return clip, config, teacher.tokenizer
+    return clip, config, tokenizer
 
 
 def create_clip(
@@ -198,16 +255,16 @@ def create_clip(
     device: str = "cpu",
     overrides: dict[str, Any] | None = None,
     custom_text: bool = False,
-) -> tuple[Any, dict[str, Any], Any]:
+) -> _Clip:
     """An open_clip model, its config and its tokenizer.
 
     Args:
         model: an open_clip name; ``hf-hub:OWNER/NAME``; ``local-dir:FOLDER``; a model config (.json), or the stem of
-            one in configs/models.
+            one in configs/models; ``timm/NAME``, with the config of its text tower among the ``overrides``.
         pretrained: tag or weights file (safetensors, or a state dict loaded with ``weights_only``).
         need_weights: refuse random weights.
         device: cpu, or meta: no weights are loaded.
-        overrides: parts of the model config to replace; the weights are then random.
+        overrides: parts of the model config to replace; the weights are then random, except for those of a timm tower.
         custom_text: build a separate text module (open_clip's CustomTextCLIP) even if the config does not require it.
 
     Raises:
@@ -216,9 +273,14 @@ def create_clip(
     schema = _schema(model)
     name = model
     with _input_errors(model, pretrained):
+        if need_weights and is_timm(model):
+            raise InputError(f"model {model}: an image tower alone; allowed: a model with a text tower")
+        timm_tower = find_timm_tower(model, pretrained) if is_timm(model) else None
         if schema == "local-dir" and not Path(model.partition(":")[2], "open_clip_config.json").is_file():
             raise InputError(f"model {model}: no open_clip_config.json in it; allowed: a folder that contains one")
-        if not schema:
+        if timm_tower is not None:
+            name = timm_tower.register()
+        elif not schema:
             name = _register_config(model)
             if name not in open_clip.list_models():
                 near = difflib.get_close_matches(name, open_clip.list_models(), n=1, cutoff=0.0)
@@ -240,11 +302,11 @@ def create_clip(
         if "multimodal_cfg" in config:
             raise InputError(f"model {model}: a captioning model (CoCa); allowed: a model with two towers")
         refuse_code(model, config)
-        load_weights = device != "meta" and overrides is None and bool(pretrained or schema)
+        load_weights = device != "meta" and overrides is None and not timm_tower and bool(pretrained or schema)
         with plain_weights(pretrained if load_weights else "") as weights:
             clip = open_clip.create_model(
                 name,
-                pretrained=weights or pretrained or None,
+                pretrained=None if timm_tower else weights or pretrained or None,
                 load_weights=load_weights,
                 require_pretrained=load_weights,
                 force_custom_text=custom_text,
@@ -252,6 +314,10 @@ def create_clip(
                 output_dict=True,
                 **(overrides or {}),
             )
+        if timm_tower is not None:
+            set_model_preprocess_cfg(clip, timm_tower.preprocess)
+            if pretrained and device != "meta":
+                load_timm_weights(clip.visual, timm_tower, pretrained)
         tokenizer = load_tokenizer(name, config)
     return clip, config, tokenizer
 

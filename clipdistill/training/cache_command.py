@@ -87,7 +87,10 @@ def build_cache(
         if not config.teacher_cache.folder:
             raise InputError("teacher_cache.folder: empty; allowed: a folder for the cache's files")
         teachers = [settings.load() for settings in config.teachers]
-        sizes = [read_image_size(config.student.model), *(teacher.image_size for teacher in teachers)]
+        sizes = [
+            read_image_size(config.student.model, config.student.pretrained),
+            *(teacher.image_size for teacher in teachers),
+        ]
         content = cache_content(config, make_decoder(config, sizes))
         for teacher in teachers:
             if config.train.channels_last:

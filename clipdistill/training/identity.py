@@ -47,7 +47,7 @@ def describe(
 ) -> Identity:
     """The record of a run, except for its shards; the ranks share the work. Its models are as they were loaded."""
     texts = [*_PROBE, *(prompts.texts()[:_PROMPTS_TOKENISED] if prompts else ())]
-    loaded = bool(config.student.pretrained) or config.student.model.startswith(("hf-hub:", "local-dir:"))
+    loaded = config.student.has_weights
     parts: list[Callable[[], Any]] = []
     for teacher in teachers:
         parts += [teacher.image_fingerprint, teacher.text_fingerprint]
