@@ -36,6 +36,7 @@ from clipdistill.io.paths import expand, read_text
 from clipdistill.io.resources import resource
 from clipdistill.io.urls import is_remote, shown
 from clipdistill.losses import Term
+from clipdistill.models.initialisation import TEACHER
 from clipdistill.models.loading import StudentSettings, TeacherSettings
 from clipdistill.models.precision import chosen_precision
 from clipdistill.models.prompts import shipped_prompt_sets
@@ -214,8 +215,18 @@ def _map_texts(value: Any, change: Callable[[str, str], str], key: str = "") -> 
 
 
 _NAMES_OR_PATHS = frozenset(
-    ("prompts", "teachers.model", "teachers.pretrained", "student.model", "student.pretrained", "student.text_model")
+    (
+        "prompts",
+        "teachers.model",
+        "teachers.pretrained",
+        "student.model",
+        "student.pretrained",
+        "student.text_model",
+        "student.init.from",
+    )
 )
+_NAMES = {"student.init.from": TEACHER}
+"""Texts that are a name, whatever files there are."""
 _PATHS = _NAMES_OR_PATHS | {
     "output",
     "data.shards",
@@ -228,7 +239,7 @@ _PATHS = _NAMES_OR_PATHS | {
 
 def _absolute(key: str, text: str) -> str:
     """A local path as an absolute one; other texts unchanged."""
-    if key not in _PATHS or not text or is_remote(text) or "://" in text:
+    if key not in _PATHS or text in ("", _NAMES.get(key)) or is_remote(text) or "://" in text:
         return text
     prefix, _, rest = text.partition(":")
     if prefix == "local-dir":
@@ -342,6 +353,7 @@ _BY_CONTENT = frozenset(
         "student.model",
         "student.pretrained",
         "student.text_model",
+        "student.init.from",
     )
 )
 """Names and places of files: what is in them is compared, wherever it is."""

@@ -94,6 +94,11 @@ def union_of(models: tuple[type[Settings], ...], tag: str, *, default: str | Non
     return Annotated[union, add_default]
 
 
+def attributes_of(model: type[Settings]) -> dict[Any, str]:
+    """The attributes of settings, by their names in a config."""
+    return {field.alias or name: name for name, field in model.model_fields.items()}
+
+
 def differences(settings: Settings) -> dict[str, Any]:
     """What differs from the defaults, as plain values from which the settings can be built again."""
     stated: dict[str, Any] = {}
@@ -102,7 +107,7 @@ def differences(settings: Settings) -> dict[str, Any]:
         is_tag = get_origin(field.annotation) is Literal and len(get_args(field.annotation)) == 1
         default = field.default if field.default_factory is None else field.default_factory()  # type: ignore[call-arg]
         if is_tag or field.is_required() or value != default:
-            stated[name] = _plain(value)
+            stated[field.alias or name] = _plain(value)
     return stated
 
 
@@ -175,7 +180,7 @@ def _describe(settings: type[Settings], error: ErrorDetails) -> str:
     value = _Shown(error["input"])
     match error["type"]:
         case "extra_forbidden":
-            valid = list(model.model_fields)
+            valid = list(attributes_of(model))
             key = str(error["loc"][-1])
             near = difflib.get_close_matches(key, valid, n=1, cutoff=0.0)
             hint = f"nearest valid key: {near[0]}; " if near else ""
@@ -235,9 +240,9 @@ def _resolve(settings: type[Settings], loc: Sequence[str | int]) -> tuple[type[S
         if isinstance(part, int):
             arguments = [each for each in get_args(_strip(annotation)) if each is not Ellipsis]
             annotation = arguments[min(part, len(arguments) - 1)] if arguments else Any
-        elif options and part in options[0].model_fields:
+        elif options and part in (attributes := attributes_of(options[0])):
             model = options[0]
-            field = model.model_fields[part]
+            field = model.model_fields[attributes[part]]
             annotation = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
         elif options:
             model, annotation = options[0], Any

@@ -19,9 +19,10 @@ from pydantic import Field, model_validator
 
 from clipdistill.errors import InputError
 from clipdistill.io.images import Size, as_size
+from clipdistill.io.paths import expand
 from clipdistill.io.resources import resource
 from clipdistill.models.custom_code import load_tokenizer, refuse_code
-from clipdistill.models.initialisation import AnyInitialisation, OwnWeights
+from clipdistill.models.initialisation import TEACHER, AnyInitialisation, OwnWeights
 from clipdistill.models.precision import Precision, chosen_precision
 from clipdistill.models.timm_towers import find_timm_tower, is_timm, load_timm_weights
 from clipdistill.models.towers import MAX_LOGIT_SCALE, FrozenModel, Student, is_text, text_state
@@ -73,7 +74,8 @@ class StudentSettings(Settings):
     """Beside an image tower of timm, unless ``text: teacher``: the model whose text tower the student has, as for
     ``model``; with its weights for ``hf-hub:``/``local-dir:``, else with random ones."""
     init: AnyInitialisation = Field(default_factory=OwnWeights)
-    """Initialisation of a new student's weights; ``own``: random, or those of ``pretrained``."""
+    """Initialisation of a new student's weights. ``own``: random, or those of ``pretrained``; ``{from: teacher}``, or
+    from a run, a folder or a file: a shallower and narrower copy of its transformer towers."""
     text: Literal["train", "freeze", "teacher"] = "train"
     """train: own text tower, trained. freeze: own text tower, frozen. teacher: the teacher's text tower, frozen."""
     logit_scale: Annotated[float, Field(gt=0, le=MAX_LOGIT_SCALE)] | None = None
@@ -97,7 +99,8 @@ class StudentSettings(Settings):
     @property
     def has_weights(self) -> bool:
         """Whether it starts from weights that were loaded."""
-        return bool(self.pretrained or _schema(self.model) or _schema(self.text_model or ""))
+        named = self.pretrained or _schema(self.model) or _schema(self.text_model or "")
+        return bool(named) or self.init.loads_weights
 
     def load(self, teachers: Sequence[FrozenModel] = ()) -> Student:
         """Build the student on the CPU; random weights are drawn from torch's global generator."""
@@ -106,8 +109,29 @@ class StudentSettings(Settings):
             log.info("student.model %s: random weights; student.pretrained names a tag or a file", self.model)
         if self.grad_checkpointing:
             student.clip.set_grad_checkpointing(True)
-        self.init.apply(student, teachers)
+        self.init.apply(student, self._open_source(teachers))
+        if self.logit_scale is not None:
+            student.set_logit_scale(self.logit_scale)
         return student
+
+    def _open_source(self, teachers: Sequence[FrozenModel]) -> FrozenModel | None:
+        """The model that the initialisation needs."""
+        name = self.init.source_name
+        if name is None:
+            return None
+        if name == TEACHER:
+            check(bool(teachers), "student.init.from", name, "a path, as there is no teacher")
+            return teachers[0]
+        path = expand(name)
+        if path.is_file():
+            return load_frozen_model(self.model, pretrained=str(path))
+        for folder in (path, path / "student"):
+            if (folder / "open_clip_config.json").is_file():
+                return load_frozen_model(f"local-dir:{folder}")
+        raise InputError(
+            f"student.init.from: {name}: no open_clip_config.json in it or in student/; allowed: {TEACHER}, a finished "
+            "run, a folder of open_clip, or a file of weights"
+        )
 
     def build(self, teachers: Sequence[FrozenModel] = ()) -> Student:
         """The student before its initialisation."""

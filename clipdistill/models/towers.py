@@ -12,6 +12,7 @@ from typing import Any
 import open_clip
 import torch
 import torch.nn.functional as F
+from open_clip.factory import set_model_preprocess_cfg
 from open_clip.transform import center_crop_or_pad
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -112,14 +113,7 @@ class Tower(nn.Module):
         self.tokenizer = tokenizer
         preprocess = open_clip.get_model_preprocess_cfg(clip)
         self.image_size = as_size(preprocess["size"])
-        self.pixels = PixelTransform(
-            size=self.image_size,
-            mean=preprocess["mean"],
-            std=preprocess["std"],
-            interpolation=preprocess["interpolation"],
-            resize_mode=preprocess["resize_mode"],
-            fill=preprocess["fill_color"],
-        )
+        self.pixels = self._make_pixels(preprocess)
         self.embed_dim: int = model_config["embed_dim"]
         shorten_image_tower(clip.visual)
 
@@ -132,6 +126,25 @@ class Tower(nn.Module):
     def text(self) -> Any:
         """The module that holds the text tower's parameters."""
         return getattr(self.clip, "text", self.clip)
+
+    def _make_pixels(self, preprocess: Mapping[str, Any]) -> PixelTransform:
+        return PixelTransform(
+            size=self.image_size,
+            mean=preprocess["mean"],
+            std=preprocess["std"],
+            interpolation=preprocess["interpolation"],
+            resize_mode=preprocess["resize_mode"],
+            fill=preprocess["fill_color"],
+        )
+
+    def set_preprocessing(self, preprocess: Mapping[str, Any]) -> None:
+        """Take over the pixel settings of another model, except for its size.
+
+        Args:
+            preprocess: open_clip's ``preprocess_cfg``.
+        """
+        set_model_preprocess_cfg(self.clip, {**preprocess, "size": self.image_size})
+        self.pixels = self._make_pixels(preprocess).to(self.device)
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """Token ids (N, L), without the columns beyond the longest text if the tower ignores them.
@@ -301,8 +314,7 @@ class Student(Tower):
         super().__init__(name, clip, model_config, tokenizer)
         self.text_mode = text_mode
         if logit_scale is not None:
-            with torch.no_grad():
-                clip.logit_scale.copy_(torch.tensor(logit_scale).log())
+            self.set_logit_scale(logit_scale)
         self.cap_logit_scale()
         clip.logit_scale.requires_grad_(train_logit_scale)
         if text_mode != "train":
@@ -314,6 +326,11 @@ class Student(Tower):
         if self.text_mode == "train":
             for block in _blocks(self.text):
                 block.compile()
+
+    @torch.no_grad()
+    def set_logit_scale(self, scale: float) -> None:
+        """Set the multiplier of the cosine similarities."""
+        self.clip.logit_scale.copy_(torch.tensor(scale).log())
 
     @torch.no_grad()
     def cap_logit_scale(self) -> None:

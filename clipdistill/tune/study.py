@@ -36,7 +36,7 @@ from clipdistill.io.identity import first_difference
 from clipdistill.io.lock import InUseError, Lock
 from clipdistill.io.paths import expand
 from clipdistill.io.run_files import CHECKPOINTS_FOLDER, IDENTITY_FILE
-from clipdistill.settings import Settings
+from clipdistill.settings import Settings, attributes_of
 from clipdistill.training.build import open_evaluation_sets
 from clipdistill.training.identity import read_identity
 from clipdistill.training.trainer import train
@@ -342,8 +342,8 @@ def _setting(config: Config, key: str) -> Any:
     for part in key.split("."):
         if isinstance(value, list) and part.isdigit() and int(part) < len(value):
             value = value[int(part)]
-        elif isinstance(value, Settings) and part in type(value).model_fields:
-            value = getattr(value, part)
+        elif isinstance(value, Settings) and part in (attributes := attributes_of(type(value))):
+            value = getattr(value, attributes[part])
         else:
             return None
     return value
@@ -354,7 +354,8 @@ def _is_stated(setting: Any, value: Any) -> bool:
     if isinstance(value, list):
         return len(setting) == len(value) and all(map(_is_stated, setting, value))
     if isinstance(value, dict):
-        return all(_is_stated(getattr(setting, key), each) for key, each in value.items())
+        attributes = attributes_of(type(setting))
+        return all(_is_stated(getattr(setting, attributes[key]), each) for key, each in value.items())
     return bool(setting == value)
 
 
@@ -362,7 +363,7 @@ def _is_setting(config: Config, key: str) -> bool:
     """Whether there is a setting of this dotted key, which may be empty."""
     holder, _, name = key.rpartition(".")
     parent = _setting(config, holder) if holder else config
-    return isinstance(parent, Settings) and name in type(parent).model_fields
+    return isinstance(parent, Settings) and name in attributes_of(type(parent))
 
 
 def _digest(value: Any) -> str:
