@@ -203,7 +203,8 @@ class Objective:
             student = clean or student
         for number, (teacher, share) in enumerate(teachers):
             whole = WholeBatch if term.couples_rows else lambda matrix: matrix
-            ours = [whole(matrix) for matrix in student.over(term.over)] if student else []
+            own = student.towards(number) if student and term.needs_equal_widths else student
+            ours = [whole(matrix) for matrix in own.over(term.over)] if own else []
             theirs = [whole(matrix) for matrix in teacher.over(term.over)] if teacher else []
             directions = max(len(ours), len(theirs), int(term.is_two_sided))
             for direction in range(directions):

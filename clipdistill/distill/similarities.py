@@ -56,6 +56,14 @@ class Similarities:
 
     def __init__(self, outputs: ModelOutputs) -> None:
         self.outputs = outputs
+        self._towards: dict[int, Similarities] = {}
+
+    def towards(self, teacher: int) -> "Similarities":
+        """The matrices of the student's features in the space of a teacher, by its number."""
+        if teacher not in self._towards:
+            outputs = self.outputs.towards(teacher)
+            self._towards[teacher] = self if outputs is self.outputs else Similarities(outputs)
+        return self._towards[teacher]
 
     def over(self, what: str) -> list[SimilarityMatrix]:
         """The matrices that a term compares.

@@ -198,7 +198,7 @@ class DistillationStep:
                             self.objective.observe_clean(own_clean, target)
                     losses = self.objective.losses(student, target, denominators, own_clean)
                     if measure_shares and last:
-                        found.gradient_shares = self._gradient_shares(losses, shared.image_BD, step)
+                        found.gradient_shares = self._gradient_shares(losses, shared, step)
                     total = self.objective.total(losses, step)
                 with self.stopwatch.section("backward"):
                     scaled = total * self.accelerator.num_processes
@@ -243,7 +243,7 @@ class DistillationStep:
             student = Similarities(self.texts.complete(cache.outputs, whole))
             losses = self.objective.losses(student, whole, denominators)
             if measure_shares:
-                found.gradient_shares = self._gradient_shares(losses, student.outputs.image_BD, step)
+                found.gradient_shares = self._gradient_shares(losses, student.outputs, step)
             total = self.objective.total(losses, step)
             (total * self.accelerator.num_processes).backward()
         for number in range(len(batches)):
@@ -271,14 +271,22 @@ class DistillationStep:
         """Synchronise gradients only in the backward pass of the last micro-batch."""
         return contextlib.nullcontext() if last else self.accelerator.no_sync(self.model)
 
-    def _gradient_shares(self, losses: Mapping[str, LossParts], image_BD: Tensor | None, step: int) -> dict[str, float]:
+    def _gradient_shares(self, losses: Mapping[str, LossParts], outputs: ModelOutputs, step: int) -> dict[str, float]:
         """Each weighted part's share of the gradient norms with respect to this rank's student image features."""
+        image_BD, projected_BE = outputs.image_BD, outputs.image_projected_BE
         assert image_BD is not None
+        cached = projected_BE is not None and projected_BE.is_leaf  # its gradient does not reach the features by itself
+        inputs = [image_BD, *([projected_BE] if projected_BE is not None and cached else [])]
         norms = {}
         for term in self.objective.terms:
             for part, value in losses[term.term_name].parts.items():
                 weighted = self.objective.weight_at(term, step) * value
-                (grad,) = torch.autograd.grad(weighted, image_BD, retain_graph=True, allow_unused=True)
+                grad, *of_projected = torch.autograd.grad(weighted, inputs, retain_graph=True, allow_unused=True)
+                if of_projected and of_projected[0] is not None:
+                    assert self.student.projections is not None
+                    again_BE = self.student.projections("image", image_BD)
+                    (carried,) = torch.autograd.grad(again_BE, image_BD, of_projected[0])
+                    grad = carried if grad is None else grad + carried
                 norm = image_BD.new_zeros(()) if grad is None else grad.norm()
                 norms[f"gradient_share/{term.term_name}/{part}"] = norm
         values = torch.stack(list(norms.values())).tolist()

@@ -119,7 +119,8 @@ def _load_checkpoint(run: Path, step: int, *, precision: str, device: torch.devi
     student = config.student.build(teachers)
     try:
         frozen = checkpoint / FROZEN_FILE
-        student.load_state_dict({**(load_file(frozen) if frozen.is_file() else {}), **load_file(weights)})
+        state = {**(load_file(frozen) if frozen.is_file() else {}), **load_file(weights)}
+        student.load_state_dict({name: tensor for name, tensor in state.items() if not name.startswith("projections.")})
     except (SafetensorError, OSError) as error:
         raise InputError(f"checkpoint {weights}: cannot be loaded: {one_line(error)[:300]}") from error
     except RuntimeError as error:

@@ -24,11 +24,12 @@ from clipdistill.losses.fused_common import (
     fused_wins,
 )
 from clipdistill.losses.gkl import GKL, gkl_denominator, gkl_loss, gkl_sums
+from clipdistill.losses.icl import ICL, icl_loss
 from clipdistill.losses.kd import KL, kd_loss, kd_sums
 from clipdistill.losses.prior import ClassPrior, TopKPrior
 from clipdistill.settings import union_of
 
-LOSSES: tuple[type[Loss], ...] = (GKL, KL, DKD, DIST, CLIP, Feature)
+LOSSES: tuple[type[Loss], ...] = (GKL, KL, DKD, DIST, CLIP, Feature, ICL)
 """All losses that a config may name."""
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ __all__ = [
     "gkl_loss",
     "gkl_loss_from_features",
     "gkl_sums",
+    "icl_loss",
     "kd_loss",
     "kd_loss_from_features",
     "kd_sums",

@@ -155,7 +155,8 @@ class Loss(Settings):
     needs_logits: ClassVar[bool] = True
     """Whether it uses similarities, and so trains the logit scale; otherwise it compares only the rows' features."""
     needs_equal_widths: ClassVar[bool] = False
-    """Whether student and teacher must have features of the same width."""
+    """Whether it compares features of the student with a teacher's directly: where the widths differ, the student's are
+    projected by a learned map."""
     couples_rows: ClassVar[bool] = False
     """Whether it needs the logits of the entire batch at once; they are then gathered over ranks."""
 

@@ -283,7 +283,8 @@ class _Kept:
     def _unmapped(self, name: str, target: Tensor, allowed: str) -> InputError:
         theirs, ours = list(self._theirs.state[name].shape), list(target.shape)
         return InputError(
-            f"student.init.from: {name} of the {self._what} is {theirs} in the source and {ours} in the student; {allowed}"
+            f"student.init.from: {name} of the {self._what} is {theirs} in the source and {ours} in the student; "
+            f"{allowed}"
         )
 
 

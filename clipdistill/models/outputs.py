@@ -1,18 +1,18 @@
 """The outputs of a model for a batch, or for one sample.
 
-Shapes: B samples, C classes, D features.
+Shapes: B samples, C classes, D features, E features for all teachers of another width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-PER_SAMPLE = ("image_BD", "captions_BD")
+PER_SAMPLE = ("image_BD", "captions_BD", "image_projected_BE", "captions_projected_BE")
 """Fields with one row per sample; the others are the same for every micro-batch."""
 
 
@@ -29,10 +29,31 @@ class ModelOutputs(NamedTuple):
     """Multiplier of the cosine similarities."""
     bias: Tensor | float | None = None
     """Additive bias of a sigmoid-trained model."""
+    image_projected_BE: Tensor | None = None
+    """A student's image features, projected into the spaces of teachers."""
+    captions_projected_BE: Tensor | None = None
+    """The same of its captions."""
+    projected_widths: tuple[int, ...] = ()
+    """Columns of these for each teacher, in their order; 0 for a teacher of the student's own width."""
+
+    def towards(self, teacher: int) -> ModelOutputs:
+        """The student's outputs with its features in the space of a teacher, by its number."""
+        width = self.projected_widths[teacher] if self.projected_widths else 0
+        if not width:
+            return self
+        first = sum(self.projected_widths[:teacher])
+        image_BD, captions_BD = (
+            None if value is None else value[:, first : first + width]
+            for value in (self.image_projected_BE, self.captions_projected_BE)
+        )
+        return self._replace(image_BD=image_BD, captions_BD=captions_BD)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> ModelOutputs:
         """The outputs with a function applied to each tensor, such as moving it to a device."""
-        return self._replace(**{name: change(value) for name, value in self.tensors()})
+        return self._with({name: change(value) for name, value in self.tensors()})
+
+    def _with(self, changes: dict[str, Any]) -> ModelOutputs:
+        return self._replace(**changes)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The tensors that are not None, with their field names."""
@@ -40,7 +61,7 @@ class ModelOutputs(NamedTuple):
 
     def rows(self, rows: slice) -> ModelOutputs:
         """The outputs of a slice of the samples."""
-        return self._replace(**{name: value[rows] for name, value in self.tensors() if name in PER_SAMPLE})
+        return self._with({name: value[rows] for name, value in self.tensors() if name in PER_SAMPLE})
 
     def split(self, sizes: Sequence[int]) -> list[ModelOutputs]:
         """Split the outputs into those of several batches."""
@@ -60,6 +81,6 @@ class ModelOutputs(NamedTuple):
     @classmethod
     def _join(cls, join: Callable[[list[Tensor]], Tensor], parts: Sequence[ModelOutputs]) -> ModelOutputs:
         last = parts[-1]
-        return last._replace(
-            **{name: join([getattr(part, name) for part in parts]) for name, _ in last.tensors() if name in PER_SAMPLE}
+        return last._with(
+            {name: join([getattr(part, name) for part in parts]) for name, _ in last.tensors() if name in PER_SAMPLE}
         )

@@ -22,6 +22,7 @@ from clipdistill.errors import InputError
 from clipdistill.io.images import Size, as_size
 from clipdistill.models.last_block import pooled_at, shorten_image_tower, shorten_text_tower
 from clipdistill.models.outputs import ModelOutputs
+from clipdistill.models.projections import Projections
 from clipdistill.models.tokens import TextTokenizer, TokenGroups, find_pooling, pooled_positions
 
 MAX_LOGIT_SCALE = 100.0
@@ -319,6 +320,16 @@ class Student(Tower):
         clip.logit_scale.requires_grad_(train_logit_scale)
         if text_mode != "train":
             self.freeze_text()
+        self.projections: Projections | None = None
+
+    def project_to(self, teacher_widths: Sequence[int], *, captions: bool) -> None:
+        """Learn maps of its features into the spaces of teachers of another width; random, from torch's generator.
+
+        Args:
+            teacher_widths: of each teacher's features.
+            captions: map captions, too.
+        """
+        self.projections = Projections(self.embed_dim, teacher_widths, captions=captions)
 
     def compile_towers(self) -> None:
         """Compile the image tower, and the blocks of the text tower if it is trained, with torch.compile."""
@@ -390,7 +401,16 @@ class Student(Tower):
             prompts_CD = gather_rows(prompt_tokens.encode(self.encode_prompts))[:num_classes]
         if caption_tokens is not None:
             captions_BD = caption_tokens.encode(self.encode_tokens)
-        return ModelOutputs(image_BD, captions_BD, prompts_CD, scale, self.logit_bias())
+        outputs = ModelOutputs(image_BD, captions_BD, prompts_CD, scale, self.logit_bias())
+        return outputs if self.projections is None else self._project(outputs, self.projections)
+
+    def _project(self, outputs: ModelOutputs, projections: Projections) -> ModelOutputs:
+        image_BD, captions_BD = outputs.image_BD, outputs.captions_BD
+        return outputs._replace(
+            image_projected_BE=None if image_BD is None else projections("image", image_BD),
+            captions_projected_BE=None if captions_BD is None else projections("captions", captions_BD),
+            projected_widths=projections.widths,
+        )
 
     def encode_prompts(self, tokens_NL: Tensor) -> Tensor:
         """Class features (N, D), one row per class: the unit-norm mean over templates if tokens are (N, T, L)."""

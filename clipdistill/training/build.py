@@ -66,21 +66,14 @@ def open_evaluation_sets(config: Config, *, cache: Path) -> list[EvaluationSet]:
 
 
 def load_student_of(config: Config, teachers: Sequence[FrozenModel]) -> Student:
-    """The student, on the CPU; random weights depend only on the seed.
-
-    Raises:
-        InputError: a term cannot compare it with a teacher.
-    """
+    """The student, on the CPU, with projections into the spaces of teachers if terms need them; random weights depend
+    only on the seed."""
     set_seed(config.seed)
     student = config.student.load(teachers)
-    for term in config.terms:
-        for teacher in teachers if term.needs_equal_widths else ():
-            if teacher.embed_dim != student.embed_dim:
-                raise InputError(
-                    f"objective.loss: {term.loss} compares the student's {student.embed_dim} dimensions with the "
-                    f"{teacher.embed_dim} of teacher {teacher.name}; allowed: equal ones (as with student.text: "
-                    "teacher)"
-                )
+    compared = [term.over for term in config.terms if term.needs_equal_widths]
+    widths = [teacher.embed_dim for teacher in teachers]
+    if compared and any(width != student.embed_dim for width in widths):
+        student.project_to(widths, captions="captions" in compared)
     return student
 
 

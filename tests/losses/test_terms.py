@@ -28,6 +28,7 @@ from clipdistill.losses import (
     DKD,
     FUSED_FROM,
     GKL,
+    ICL,
     KL,
     LOSSES,
     Comparison,
@@ -50,6 +51,7 @@ from tests.losses.inputs import DEVICE, LargestTensor, assert_near, features, ra
 
 B, C = 8, 7
 LABELS = (torch.arange(B) * 3 % C).to(DEVICE)
+IDS = torch.tensor([0, 1, 2, 0, 3, 4, 2, 2]).to(DEVICE)
 PRIOR = random_prior(C).to(DEVICE)
 TOP_PRIOR = TopKPrior.from_dense(PRIOR, 3)
 
@@ -141,6 +143,7 @@ TERMS: dict[str, tuple[Loss, dict[str, Any]]] = {
     "clip": (CLIP(over="prompts"), {}),
     "cosine": (Feature(), {"equal_widths": True}),
     "mse": (Feature(kind="mse"), {"equal_widths": True}),
+    "icl": (ICL(), {"columns": B, "equal_widths": True, "row_ids_B": IDS, "column_ids_C": IDS}),
 }
 FUSED = [name for name in TERMS if name.startswith(("gkl", "kl"))]
 
@@ -163,6 +166,10 @@ def functional(name: str, comparison: Comparison) -> Tensor:
             return dist_loss(*logits, beta=2.0, gamma=0.5)
         case "clip":
             return F.cross_entropy(logits[0], LABELS)
+        case "icl":
+            probabilities_BC = (student.scale * student.rows_BD @ teacher.columns_CD.T).softmax(1)
+            equal_BC = IDS[:, None] == IDS[None, :]
+            return -((probabilities_BC.log() * equal_BC).sum(1) / equal_BC.sum(1)).mean()
         case "cosine" | "mse":
             return feature_loss(student.rows_BD, teacher.rows_BD, kind="cosine" if name == "cosine" else "mse")
     raise AssertionError(name)
@@ -277,8 +284,11 @@ def test_auto_computes_large_matrices_from_the_features() -> None:
 def test_a_bad_feature_makes_the_term_non_finite(name: str, bad: float, implementation: str) -> None:
     term, more = TERMS[name]
     fields = ["rows_BD", "columns_CD", "scale", "bias"] if term.needs_logits else ["rows_BD"]
-    for side in ("student", "teacher") if term.needs_teacher else ("student",):
-        for field in fields:
+    used = {"student": fields, **({"teacher": fields} if term.needs_teacher else {})}
+    if name == "icl":
+        used = {"student": ["rows_BD", "scale"], "teacher": ["columns_CD"]}
+    for side, of_side in used.items():
+        for field in of_side:
             comparison = compared(**more, implementation=implementation)
             matrix = getattr(comparison, side)
             value = torch.as_tensor(getattr(matrix, field)).detach().clone()
@@ -300,6 +310,7 @@ DECLARED: dict[type[Loss], tuple[dict[str, tuple[bool, bool, bool]], dict[str, b
         {"images": (False, False, True), "captions": (False, False, True)},
         {"needs_logits": False, "needs_equal_widths": True},
     ),
+    ICL: ({"captions": (False, True, False)}, {"needs_equal_widths": True}),
 }
 USUAL = {"needs_teacher": True, "needs_logits": True, "needs_equal_widths": False, "couples_rows": False}
 PAPERS = {
@@ -309,6 +320,7 @@ PAPERS = {
     DIST: {"2205.10536"},
     CLIP: {"2103.00020"},
     Feature: {"2307.12732"},
+    ICL: {"2307.12732"},
 }
 
 
@@ -376,7 +388,7 @@ def test_an_unknown_setting_is_refused_by_name(loss: type[Loss]) -> None:
         ({"loss": "clip", "adjustment": 1}, "^adjustment: 1 is not allowed; allowed: empty, or a number with over"),
         ({"loss": "clip", "name": "a b"}, "^name: 'a b' is not allowed; allowed: text that matches "),
         ({"loss": "feature", "kind": "l1"}, "^kind: 'l1' is not allowed; allowed: cosine, mse$"),
-        ({"loss": "mse"}, "loss: 'mse' is not allowed; allowed: gkl, kl, dkd, dist, clip, feature$"),
+        ({"loss": "mse"}, "loss: 'mse' is not allowed; allowed: gkl, kl, dkd, dist, clip, feature, icl$"),
         ({"over": "prompts"}, "loss: no value; it must be stated$"),
     ],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, dict) else None,
@@ -433,7 +445,9 @@ def test_a_loss_is_added_by_a_class_alone(dummy: type[Loss]) -> None:
     assert type(validate(union, {"loss": "kl"})) is KL
     with pytest.raises(InputError, match=r"^shifft: unknown config key; nearest valid key: shift; "):
         validate(union, {"loss": "dummy", "shifft": 1.0})
-    with pytest.raises(InputError, match=r"'dumy' is not allowed; allowed: gkl, kl, dkd, dist, clip, feature, dummy$"):
+    with pytest.raises(
+        InputError, match=r"'dumy' is not allowed; allowed: gkl, kl, dkd, dist, clip, feature, icl, dummy$"
+    ):
         validate(union, {"loss": "dumy"})
     with pytest.raises(InputError, match="'dummy' is not allowed"):
         validate(Term, {"loss": "dummy"})

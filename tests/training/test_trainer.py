@@ -449,15 +449,6 @@ def test_of_branches_that_were_left_the_last_checkpoints_stay(
     assert len(list(root.glob("abandoned_*"))) <= 2
 
 
-def test_feature_term_needs_equal_dimensions(write_config: Callable[..., Path], tmp_path: Path) -> None:
-    path = tmp_path / "wider.json"
-    path.write_text(json.dumps({**TINY_MODEL, "embed_dim": 24}))
-    config = load_config(write_config(objective=[{"loss": "feature"}]), [f"student.model={path}"])
-    with pytest.raises(InputError, match=r"^objective\.loss: feature compares the student's 24 dimensions with the 16"):
-        train(config)
-    assert not (tmp_path / "run").exists()
-
-
 @pytest.mark.parametrize("text", ["teacher", "freeze", "train"])
 def test_frozen_weights_are_saved_once(write_config: Callable[..., Path], tmp_path: Path, text: str) -> None:
     changes = [f"student.text={text}", "evaluation.folders=[]", "train.save_every=1", "train.keep=9", "train.ema=0.5"]
