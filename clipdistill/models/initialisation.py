@@ -4,6 +4,7 @@ To add one: a subclass of ``Initialisation`` with a ``name`` of its own in a fil
 ``INITIALISATIONS``.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -27,15 +28,15 @@ class Initialisation(Settings):
 
     @property
     def source_name(self) -> str | None:
-        """The model that it needs: ``teacher``, a folder or a file; None: none."""
+        """The model that it copies from, in place of the teachers: a folder or a file; None: it needs none."""
         return None
 
-    def apply(self, student: Student, source: FrozenModel | None) -> None:
+    def apply(self, student: Student, teachers: Sequence[FrozenModel]) -> None:
         """Change the student's weights in place; everything is on the CPU.
 
         Args:
             student: as it was built.
-            source: the model that it needs.
+            teachers: of the run; or the model of ``source_name`` alone.
 
         Raises:
             InputError: the student is not supported.
@@ -49,7 +50,7 @@ class OwnWeights(Initialisation):
     name: Literal["own"] = "own"
     """Selects this initialisation."""
 
-    def apply(self, student: Student, source: FrozenModel | None) -> None:
+    def apply(self, student: Student, teachers: Sequence[FrozenModel]) -> None:
         """Change nothing."""
 
 
@@ -77,16 +78,18 @@ class InheritedWeights(Initialisation):
 
     @property
     def source_name(self) -> str | None:
-        """``source``."""
-        return self.source
+        """``source``, unless it is the teacher."""
+        return None if self.source == TEACHER else self.source
 
-    def apply(self, student: Student, source: FrozenModel | None) -> None:
+    def apply(self, student: Student, teachers: Sequence[FrozenModel]) -> None:
         """Copy the weights that the student keeps.
 
         Raises:
-            InputError: a weight that does not map is named; or the texts have other tokens.
+            InputError: no teacher; a weight that does not map is named; the texts have other tokens.
         """
-        assert source is not None
+        if not teachers:
+            raise InputError(f"student.init.from: {self.source} without a teacher; allowed: a run, a folder or a file")
+        source = teachers[0]
         if student.embed_dim > source.embed_dim:
             raise InputError(
                 f"student.init.from: embeddings of {source.embed_dim} dimensions, the student's have "

@@ -109,19 +109,14 @@ class StudentSettings(Settings):
             log.info("student.model %s: random weights; student.pretrained names a tag or a file", self.model)
         if self.grad_checkpointing:
             student.clip.set_grad_checkpointing(True)
-        self.init.apply(student, self._open_source(teachers))
+        name = self.init.source_name
+        self.init.apply(student, teachers if name is None else [self._open_source(name)])
         if self.logit_scale is not None:
             student.set_logit_scale(self.logit_scale)
         return student
 
-    def _open_source(self, teachers: Sequence[FrozenModel]) -> FrozenModel | None:
-        """The model that the initialisation needs."""
-        name = self.init.source_name
-        if name is None:
-            return None
-        if name == TEACHER:
-            check(bool(teachers), "student.init.from", name, "a path, as there is no teacher")
-            return teachers[0]
+    def _open_source(self, name: str) -> FrozenModel:
+        """The model that the initialisation copies from."""
         path = expand(name)
         if path.is_file():
             return load_frozen_model(self.model, pretrained=str(path))
