@@ -17,7 +17,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml  # type: ignore[import-untyped]
 from omegaconf import OmegaConf
@@ -56,6 +56,10 @@ class Config(Settings):
     """Seed of the initial weights, the order of samples and their augmentation."""
     teachers: list[TeacherSettings] = Field(default_factory=list)
     """One or several teachers; none if no term needs one (clip)."""
+    teacher_ensemble: Literal["losses", "probabilities"] | None = None
+    """Several teachers. losses, or empty: each term is the mean over teachers. probabilities: terms on logits compare
+    with one teacher, whose probabilities are the weighted mean of theirs, each with its own ``logit_scale``
+    (MobileCLIP2)."""
     student: StudentSettings
     data: DataSettings = Field(default_factory=DataSettings)
     teacher_cache: TeacherCacheSettings = Field(default_factory=TeacherCacheSettings)

@@ -6,13 +6,14 @@ micro-batches. The ranks' losses therefore add up to the loss of one process wit
 Shapes: B rows of this rank, C columns.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from clipdistill.distill.class_priors import ClassPriors
-from clipdistill.distill.similarities import Similarities, WholeBatch
+from clipdistill.distill.similarities import MixedMatrix, Similarities, WholeBatch
 from clipdistill.distill.targets import Targets
 from clipdistill.distributed.collectives import rank, sum_over_ranks, widest_float, world_size
 from clipdistill.losses import Comparison, Implementation, Loss, LossParts
@@ -28,6 +29,7 @@ class Objective:
         terms: those with weight above 0; others are excluded, so they cost nothing.
         warmup_steps: optimizer steps over which a term's weight rises, by the term's name; other terms have no warm-up.
         teacher_weights: share of each teacher; normalised to sum to 1.
+        mix_teachers: compare logits with one mixture of the teachers, in place of the mean loss over teachers.
         num_classes: C, for the class priors.
         class_counts: training samples of each class in an epoch, for terms that need them.
         device: device of the priors.
@@ -40,6 +42,7 @@ class Objective:
         *,
         warmup_steps: Mapping[str, int] | None = None,
         teacher_weights: Sequence[float] = (),
+        mix_teachers: bool = False,
         num_classes: int = 0,
         class_counts: Sequence[float] | None = None,
         device: torch.device | str = "cpu",
@@ -49,6 +52,7 @@ class Objective:
         self.device = torch.device(device)
         self.implementation: Implementation = implementation
         self.teacher_shares = [weight / sum(teacher_weights) for weight in teacher_weights]
+        self._mix_teachers = mix_teachers and len(teacher_weights) > 1
         self.priors = ClassPriors(terms, teachers=len(teacher_weights), num_classes=num_classes, device=device)
         self._warmup_steps = warmup_steps or {}
         self._class_counts_C = None if class_counts is None else torch.tensor(class_counts, device=device)
@@ -98,8 +102,8 @@ class Objective:
         for term in self.terms:
             if term.prior_temperature is not None and not term.is_two_sided:
                 assert targets.labels_B is not None
-                for number, teacher in enumerate(targets.teachers):
-                    self.priors.observe(term, number, teacher.prompt_logits, targets.labels_B)
+                for number, (matrices, _) in enumerate(self._teachers(term, targets)):
+                    self.priors.observe(term, number, matrices[0].logits_BC, targets.labels_B)
 
     @torch.no_grad()
     def observe_clean(self, clean: Similarities, targets: Targets) -> None:
@@ -196,16 +200,16 @@ class Objective:
     ) -> Iterator[tuple[str, float, Comparison]]:
         """The comparisons of a term: key of the denominators, share in the term, and the student's matrix with a
         teacher's, or with that of its own clean images."""
-        teachers: list[tuple[Similarities | None, float]] = [(clean if term.is_two_sided else None, 1.0)]
-        if term.needs_teacher:
-            teachers = list(zip(targets.teachers, self.teacher_shares, strict=True))
+        of_clean = clean.over(term.over) if clean and term.is_two_sided else []
+        teachers = self._teachers(term, targets) if term.needs_teacher else [(of_clean, 1.0)]
+        mixed = term.needs_teacher and self._mixes(term)
         if term.clean and student is not None:
             student = clean or student
-        for number, (teacher, share) in enumerate(teachers):
-            whole = WholeBatch if term.couples_rows else lambda matrix: matrix
+        for number, (matrices, share) in enumerate(teachers):
+            whole: Callable[[Any], Any] = WholeBatch if term.couples_rows else lambda matrix: matrix
             own = student.towards(number) if student and term.needs_equal_widths else student
             ours = [whole(matrix) for matrix in own.over(term.over)] if own else []
-            theirs = [whole(matrix) for matrix in teacher.over(term.over)] if teacher else []
+            theirs = [whole(matrix) for matrix in matrices]
             directions = max(len(ours), len(theirs), int(term.is_two_sided))
             for direction in range(directions):
                 comparison = Comparison(
@@ -216,9 +220,20 @@ class Objective:
                     column_ids_C=targets.all_caption_ids if term.needs_caption_ids else None,
                     class_prior=self.priors.get(term, number),
                     class_counts_C=self._class_counts_C if term.needs_class_counts else None,
-                    implementation=self.implementation,
+                    implementation="plain" if mixed else self.implementation,
                 )
                 yield f"{term.term_name}/{number}/{direction}", share / directions, comparison
+
+    def _mixes(self, term: Loss) -> bool:
+        """Whether a term compares with one mixture of the teachers."""
+        return self._mix_teachers and term.needs_logits and not term.needs_equal_widths
+
+    def _teachers(self, term: Loss, targets: Targets) -> list[tuple[Sequence[Any], float]]:
+        """The matrices that a term compares with, and their share in it: of each teacher, or of their mixture."""
+        of_each = [teacher.over(term.over) for teacher in targets.teachers]
+        if self._mixes(term):
+            return [([MixedMatrix(each, self.teacher_shares) for each in zip(*of_each, strict=True)], 1.0)]
+        return list(zip(of_each, self.teacher_shares, strict=True))
 
     def _target_columns(self, term: Loss, targets: Targets) -> Tensor | None:
         """Column of each row's class or, over captions, of its matching pair in the matrix over all ranks."""

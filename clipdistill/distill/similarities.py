@@ -3,12 +3,15 @@
 Shapes: N ranks, B rows of this rank, C columns (classes, or N * B captions or images), D features.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from clipdistill.distributed.collectives import gather_rows
+from clipdistill.losses.base import Similarity
 from clipdistill.models.class_embeddings import similarity_logits
 from clipdistill.models.outputs import ModelOutputs
 
@@ -36,9 +39,23 @@ class SimilarityMatrix:
 class WholeBatch:
     """The logits of all ranks' rows, for a loss that couples rows (implements ``losses.base.Similarity``)."""
 
-    def __init__(self, local: SimilarityMatrix) -> None:
-        self.rows_BD, self.scale, self.bias = local.rows_BD, local.scale, local.bias
+    def __init__(self, local: Similarity) -> None:
         self._local = local
+
+    @property
+    def scale(self) -> Tensor | float:
+        """Multiplier of the cosines."""
+        return self._local.scale
+
+    @property
+    def bias(self) -> Tensor | float | None:
+        """Additive bias."""
+        return self._local.bias
+
+    @property
+    def rows_BD(self) -> Tensor:
+        """Features of this rank's rows."""
+        return self._local.rows_BD
 
     @property
     def columns_CD(self) -> Tensor:
@@ -49,6 +66,39 @@ class WholeBatch:
     def logits_BC(self) -> Tensor:
         """Logits of N * B rows."""
         return gather_rows(self._local.logits_BC)
+
+
+class MixedMatrix:
+    """Several teachers as one, whose softmax is the weighted mean of theirs (implements ``losses.base.Similarity``).
+
+    It has logits, log probabilities, but no features: losses are computed from the logits.
+
+    Args:
+        matrices: the same matrix of each teacher, each with its own scale.
+        shares: weights of the teachers; their sum is 1.
+    """
+
+    scale = 1.0
+    bias = None
+
+    def __init__(self, matrices: Sequence[SimilarityMatrix], shares: Sequence[float]) -> None:
+        self._matrices, self._shares = matrices, shares
+
+    @property
+    def rows_BD(self) -> Tensor:
+        """None: raises."""
+        raise NotImplementedError("a mixture of teachers has no features")
+
+    columns_CD = rows_BD
+
+    @cached_property
+    def logits_BC(self) -> Tensor:
+        """``log sum_k share_k softmax(logits_k)``, float32."""
+        logs = [
+            matrix.logits_BC.log_softmax(1) + math.log(share)
+            for matrix, share in zip(self._matrices, self._shares, strict=True)
+        ]
+        return torch.stack(logs).logsumexp(0)
 
 
 class Similarities:

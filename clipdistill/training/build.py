@@ -286,6 +286,7 @@ def make_objective(
         config.terms,
         warmup_steps={term.term_name: round(term.warmup_epochs * steps_per_epoch) for term in config.terms},
         teacher_weights=[teacher.weight for teacher in config.teachers],
+        mix_teachers=config.teacher_ensemble == "probabilities",
         num_classes=num_classes,
         class_counts=class_counts,
         device=device,

@@ -39,6 +39,7 @@ TERMS = [
     {"loss": "dist"},
     {"loss": "clip", "over": "captions"},
     {"loss": "feature"},
+    {"loss": "icl"},
 ]
 
 
