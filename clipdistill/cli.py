@@ -1,5 +1,5 @@
-"""The command line: ``clipdistill {quickstart,shards,estimate,cache,cache-clean,train,tune,compare,evaluate,export,
-report}``.
+"""The command line: ``clipdistill {quickstart,models,shards,estimate,cache,cache-clean,train,tune,compare,evaluate,
+export,report}``.
 
 Exit code 0: done. 2: wrong input (one line). 1: an error (one line, if it is a known one).
 75: stopped by SIGTERM or SIGINT, and saved; the same command with ``--resume auto`` resumes. `accelerate launch` and
@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 from clipdistill import __version__
 from clipdistill.cache_clean import add_arguments as cache_clean_arguments
 from clipdistill.cache_clean import run as run_cache_clean
+from clipdistill.catalogue import add_arguments as catalogue_arguments
+from clipdistill.catalogue import run as run_catalogue
 from clipdistill.compare.command import add_arguments as compare_arguments
 from clipdistill.compare.command import run as run_compare
 from clipdistill.distributed.signals import Interruption, exit_now
@@ -114,6 +116,17 @@ def _parser() -> Parser:
     )
     quickstart.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to configs/quickstart.yaml")
     quickstart.set_defaults(run=_quickstart)
+
+    models = commands.add_parser(
+        "models",
+        help="list candidates for a student, with their cost and speed",
+        description="List open_clip's models and timm's image towers as candidates for student.model: parameters and "
+        "GFLOPs of the image tower, counted without memory and kept in the cache; with --speed, images per second on "
+        "this machine; and whether an export loads in transformers. Such as: clipdistill models timm/mobilenetv4 "
+        "--max-gflops 1 --speed",
+    )
+    catalogue_arguments(models)
+    models.set_defaults(run=run_catalogue)
 
     train = commands.add_parser(
         "train",

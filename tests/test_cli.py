@@ -62,11 +62,6 @@ def bad_shard_labels(root: Path) -> list[str]:
     return [f"data.shards=[{root / 'labels'}]", "labels=dataset"]
 
 
-def other_dimensions(root: Path) -> list[str]:
-    (root / "wide.json").write_text(json.dumps({**TINY_MODEL, "embed_dim": 24}))
-    return [f"student.model={root / 'wide.json'}", "objective=[{loss: feature}]"]
-
-
 def other_architecture(root: Path) -> list[str]:
     (root / "deep.json").write_text(json.dumps({**TINY_MODEL, "vision_cfg": {**TINY_MODEL["vision_cfg"], "layers": 3}}))
     return [f"student.model={root / 'deep.json'}"]
@@ -85,7 +80,6 @@ BAD_TRAINING: dict[str, tuple[Callable[[Path], list[str]], tuple[str, ...]]] = {
         lambda root: [f"prompts={prompts(root / 'p', TWO_CLASSES, NO_PLACE)}"],
         ("templates.txt", "{c}"),
     ),
-    "dimensions": (other_dimensions, ("24 dimensions", "16")),
     "label outside": (bad_shard_labels, ("9", "0 to 3")),
     "labels of no classes": (lambda _: ["labels=teacher", "prompts=''", "objective=[{loss: feature}]"], ("prompts",)),
     "tracker": (lambda _: ["train.trackers=[paper]"], ("train.trackers", "paper")),

@@ -4,6 +4,7 @@ CACHE/shards/KEY.json                      index of a shard's samples (clipdisti
 CACHE/labels/KEY.json                      classes of a shard's samples (clipdistill.data.labels)
 CACHE/copies/VERSION-CONTENT.tar           copy of a remote shard of a test set (clipdistill.evaluation.sets.shards)
 CACHE/class_embeddings/KEY.safetensors     class features of a prompt set (clipdistill.models.class_embeddings)
+CACHE/catalogue/KEY.json                   cost of student candidates (clipdistill.catalogue)
 
 A file's time of modification tells when it was last used, to the day.
 """
@@ -19,6 +20,7 @@ from pathlib import Path
 DEFAULT_CACHE = "~/.cache/clipdistill"
 
 INDEXES, LABELS, COPIES, CLASS_EMBEDDINGS = "shards", "labels", "copies", "class_embeddings"
+CATALOGUE = "catalogue"
 """Folders in a cache."""
 
 _KEYS = "[0-9a-f]{32,64}"
@@ -27,6 +29,7 @@ _FILES = {
     LABELS: re.compile(rf"{_KEYS}\.json"),
     COPIES: re.compile(rf"{_KEYS}(-{_KEYS})?\.tar"),
     CLASS_EMBEDDINGS: re.compile(rf"{_KEYS}\.safetensors"),
+    CATALOGUE: re.compile(rf"{_KEYS}\.json"),
 }
 _DAY = 24 * 60 * 60
 
