@@ -36,6 +36,7 @@ from clipdistill.io.paths import expand, read_text
 from clipdistill.io.resources import resource
 from clipdistill.io.urls import is_remote, shown
 from clipdistill.losses import Term
+from clipdistill.models.adapted import PYTHON
 from clipdistill.models.initialisation import TEACHER
 from clipdistill.models.loading import StudentSettings, TeacherSettings
 from clipdistill.models.precision import chosen_precision
@@ -146,6 +147,10 @@ class Config(Settings):
             sharded = any(teacher.shard for teacher in self.teachers)
             check(not sharded, "teachers.shard", sharded, "false, as teacher_cache.folder needs no teacher in memory")
         if self.student.text == "teacher":
+            adapted = [teacher.model for teacher in self.teachers if teacher.model.startswith(PYTHON)]
+            check(
+                not adapted, "student.text", "teacher", f"train or freeze, as {adapted} has no text tower of open_clip"
+            )
             number = len(self.teachers)
             check(number == 1, "teachers", number, "exactly one for student.text: teacher")
 

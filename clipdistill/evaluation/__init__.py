@@ -1,7 +1,7 @@
 """Evaluation as the field does it: CLIP_benchmark's sets, metrics and records, and agreement with a teacher.
 
     sets/ (shards, images, hub) ────> EvaluationSet ─┐
-    models.py (transformers_clip) ──> Tower ─────────┴─ encoding.py ─> SetFeatures, by all ranks together
+    models.py ─> Tower ─────────────────────────────┴─ encoding.py ─> SetFeatures, by all ranks together
         ├─ predictions.py ─> classification.py, calibration.py, agreement.py, robustness.py
         ├─ retrieval.py
         └─ linear_probe.py

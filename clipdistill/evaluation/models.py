@@ -10,7 +10,6 @@ from clipdistill.config import load_saved_config
 from clipdistill.errors import InputError
 from clipdistill.evaluation.benchmark_format import MEAN
 from clipdistill.evaluation.sets.samples import digest
-from clipdistill.evaluation.transformers_clip import load_transformers_clip
 from clipdistill.io.jsonl import read_jsonl
 from clipdistill.io.manifest import UnreadableError, find_damage
 from clipdistill.io.run_files import (
@@ -23,12 +22,14 @@ from clipdistill.io.run_files import (
     checkpoint_folders,
 )
 from clipdistill.io.urls import one_line
-from clipdistill.models.loading import load_frozen_model
+from clipdistill.models.adapted import transformers_folder
+from clipdistill.models.loading import TeacherSettings, load_frozen_model
 from clipdistill.models.towers import FrozenModel, Tower
 from clipdistill.models.weights import describe_mismatch
 
 ALLOWED = (
-    "a run's folder, an export, a transformers CLIP folder, hf-hub:OWNER/NAME, local-dir:FOLDER, or an open_clip name"
+    "a run's folder, an export, a transformers CLIP or SigLIP folder, hf-hub:OWNER/NAME, local-dir:FOLDER, an "
+    "open_clip name, or python:MODULE:FACTORY"
 )
 
 
@@ -43,8 +44,7 @@ def load_for_evaluation(
     """Load a model as a frozen one.
 
     Args:
-        model: a run's folder, an export, a folder of transformers, ``hf-hub:OWNER/NAME``, ``local-dir:FOLDER``, an
-            open_clip name, or a model config (.json).
+        model: a run's folder, an export, a folder of transformers, or as ``teachers.model``.
         pretrained: tag or weights file, for an open_clip name or a config.
         step: load a run's checkpoint of this step instead of its final student.
         precision: fp32 or bf16 (autocast).
@@ -59,14 +59,13 @@ def load_for_evaluation(
     for candidate in (folder / STUDENT_FOLDER, folder):
         if (candidate / "open_clip_config.json").is_file():
             return load_frozen_model(f"local-dir:{candidate}", precision=precision, device=device)
-    if (folder / "config.json").is_file():
-        return load_transformers_clip(folder, precision=precision, device=device)
-    if folder.is_dir():
+    if folder.is_dir() and transformers_folder(model) is None:
         raise InputError(
             f"model {model}: no open_clip_config.json in it or in student/, and no config.json; allowed: {ALLOWED} "
             "(for an unfinished run, a checkpoint: --step or --best)"
         )
-    return load_frozen_model(model, pretrained=pretrained, precision=precision, device=device)
+    settings = TeacherSettings.model_validate({"model": model, "pretrained": pretrained, "precision": precision})
+    return settings.load().to(device)
 
 
 def best_step(run: Path, metric: str = MEAN) -> int:

@@ -18,7 +18,6 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel
 
-from clipdistill.evaluation.transformers_clip import BLOCK_MODULES
 from clipdistill.export.open_clip_format import save_weights
 from clipdistill.export.parity import (
     ParityError,
@@ -31,6 +30,7 @@ from clipdistill.export.parity import (
 )
 from clipdistill.io.files import write_json
 from clipdistill.models.towers import Tower
+from clipdistill.models.transformers_clip import BLOCK_MODULES
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"

@@ -116,7 +116,7 @@ _TOKENS: WeakKeyDictionary[Any, dict[Any, Tensor]] = WeakKeyDictionary()
 
 def _tokenize_anew(tower: Tower, prompts: PromptSet) -> Tensor:
     tokens_NL = tower.tokenize(prompts.texts())
-    context = tower.tokenizer.context_length
+    context = getattr(tower.tokenizer, "context_length", None)
     full = 0
     if tokens_NL.shape[1] == context:
         padding = tower.tokenizer([""])[0, -1]

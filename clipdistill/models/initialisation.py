@@ -90,6 +90,10 @@ class InheritedWeights(Initialisation):
         if not teachers:
             raise InputError(f"student.init.from: {self.source} without a teacher; allowed: a run, a folder or a file")
         source = teachers[0]
+        if not source.is_open_clip:
+            raise InputError(
+                f"student.init.from: {source.name}, which is no open_clip model; allowed: one of open_clip"
+            )
         if student.embed_dim > source.embed_dim:
             raise InputError(
                 f"student.init.from: embeddings of {source.embed_dim} dimensions, the student's have "

@@ -21,11 +21,20 @@ from clipdistill.errors import InputError
 from clipdistill.io.images import Size, as_size
 from clipdistill.io.paths import expand
 from clipdistill.io.resources import resource
+from clipdistill.models.adapted import (
+    PYTHON,
+    AdaptedModel,
+    SigLIP,
+    load_python_model,
+    model_type_of,
+    transformers_folder,
+)
 from clipdistill.models.custom_code import load_tokenizer, refuse_code
 from clipdistill.models.initialisation import TEACHER, AnyInitialisation, OwnWeights
 from clipdistill.models.precision import Precision, chosen_precision
 from clipdistill.models.timm_towers import find_timm_tower, is_timm, load_timm_weights
 from clipdistill.models.towers import MAX_LOGIT_SCALE, FrozenModel, Student, is_text, text_state
+from clipdistill.models.transformers_clip import load_transformers_clip
 from clipdistill.models.weights import describe_mismatch, plain_weights
 from clipdistill.settings import Positive, Settings, check
 
@@ -36,7 +45,8 @@ class TeacherSettings(Settings):
     """One frozen teacher."""
 
     model: str
-    """An open_clip model name, ``hf-hub:OWNER/NAME``, ``local-dir:FOLDER``, or a model config (.json)."""
+    """An open_clip model name, ``hf-hub:OWNER/NAME``, ``local-dir:FOLDER`` (of open_clip, or a CLIP or SigLIP folder of
+    transformers), a model config (.json), or ``python:MODULE:FACTORY`` (``models/adapted.py``)."""
     pretrained: str = ""
     """Tag or weights file for an open_clip model name; empty for ``hf-hub:`` and ``local-dir:``."""
     weight: Positive = 1.0
@@ -53,12 +63,15 @@ class TeacherSettings(Settings):
 
     def load(self) -> FrozenModel:
         """Load the teacher, unsharded and on the CPU."""
-        return load_frozen_model(
-            self.model,
-            pretrained=self.pretrained,
-            logit_scale=self.logit_scale,
-            precision=chosen_precision(self.precision),
-        )
+        settings: dict[str, Any] = {"logit_scale": self.logit_scale, "precision": chosen_precision(self.precision)}
+        if self.model.startswith(PYTHON):
+            return AdaptedModel(self.model, load_python_model(self.model), **settings)
+        folder = transformers_folder(self.model)
+        if folder is None:
+            return load_frozen_model(self.model, pretrained=self.pretrained, **settings)
+        if model_type_of(folder) == "siglip":
+            return AdaptedModel(self.model, SigLIP(folder), **settings)
+        return load_transformers_clip(folder, **settings)
 
 
 class StudentSettings(Settings):
@@ -188,6 +201,10 @@ def load_student(
     if text_mode == "teacher":
         if teacher is None:
             raise InputError("student.text: 'teacher' without a teacher; allowed: exactly one teacher")
+        if not teacher.is_open_clip:
+            raise InputError(
+                f"student.text: 'teacher' with {teacher.name}, which is no open_clip model; allowed: train"
+            )
         owner = (teacher.clip, teacher.model_config, teacher.tokenizer)
         clip, config, tokenizer = _with_text_of(owner, model, pretrained)
         logit_scale = logit_scale if logit_scale is not None else min(teacher.logit_scale, MAX_LOGIT_SCALE)

@@ -197,16 +197,17 @@ class Tower(nn.Module):
         """sha256 of the text tower's weights, architecture and precision: everything that determines its outputs."""
         config = {key: value for key, value in self.model_config.items() if key != "vision_cfg"}
         config["text_cfg"] = {key: value for key, value in config["text_cfg"].items() if key != "hf_tokenizer_name"}
-        return _fingerprint([config, self.precision], text_state(self.clip))
+        return fingerprint_of([config, self.precision], text_state(self.clip))
 
     def image_fingerprint(self) -> str:
         """sha256 of the image tower's weights, architecture, pixel transform and precision."""
         config = {key: value for key, value in self.model_config.items() if key != "text_cfg"}
         preprocess = open_clip.get_model_preprocess_cfg(self.clip)
-        return _fingerprint([config, preprocess, self.precision], self.clip.visual.state_dict())
+        return fingerprint_of([config, preprocess, self.precision], self.clip.visual.state_dict())
 
 
-def _fingerprint(settings: Any, state: Mapping[str, Tensor]) -> str:
+def fingerprint_of(settings: Any, state: Mapping[str, Tensor]) -> str:
+    """sha256 of settings, as JSON, and of tensors by name."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, tensor in sorted(state.items()):
         digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
@@ -216,6 +217,9 @@ def _fingerprint(settings: Any, state: Mapping[str, Tensor]) -> str:
 
 class FrozenModel(Tower):
     """A tower for inference only: a teacher, or a model to evaluate. No gradients, always in eval mode."""
+
+    is_open_clip = True
+    """Whether it has an open_clip model, from which a student can take over towers."""
 
     def __init__(
         self,

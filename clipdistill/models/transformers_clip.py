@@ -58,13 +58,19 @@ _TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("vocab.t
 _PROJECTIONS = {"visual_projection.weight": "visual.proj", "text_projection.weight": "text_projection"}
 
 
-def load_transformers_clip(folder: Path, *, precision: str = "fp32", device: torch.device | str = "cpu") -> FrozenModel:
+def load_transformers_clip(
+    folder: Path,
+    *,
+    logit_scale: float | None = None,
+    precision: str = "fp32",
+    device: torch.device | str = "cpu",
+) -> FrozenModel:
     """Load a folder that ``CLIPModel.save_pretrained`` and its processor wrote.
 
     Raises:
         InputError: another kind of model, one that open_clip cannot express, damaged weights, or no tokenizer.
     """
-    from transformers import CLIPConfig
+    from transformers import CLIPConfig, CLIPImageProcessor
 
     try:
         config: Any = CLIPConfig.from_pretrained(folder)
@@ -80,10 +86,11 @@ def load_transformers_clip(folder: Path, *, precision: str = "fp32", device: tor
         raise InputError(
             f"model {folder}: weights do not match the architecture: {describe_mismatch(error)}"
         ) from error
-    set_model_preprocess_cfg(clip, _preprocess_config(folder, config.vision_config.image_size))
+    set_model_preprocess_cfg(clip, preprocess_config(folder, config.vision_config.image_size, CLIPImageProcessor))
     tokenizer = _load_tokenizer(folder, config.text_config.max_position_embeddings)
     model_config["text_cfg"]["hf_tokenizer_name"] = str(folder.resolve())
-    return FrozenModel(str(folder), clip, model_config, tokenizer, precision=precision).to(device)
+    model = FrozenModel(str(folder), clip, model_config, tokenizer, logit_scale=logit_scale, precision=precision)
+    return model.to(device)
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
@@ -190,13 +197,20 @@ def _map_state(state: dict[str, Tensor], *, layers: dict[str, Any]) -> dict[str,
     return mapped
 
 
-def _preprocess_config(folder: Path, image_size: int) -> dict[str, Any]:
-    """open_clip's preprocessing config from the image processor beside the model; OpenAI's where there is none."""
-    from transformers import CLIPImageProcessor
+def preprocess_config(folder: Path, image_size: int, processor_class: Any) -> dict[str, Any]:
+    """open_clip's preprocessing config from the image processor beside the model; OpenAI's where there is none.
 
+    Args:
+        folder: of the model.
+        image_size: of its image tower.
+        processor_class: the image processor of its kind of model.
+
+    Raises:
+        InputError: pixels that open_clip's transform cannot make.
+    """
     config = PreprocessCfg(size=image_size)
     if (folder / "preprocessor_config.json").is_file() or (folder / "processor_config.json").is_file():
-        processor = CLIPImageProcessor.from_pretrained(folder)
+        processor = processor_class.from_pretrained(folder)
         size = dict(processor.size)
         interpolation = _INTERPOLATIONS.get(int(processor.resample))
         crop = dict(processor.crop_size) if processor.do_center_crop else None
