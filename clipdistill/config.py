@@ -37,6 +37,7 @@ from clipdistill.io.resources import resource
 from clipdistill.io.urls import is_remote, shown
 from clipdistill.losses import Term
 from clipdistill.models.adapted import PYTHON
+from clipdistill.models.embedding_table import EMBEDDINGS
 from clipdistill.models.initialisation import TEACHER
 from clipdistill.models.loading import StudentSettings, TeacherSettings
 from clipdistill.models.precision import chosen_precision
@@ -146,8 +147,15 @@ class Config(Settings):
             check(self.data.views >= 1, "data.views", self.data.views, ">= 1, as teacher_cache.folder needs it")
             sharded = any(teacher.shard for teacher in self.teachers)
             check(not sharded, "teachers.shard", sharded, "false, as teacher_cache.folder needs no teacher in memory")
+        tables = [teacher.model for teacher in self.teachers if teacher.model.startswith(EMBEDDINGS)]
+        check(
+            not tables or bool(self.teacher_cache.folder),
+            "teacher_cache.folder",
+            self.teacher_cache.folder,
+            f"a folder that `clipdistill cache` fills, as {tables} has no model",
+        )
         if self.student.text == "teacher":
-            adapted = [teacher.model for teacher in self.teachers if teacher.model.startswith(PYTHON)]
+            adapted = [teacher.model for teacher in self.teachers if teacher.model.startswith((PYTHON, EMBEDDINGS))]
             check(
                 not adapted, "student.text", "teacher", f"train or freeze, as {adapted} has no text tower of open_clip"
             )
@@ -251,8 +259,8 @@ def _absolute(key: str, text: str) -> str:
     if key not in _PATHS or text in ("", _NAMES.get(key)) or is_remote(text) or "://" in text:
         return text
     prefix, _, rest = text.partition(":")
-    if prefix == "local-dir":
-        return f"local-dir:{_from_root(rest)}"
+    if prefix in ("local-dir", "embeddings"):
+        return f"{prefix}:{_from_root(rest)}"
     if key in _NAMES_OR_PATHS and (text in shipped_prompt_sets() or not expand(text).exists()):
         return text
     return _from_root(text)

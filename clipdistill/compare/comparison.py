@@ -55,6 +55,7 @@ from clipdistill.io.manifest import fingerprints
 from clipdistill.io.paths import expand
 from clipdistill.io.run_files import IDENTITY_FILE, METRICS_FILE
 from clipdistill.models.class_counts import SHOTS, shot_of
+from clipdistill.models.embedding_table import EMBEDDINGS
 from clipdistill.training.build import index_all, open_evaluation_sets, uses_teacher_captions
 from clipdistill.training.identity import Identity, read_identity
 from clipdistill.training.trainer import train
@@ -315,9 +316,9 @@ class ArmsComparison:
         }
 
     def _teacher(self) -> float | None:
-        """Accuracy of the first arm's first teacher on the test sets; None without a teacher."""
+        """Accuracy of the first arm's first teacher on the test sets; None without a teacher that has a model."""
         teachers = [config.teachers[0] for config in self._configs.values() if config.teachers]
-        if not teachers:
+        if not teachers or teachers[0].model.startswith(EMBEDDINGS):
             return None
         return float(self._measure(teachers[0].model, teachers[0].pretrained, self.test).mean())
 

@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -42,6 +42,7 @@ from clipdistill.data.workers import dead_worker_message, from_workers
 from clipdistill.errors import InputError, RunError
 from clipdistill.io.images import as_size
 from clipdistill.io.urls import file_name, shown
+from clipdistill.models.embedding_table import EmbeddingTable
 from clipdistill.models.towers import FrozenModel
 from clipdistill.settings import LocalPath, Settings
 
@@ -350,6 +351,10 @@ class CacheBuilder:
         rows, views = chunk.pixels.shape[:2]
         image_BCHW = chunk.pixels.flatten(0, 1).to(self.device, non_blocking=True)
         for number, teacher in enumerate(self.teachers):
+            if isinstance(teacher, EmbeddingTable):
+                stored = self._look_up(teacher, number, chunk)
+                tensors |= self._packed(stored)
+                continue
             parts = [teacher.encode_image(part) for part in image_BCHW.split(self.batch_size)] if rows else []
             image_nKD = torch.cat(parts) if parts else torch.empty(0, teacher.embed_dim)
             stored = {f"image.{number}": image_nKD.view(rows, views, teacher.embed_dim)}
@@ -360,10 +365,36 @@ class CacheBuilder:
                     tokens = tokenizer.grouped(chunk.captions, at_most=self.batch_size)
                     text_mD = tokens.map(lambda each: each.to(self.device)).encode(teacher.encode_tokens)
                 stored[f"captions.{number}"] = text_mD
-            for name, values in stored.items():
-                packed = pack(values, self.content.precision)
-                tensors |= {name + suffix: tensor for suffix, tensor in packed.items()}
+            tensors |= self._packed(stored)
         return tensors
+
+    def _packed(self, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Rows in their stored form, by name."""
+        packed = {name: pack(values, self.content.precision) for name, values in stored.items()}
+        return {name + suffix: tensor for name, parts in packed.items() for suffix, tensor in parts.items()}
+
+    def _look_up(self, teacher: EmbeddingTable, number: int, chunk: _Chunk) -> dict[str, Tensor]:
+        """A chunk's features from a table, the same for every view; zeros for bad samples.
+
+        Raises:
+            InputError: a sample has no row, or several captions.
+        """
+        shard = file_name(self.index[chunk.shard].url).removesuffix(".tar")
+        valid = chunk.valid_n.bool()
+        keys = [key for key, good in zip(chunk.keys, valid.tolist(), strict=True) if good]
+        views = chunk.pixels.shape[1]
+        image_nKD = torch.zeros(len(valid), views, teacher.embed_dim)
+        image_nKD[valid] = teacher.look_up(shard, keys, captions=False)[:, None]
+        stored = {f"image.{number}": image_nKD}
+        if self.content.captions:
+            several = [key for key, count in zip(keys, chunk.captions_n[valid].tolist(), strict=True) if count != 1]
+            if several:
+                raise InputError(
+                    f"teachers.{number}.model: sample {several[0]!r} of shard {shard} has no caption or several; "
+                    "allowed: one a sample, as embeddings have one"
+                )
+            stored[f"captions.{number}"] = teacher.look_up(shard, keys, captions=True)
+        return stored
 
 
 class _Writer:

@@ -20,7 +20,7 @@ from clipdistill.errors import InputError
 from clipdistill.io.caches import CLASS_EMBEDDINGS, mark_used
 from clipdistill.io.files import new_file
 from clipdistill.models.prompts import PromptSet
-from clipdistill.models.towers import Tower
+from clipdistill.models.towers import FrozenModel, Tower
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +55,8 @@ def class_embeddings(
     Raises:
         InputError: as ``class_prompt_tokens``.
     """
+    if isinstance(tower, FrozenModel) and (stored_CD := tower.stored_class_embeddings(prompts)) is not None:
+        return stored_CD.to(device)
     path = key = None
     tokens_NL: Tensor | None = None
     if cache is not None:

@@ -30,6 +30,7 @@ from clipdistill.models.adapted import (
     transformers_folder,
 )
 from clipdistill.models.custom_code import load_tokenizer, refuse_code
+from clipdistill.models.embedding_table import EMBEDDINGS, EmbeddingTable
 from clipdistill.models.initialisation import TEACHER, AnyInitialisation, OwnWeights
 from clipdistill.models.precision import Precision, chosen_precision
 from clipdistill.models.timm_towers import find_timm_tower, is_timm, load_timm_weights
@@ -46,7 +47,8 @@ class TeacherSettings(Settings):
 
     model: str
     """An open_clip model name, ``hf-hub:OWNER/NAME``, ``local-dir:FOLDER`` (of open_clip, or a CLIP or SigLIP folder of
-    transformers), a model config (.json), or ``python:MODULE:FACTORY`` (``models/adapted.py``)."""
+    transformers), a model config (.json), ``python:MODULE:FACTORY`` (``models/adapted.py``), or ``embeddings:FOLDER``:
+    features that were computed elsewhere (``models/embedding_table.py``)."""
     pretrained: str = ""
     """Tag or weights file for an open_clip model name; empty for ``hf-hub:`` and ``local-dir:``."""
     weight: Positive = 1.0
@@ -64,6 +66,8 @@ class TeacherSettings(Settings):
     def load(self) -> FrozenModel:
         """Load the teacher, unsharded and on the CPU."""
         settings: dict[str, Any] = {"logit_scale": self.logit_scale, "precision": chosen_precision(self.precision)}
+        if self.model.startswith(EMBEDDINGS):
+            return EmbeddingTable(self.model, logit_scale=self.logit_scale)
         if self.model.startswith(PYTHON):
             return AdaptedModel(self.model, load_python_model(self.model), **settings)
         folder = transformers_folder(self.model)

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import open_clip
 import torch
@@ -24,6 +24,9 @@ from clipdistill.models.last_block import pooled_at, shorten_image_tower, shorte
 from clipdistill.models.outputs import ModelOutputs
 from clipdistill.models.projections import Projections
 from clipdistill.models.tokens import TextTokenizer, TokenGroups, find_pooling, pooled_positions
+
+if TYPE_CHECKING:
+    from clipdistill.models.prompts import PromptSet
 
 MAX_LOGIT_SCALE = 100.0
 """CLIP's cap on the multiplier of the cosine similarities (Radford et al. 2021, section 2.5)."""
@@ -220,6 +223,10 @@ class FrozenModel(Tower):
 
     is_open_clip = True
     """Whether it has an open_clip model, from which a student can take over towers."""
+
+    def stored_class_embeddings(self, prompts: "PromptSet") -> Tensor | None:  # noqa: ARG002
+        """Class embeddings (C, D) that were computed elsewhere; None: it has none."""
+        return None
 
     def __init__(
         self,

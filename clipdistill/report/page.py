@@ -37,6 +37,7 @@ from clipdistill.io.paths import expand
 from clipdistill.io.run_files import CONFIG_FILE, METRICS_FILE, STUDENT_FOLDER
 from clipdistill.io.urls import is_remote
 from clipdistill.models.adapted import PYTHON
+from clipdistill.models.embedding_table import EMBEDDINGS
 from clipdistill.models.loading import TeacherSettings
 from clipdistill.report.html import plot_div, render_page
 
@@ -120,9 +121,10 @@ def write_report(
     cache = expand(config.data.cache)
     teacher = config.teachers[0] if with_teacher and config.teachers else None
     left_out = []
-    if teacher is not None and teacher.model.startswith(PYTHON):  # code that the run's config names
-        progress(f"left out teacher {teacher.model}: its code is not run for a report")
-        teacher = None
+    for prefix, why in ((PYTHON, "its code is not run for a report"), (EMBEDDINGS, "it has no model")):
+        if teacher is not None and teacher.model.startswith(prefix):
+            progress(f"left out teacher {teacher.model}: {why}")
+            teacher = None
     if not remote:
         left_out = [f"test set {folder}" for folder in settings.folders if not data and is_remote(folder)]
         if teacher is not None and _is_fetched(teacher):
