@@ -96,7 +96,7 @@ def config_of(write_config: Callable[..., Path], shards: Path, tmp_path: Path) -
             f"teacher_cache.folder={tmp_path / f'cache-{name}'}",
             "teacher_cache.precision=fp32",
             "data.views=2",
-            "data.augmentation=null",
+            "data.augmentation={crop_scale: [1, 1]}",
         ]
         changes = [f"data.shards=[{shards}]", f"output={tmp_path / name}", "evaluation.folders=[]", *cache, *overrides]
         return load_config(config, changes)
