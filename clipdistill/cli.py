@@ -44,6 +44,7 @@ from clipdistill.tune.command import run as run_tune
 
 if TYPE_CHECKING:
     from clipdistill.config import Config
+    from clipdistill.training.run_folder import RunResult
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -133,7 +134,8 @@ def _parser() -> Parser:
         help="distil a student from a config",
         description="Distil a student. Under `accelerate launch` or `torchrun` use scripts/train.py, same arguments. "
         "SIGTERM and SIGINT (Ctrl-C) finish the step, save, and exit with code 75 (launchers exit with 1); a second "
-        "one exits at once. With --resume auto the same command resumes, with any number of processes.",
+        "one exits at once. With --resume auto the same command resumes, with any number of processes. A config with "
+        "stages is a chain of runs, one after another: a teacher `previous` is the student of the stage before.",
     )
     train.add_argument("--config", required=True, type=path, help="YAML file, such as configs/quickstart.yaml")
     start = train.add_mutually_exclusive_group()
@@ -259,22 +261,26 @@ def _quickstart(args: argparse.Namespace) -> None:
 
 def _train(args: argparse.Namespace) -> None:
     with Interruption() as interruption:
-        from clipdistill.config import load_config
-        from clipdistill.evaluation import main_metric
+        from clipdistill.config import load_stages
 
-        config = load_config(args.config, args.overrides)
+        configs = load_stages(args.config, args.overrides)
         if args.profile is not None:
-            _profile(config, args.profile, interruption)
+            _profile(configs[0], args.profile, interruption)
             return
-        from clipdistill.training.trainer import train
+        from clipdistill.training.stages import train_stages
 
-        result = train(config, resume=args.resume, restart=args.restart, interruption=interruption)
-    if int(os.environ.get("RANK", "0")) > 0:
-        return
-    print(f"student: {result.student}")
+        for result in train_stages(configs, resume=args.resume, restart=args.restart, interruption=interruption):
+            if int(os.environ.get("RANK", "0")) == 0:
+                _print_result(result)
+
+
+def _print_result(result: "RunResult") -> None:
+    from clipdistill.evaluation import main_metric
+
+    print(f"student: {result.student}", flush=True)
     for record in result.evaluations:
         name, value = main_metric(record)
-        print(f"{record['dataset']}: zero-shot {name} {value:.2%}")
+        print(f"{record['dataset']}: zero-shot {name} {value:.2%}", flush=True)
 
 
 def _profile(config: "Config", steps: int, interruption: Interruption) -> None:

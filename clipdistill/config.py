@@ -34,6 +34,7 @@ from clipdistill.evaluation.settings import EvaluationSettings
 from clipdistill.io.files import write_text
 from clipdistill.io.paths import expand, read_text
 from clipdistill.io.resources import resource
+from clipdistill.io.run_files import STUDENT_FOLDER
 from clipdistill.io.urls import is_remote, shown
 from clipdistill.losses import Term
 from clipdistill.models.adapted import PYTHON
@@ -174,10 +175,75 @@ def load_config(
         values: overrides as Python values, applied before ``overrides``.
 
     Raises:
-        InputError: unreadable file, unknown key (the nearest valid one is named), wrong type, value out of range.
+        InputError: unreadable file, unknown key (the nearest valid one is named), wrong type, value out of range; a
+            chain of stages.
     """
+    stated, source = _read_changed(path, overrides, values or {})
+    if STAGES in stated:
+        raise InputError(f"config {path}: {STAGES}: a chain of runs, which `clipdistill train` runs; allowed: one run")
+    return _resolve(stated, source, path)
+
+
+def load_stages(path: str | Path, overrides: Sequence[str] = ()) -> list[Config]:
+    """Read a config that may be a chain of runs: the config of each stage; of a single run, that one.
+
+    ``stages`` is a list of mappings with a ``name`` and any settings, each on top of those of the file and of
+    ``overrides``; a list replaces a list. A stage's output is ``OUTPUT/NUMBER-NAME``. As a teacher's ``model`` and as
+    ``student.init.from``, ``previous`` is the student of the stage before.
+
+    Raises:
+        InputError: as ``load_config``; a stage without a name, or two with the same; ``previous`` in the first one.
+    """
+    stated, source = _read_changed(path, overrides, {})
+    if STAGES not in stated:
+        return [_resolve(stated, source, path)]
+    stages, texts = stated.pop(STAGES), source.pop(STAGES)
+    named = [_has_name(stage) for stage in stages]
+    allowed = "a list of mappings, each with a name of letters, digits, . _ -"
+    check(OmegaConf.is_list(stages) and bool(named) and all(named), STAGES, OmegaConf.to_container(stages), allowed)
+    names = [str(stage.pop("name")) for stage in stages]
+    check(len(set(names)) == len(names), STAGES, names, "different names")
+    configs: list[Config] = []
+    for number, (name, stage, text) in enumerate(zip(names, stages, texts, strict=True), 1):
+        text.pop("name")
+        student = f"{configs[-1].output}/{STUDENT_FOLDER}" if configs else ""
+        values: Any = OmegaConf.merge(stated, stage)
+        texts_of_values: Any = OmegaConf.merge(source, text)
+        for part in (values, texts_of_values):
+            part.output = str(Path(str(part.get("output", "")), f"{number}-{name}")) if part.get("output") else ""
+            _replace_previous(part, student, stage=name)
+        try:
+            configs.append(_resolve(values, texts_of_values, path))
+        except InputError as error:
+            raise InputError(f"stage {name}: {error}") from error
+    return configs
+
+
+def _has_name(stage: Any) -> bool:
+    return OmegaConf.is_dict(stage) and bool(re.fullmatch(r"[\w.-]+", str(stage.get("name", ""))))
+
+
+STAGES = "stages"
+PREVIOUS = "previous"
+
+
+def _replace_previous(config: Any, student: str, *, stage: str) -> None:
+    """Put the student of the stage before in the place of its name."""
+    places = [
+        (each, "model", f"local-dir:{student}") for each in config.get("teachers") or [] if OmegaConf.is_dict(each)
+    ]
+    init = OmegaConf.select(config, "student.init")
+    places += [(init, "from", student)] if OmegaConf.is_dict(init) else []
+    for holder, key, value in places:
+        if holder.get(key) == PREVIOUS:
+            check(bool(student), f"stage {stage}: {key}", PREVIOUS, "another model, as there is no stage before")
+            holder[key] = value
+
+
+def _read_changed(path: str | Path | None, overrides: Sequence[str], values: Mapping[str, Any]) -> tuple[Any, Any]:
+    """A file with its overrides: its values, unresolved, and these as texts."""
     stated, source = (OmegaConf.create(), OmegaConf.create()) if path is None else _read(path)
-    changes = [(key, value, value) for key, value in (values or {}).items()]
+    changes = [(key, value, value) for key, value in values.items()]
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
@@ -192,6 +258,11 @@ def load_config(
             raise
         except (LookupError, ValueError) as error:
             raise InputError(f"{key}: {error}; allowed: names and numbers with dots between them") from error
+    return stated, source
+
+
+def _resolve(stated: Any, source: Any, path: str | Path | None) -> Config:
+    """The config of values, and of these as texts."""
     for key, text in _texts("", OmegaConf.to_container(stated)):
         if "${" in _RESOURCE.sub("", text):
             raise InputError(f"{key}: {text!r} is not allowed; allowed: ${{resource:PATH}}, or text without '${{'")

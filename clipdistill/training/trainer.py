@@ -83,6 +83,7 @@ def train(
     restart: bool = False,
     interruption: Interruption | None = None,
     on_evaluation: OnEvaluation = lambda *_: None,
+    keep_processes: bool = False,
 ) -> RunResult:
     """Run a config from start to end, or from a checkpoint to the end.
 
@@ -93,6 +94,7 @@ def train(
         restart: start from the beginning; a run in ``config.output`` is moved into a folder ``abandoned_001`` in it.
         interruption: an active signal handler; None: SIGTERM and SIGINT are handled during the run.
         on_evaluation: see ``OnEvaluation``.
+        keep_processes: leave the process group of several ranks to the run that this process starts next.
 
     Raises:
         InputError: the config, the models, the shards or the output folder are invalid; another process writes there;
@@ -106,7 +108,14 @@ def train(
         raise InputError(f"--restart: given with --resume {resume}; allowed: one of the two")
     with contextlib.nullcontext(interruption) if interruption else Interruption() as interruption:
         accelerator = start_processes(config)
-        with open_run(config, accelerator, resume=resume, restart=restart, interruption=interruption) as run:
+        with open_run(
+            config,
+            accelerator,
+            resume=resume,
+            restart=restart,
+            interruption=interruption,
+            keep_processes=keep_processes,
+        ) as run:
             if run.finished is not None:
                 return run.finished
             run.on_evaluation = on_evaluation
@@ -122,6 +131,7 @@ def open_run(
     resume: str | None = None,
     restart: bool = False,
     interruption: Interruption,
+    keep_processes: bool = False,
 ) -> Iterator["Run"]:
     """Open a run whose ranks monitor each other; it is closed at the end of the block.
 
@@ -131,6 +141,7 @@ def open_run(
         resume: as for ``train``.
         restart: as for ``train``.
         interruption: handles signals.
+        keep_processes: as for ``train``.
 
     Raises:
         Exception: the block's exception, or the failure of another rank.
@@ -162,7 +173,7 @@ def open_run(
     finally:
         with interruption.leaving():
             if run is not None:
-                run.close(failed=failed)
+                run.close(keep_processes=failed or keep_processes)
             if lock is not None:
                 lock.release()
             if watchdog is not None:
@@ -358,15 +369,16 @@ class Run:
                 result.save()
         return result
 
-    def close(self, *, failed: bool = False) -> None:
-        """Stop the workers, close the logs and, unless the run has failed, wait for the other ranks to do the same."""
+    def close(self, *, keep_processes: bool = False) -> None:
+        """Stop the workers, close the logs, wait for the other ranks to do the same, and end the process group; for a
+        run that has failed, or is followed by another one, without the last two."""
         self.parts.loader.close()
         for worker in set(multiprocessing.active_children()) - self._other_children:  # those that did not exit
             worker.kill()
         self.metrics.close()
         if self.sample_log is not None:
             self.sample_log.close()
-        if failed and self.accelerator.num_processes > 1:
+        if keep_processes and self.accelerator.num_processes > 1:
             for tracker in self.accelerator.trackers:
                 tracker.finish()
         else:
