@@ -33,7 +33,9 @@ from clipdistill.io.files import write_text
 from clipdistill.io.jsonl import read_jsonl
 from clipdistill.io.run_files import CONFIG_FILE, IDENTITY_FILE, METRICS_FILE, STUDENT_FOLDER, SUMMARY_FILE
 from clipdistill.losses import Loss, Paper, Term
+from clipdistill.models.initialisation import TEACHER
 from clipdistill.models.prompts import PromptSet, load_prompts
+from clipdistill.models.timm_towers import is_timm
 from clipdistill.models.towers import Tower
 from clipdistill.settings import validate
 
@@ -221,7 +223,9 @@ def write_card(
         papers=_papers(run.terms),
         unknown=UNKNOWN,
     )
-    metadata = _metadata(name, user_metadata, teachers, sets, exported)
+    start = _timm_repository(run.config.get("student") or {})
+    bases = [*(teacher["hub_id"] for teacher in teachers), start]
+    metadata = _metadata(name, user_metadata, [base for base in bases if base], teachers, sets, exported)
     write_text(folder / CARD_FILE, str(ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n{body}")))
     for dataset, entry in entries.items():
         if entry:
@@ -237,6 +241,7 @@ def _time(milliseconds: Mapping[str, float], *parts: str) -> str:
 def _metadata(
     name: str,
     user_metadata: UserMetadata,
+    bases: Sequence[str],
     teachers: Sequence[Mapping[str, Any]],
     sets: Sequence[Mapping[str, Any]],
     exported: Exported,
@@ -256,12 +261,11 @@ def _metadata(
         for item in sets
         for metric, value in item["metrics"].items()
     ]
-    bases = dict.fromkeys(teacher["hub_id"] for teacher in teachers if teacher["hub_id"])
     return ModelCardData(
         library_name="open_clip",
         pipeline_tag="zero-shot-image-classification",
         license=user_metadata.license,
-        base_model=list(bases) or None,
+        base_model=list(dict.fromkeys(bases)) or None,
         datasets=list(user_metadata.datasets) or None,
         tags=[
             "clip",
@@ -294,9 +298,9 @@ def _teacher(config: Mapping[str, Any]) -> dict[str, Any]:
     hub_id, card = None, None
     if schema == "hf-hub":
         hub_id = rest
-    elif schema == "local-dir":
+    elif schema in ("local-dir", "embeddings"):
         card = Path(rest) / CARD_FILE
-        model = f"local-dir:{Path(rest).name}"
+        model = f"{schema}:{Path(rest).name}"
     elif pretrained:
         known = open_clip.get_pretrained_cfg(model, pretrained) or {}
         hub_id = "/".join(known.get("hf_hub", "").split("/")[:2]) or None
@@ -371,15 +375,33 @@ def _term(term: Loss) -> dict[str, Any]:
     }
 
 
+def _start_of(student: Mapping[str, Any]) -> str:
+    """The weights that a student started from."""
+    init = student.get("init") or {}
+    if init.get("from"):
+        source = "the teacher" if init["from"] == TEACHER else Path(init["from"]).name
+        towers = "" if init.get("towers") == "both" else f" ({init.get('towers')} tower)"
+        return f"weights of {source}{towers}, {init.get('layers')} layers, {init.get('width')} channels"
+    if str(student.get("model", "")).startswith(("hf-hub:", "local-dir:")):
+        return "its own weights"
+    return "pretrained weights" if student.get("pretrained") else "random weights"
+
+
+def _timm_repository(student: Mapping[str, Any]) -> str | None:
+    """The Hub's repository of the timm weights that a student started from; None of others, or of a file."""
+    model, pretrained = str(student.get("model", "")), str(student.get("pretrained") or "")
+    if not is_timm(model) or not pretrained or "/" in pretrained:
+        return None
+    return f"{model.partition('.')[0]}.{pretrained}"
+
+
 def _settings(run: TrainedRun) -> dict[str, Any]:
     """Rows of the settings table; empty without a config."""
     if not run.config:
         return {}
     config = run.config
     optimizer, training, student = (config.get(key) or {} for key in ("optimizer", "train", "student"))
-    start = "pretrained weights" if student.get("pretrained") else "random weights"
-    if str(student.get("model", "")).startswith(("hf-hub:", "local-dir:")):
-        start = "its own weights"
+    start = _start_of(student)
     rate = f"{optimizer.get('lr')}, {optimizer.get('warmup_steps', 0)} steps of warm-up, then a cosine"
     speeds = [r["samples_per_second"] for r in run.records if "samples_per_second" in r]
     rows = {

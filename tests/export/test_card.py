@@ -124,7 +124,9 @@ def test_card_of_a_run_with_public_teachers_and_private_paths(
         "teachers": [
             {"model": "ViT-L-14", "pretrained": "laion2b_s32b_b82k", "weight": 0.5},
             {"model": "hf-hub:someone/big-clip"},
+            {"model": "embeddings:/home/me/vectors"},
         ],
+        "student": {"model": "timm/test_vit.r160_in1k", "pretrained": "r160_in1k", "text": "train"},
         "data": {
             "shards": ["https://user:secret@host/photos/{0..9}.tar?Signature=xyz", "/home/me/photos/train"],
             "batch_size": 4,
@@ -147,7 +149,11 @@ def test_card_of_a_run_with_public_teachers_and_private_paths(
     assert result.returncode == 0, result.stderr
     text = (tmp_path / "out" / "README.md").read_text()
     data = ModelCard(text).data
-    assert data.base_model == ["laion/CLIP-ViT-L-14-laion2B-s32B-b82K", "someone/big-clip"]
+    assert data.base_model == [
+        "laion/CLIP-ViT-L-14-laion2B-s32B-b82K",
+        "someone/big-clip",
+        "timm/test_vit.r160_in1k",
+    ]
     assert [(each.dataset_name, each.metric_value) for each in data.eval_results] == [("photos", 0.25)]
     assert "knowledge-distillation" in data.tags
     for words in (
@@ -155,6 +161,8 @@ def test_card_of_a_run_with_public_teachers_and_private_paths(
         "/someone/big-clip) | 1.0 | cc-by-4.0 |",
         "`https://host/photos/{0..9}.tar`, `photos/train`",
         "class prompts: `me/labels`",
+        "timm/test_vit.r160_in1k, from pretrained weights, text tower: train",
+        "embeddings:vectors",
         "| kl | prompts | 1.0 | temperature 4.0 |",
         "| loss, last logged | 0.5 |",
         "arXiv:1503.02531",
@@ -162,6 +170,17 @@ def test_card_of_a_run_with_public_teachers_and_private_paths(
         assert words in text
     for secret in ("secret", "Signature", "/home", "2103.00020", "2503.08038"):
         assert secret not in text
+
+
+def test_card_of_an_inherited_student(export: Callable[..., Result], teacher_folder: Path, tmp_path: Path) -> None:
+    run = copied(tmp_path, teacher_folder)
+    init = {"from": "/home/me/runs/large", "layers": "last", "width": "largest", "towers": "image"}
+    (run / "config.yaml").write_text(yaml.safe_dump({"student": {"model": "ViT-S-16", "text": "train", "init": init}}))
+    result = export("--checkpoint", run, "--output", tmp_path / "out", "--formats", "open_clip", "--images", 2)
+    assert result.returncode == 0, result.stderr
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "ViT-S-16, from weights of large (image tower), last layers, largest channels, text tower: train" in text
+    assert "/home" not in text
 
 
 def picture_pixels(folder: Path) -> torch.Tensor:
