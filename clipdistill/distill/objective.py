@@ -200,15 +200,28 @@ class Objective:
     ) -> Iterator[tuple[str, float, Comparison]]:
         """The comparisons of a term: key of the denominators, share in the term, and the student's matrix with a
         teacher's, or with that of its own clean images."""
-        of_clean = clean.over(term.over) if clean and term.is_two_sided else []
-        teachers = self._teachers(term, targets) if term.needs_teacher else [(of_clean, 1.0)]
-        mixed = term.needs_teacher and self._mixes(term)
         if term.clean and student is not None:
             student = clean or student
+        for dimensions in term.dims or (None,):
+            for key, share, comparison in self._of_dimensions(term, dimensions, student, targets, clean):
+                yield key if dimensions is None else f"{key}/{dimensions}", share / len(term.dims or "1"), comparison
+
+    def _of_dimensions(
+        self,
+        term: Loss,
+        dimensions: int | None,
+        student: Similarities | None,
+        targets: Targets,
+        clean: Similarities | None,
+    ) -> Iterator[tuple[str, float, Comparison]]:
+        """The comparisons of the first dimensions of the student's features; None: of all."""
+        of_clean = clean.narrowed(dimensions).over(term.over) if clean and term.is_two_sided else []
+        teachers = self._teachers(term, targets, dimensions) if term.needs_teacher else [(of_clean, 1.0)]
+        mixed = term.needs_teacher and self._mixes(term)
         for number, (matrices, share) in enumerate(teachers):
             whole: Callable[[Any], Any] = WholeBatch if term.couples_rows else lambda matrix: matrix
             own = student.towards(number) if student and term.needs_equal_widths else student
-            ours = [whole(matrix) for matrix in own.over(term.over)] if own else []
+            ours = [whole(matrix) for matrix in own.narrowed(dimensions).over(term.over)] if own else []
             theirs = [whole(matrix) for matrix in matrices]
             directions = max(len(ours), len(theirs), int(term.is_two_sided))
             for direction in range(directions):
@@ -228,9 +241,13 @@ class Objective:
         """Whether a term compares with one mixture of the teachers."""
         return self._mix_teachers and term.needs_logits and not term.needs_equal_widths
 
-    def _teachers(self, term: Loss, targets: Targets) -> list[tuple[Sequence[Any], float]]:
-        """The matrices that a term compares with, and their share in it: of each teacher, or of their mixture."""
-        of_each = [teacher.over(term.over) for teacher in targets.teachers]
+    def _teachers(
+        self, term: Loss, targets: Targets, dimensions: int | None = None
+    ) -> list[tuple[Sequence[Any], float]]:
+        """The matrices that a term compares with, and their share in it: of each teacher, or of their mixture; for
+        terms on features, of their first dimensions."""
+        of_features = dimensions if term.needs_equal_widths else None
+        of_each = [teacher.narrowed(of_features).over(term.over) for teacher in targets.teachers]
         if self._mixes(term):
             return [([MixedMatrix(each, self.teacher_shares) for each in zip(*of_each, strict=True)], 1.0)]
         return list(zip(of_each, self.teacher_shares, strict=True))

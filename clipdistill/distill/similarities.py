@@ -6,6 +6,7 @@ Shapes: N ranks, B rows of this rank, C columns (classes, or N * B captions or i
 import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from torch import Tensor
 from clipdistill.distributed.collectives import gather_rows
 from clipdistill.losses.base import Similarity
 from clipdistill.models.class_embeddings import similarity_logits
+from clipdistill.models.nested import narrowed
 from clipdistill.models.outputs import ModelOutputs
 
 
@@ -107,6 +109,7 @@ class Similarities:
     def __init__(self, outputs: ModelOutputs) -> None:
         self.outputs = outputs
         self._towards: dict[int, Similarities] = {}
+        self._narrowed: dict[int, Similarities] = {}
 
     def towards(self, teacher: int) -> "Similarities":
         """The matrices of the student's features in the space of a teacher, by its number."""
@@ -114,6 +117,18 @@ class Similarities:
             outputs = self.outputs.towards(teacher)
             self._towards[teacher] = self if outputs is self.outputs else Similarities(outputs)
         return self._towards[teacher]
+
+    def narrowed(self, dimensions: int | None) -> "Similarities":
+        """The matrices of the first dimensions of all features, with unit norm; None: of all dimensions."""
+        if dimensions is None:
+            return self
+        if dimensions not in self._narrowed:
+            names = ("image_BD", "captions_BD", "prompts_CD")
+            parts: dict[str, Any] = {
+                name: narrowed(value, dimensions) for name, value in self.outputs.tensors() if name in names
+            }
+            self._narrowed[dimensions] = Similarities(self.outputs._replace(**parts))
+        return self._narrowed[dimensions]
 
     def over(self, what: str) -> list[SimilarityMatrix]:
         """The matrices that a term compares.

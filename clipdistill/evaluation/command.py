@@ -46,6 +46,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="auto: bf16 on a GPU that computes in it, else fp32 (default: %(default)s)",
     )
 
+    models.add_argument(
+        "--dims",
+        type=positive,
+        nargs="+",
+        default=[],
+        metavar="D",
+        help="also evaluate each model with its embeddings cut to their first D dimensions",
+    )
+
     data = parser.add_argument_group("data")
     data.add_argument(
         "--data",

@@ -5,7 +5,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from operator import eq
 from pathlib import Path
@@ -37,6 +37,7 @@ from clipdistill.io.files import write_json, writing
 from clipdistill.io.images import MAX_PIXELS, DecodingSettings
 from clipdistill.io.paths import expand
 from clipdistill.io.urls import shown
+from clipdistill.models.nested import cut_to
 from clipdistill.models.precision import chosen_precision, use_tensor_cores, warn_of_emulation
 from clipdistill.models.towers import Tower
 
@@ -109,10 +110,9 @@ def evaluate_all(args: argparse.Namespace, device: str) -> None:
         )
         teacher_evaluator = None
         if teacher is not None:
-            teacher_evaluator = make_evaluator(teacher.tower, keep_features=len(args.model) > 1)
+            teacher_evaluator = make_evaluator(teacher.tower, keep_features=len(args.model) > 1 or bool(args.dims))
         results: list[tuple[Record, Details]] = []
-        for name in args.model:
-            model = _load(args, name, args.pretrained, device, of_run=True)
+        for model in _all_models(args, device):
             evaluator = make_evaluator(model.tower)
             measure = partial(_measure, model=model, evaluator=evaluator, teacher=teacher_evaluator, lines=lines)
             if folder is None:
@@ -216,6 +216,17 @@ def _load(args: argparse.Namespace, name: str, pretrained: str, device: str, *, 
     tower = load_for_evaluation(name, pretrained, step=step, precision=args.precision, device=device)
     digest_of_model = "" if _results_folder(args) is None else from_first_rank(partial(fingerprint, tower))
     return EvaluatedModel(tower=tower, name=name, pretrained=pretrained, fingerprint=digest_of_model)
+
+
+def _all_models(args: argparse.Namespace, device: str) -> Iterator[EvaluatedModel]:
+    """Each model, and then its cuts to fewer dimensions."""
+    for name in args.model:
+        model = _load(args, name, args.pretrained, device, of_run=True)
+        yield model
+        for dimensions in args.dims:
+            tower = cut_to(model.tower, dimensions)
+            found = "" if not model.fingerprint else from_first_rank(partial(fingerprint, tower))
+            yield replace(model, tower=tower, name=f"{model.name}, {dimensions} dimensions", fingerprint=found)
 
 
 def _split_tag(name: str) -> tuple[str, str]:

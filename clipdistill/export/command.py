@@ -42,6 +42,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="accept a class list that names a class twice (published ImageNet lists do)",
     )
+    parser.add_argument(
+        "--dims",
+        type=positive,
+        metavar="D",
+        help="cut the embeddings to their first D dimensions, for a student that was trained with nested ones",
+    )
     parser.add_argument("--half", action="store_true", help="float16 weights in every file: half the size")
     parser.add_argument("--int8", action="store_true", help="also write dynamically quantised ONNX files")
     checks = parser.add_argument_group("verification against the model")
@@ -110,6 +116,7 @@ def run(args: argparse.Namespace) -> None:
     from clipdistill.io.files import check_new, new_folder, writing
     from clipdistill.io.lock import Lock
     from clipdistill.io.paths import expand
+    from clipdistill.models.nested import cut_to
 
     check_new(args.output, what="--output")
     if args.private and not args.push_to_hub:
@@ -123,6 +130,8 @@ def run(args: argparse.Namespace) -> None:
     trained_run = read_run(args.checkpoint)
     prompts = _choose_prompts(args.prompts, trained_run, allow_duplicates=args.allow_duplicate_classes)
     tower = load_for_evaluation(args.checkpoint, args.pretrained)
+    if args.dims is not None:
+        tower = cut_to(tower, args.dims)
     results = results_of(args.results, fingerprint(tower), flag="--results") if args.results else []
     lock = Lock(args.output.with_name(f".{args.output.name}.lock"), f"--output {args.output}")
     with lock, writing(f"export {args.output}", args.output), new_folder(args.output) as folder:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from clipdistill.losses.fused_common import FusedImplementation, fused_wins
 from clipdistill.losses.prior import TopKPrior
-from clipdistill.settings import NonNegative, Settings
+from clipdistill.settings import Count, NonNegative, Settings
 
 Implementation = Literal["auto", "plain", "tiled", "triton"]
 """Implementation of gkl and kl. plain: from the logit matrices; tiled, triton: from the features, without these
@@ -150,6 +150,11 @@ class Loss(Settings):
     """Epochs over which the weight rises linearly from 0."""
     clean: bool | None = None
     """In adversarial training: the term sees the clean images, not the attacked ones. Empty: the attacked ones."""
+
+    dims: list[Count] | None = Field(None, min_length=1)
+    """Nested dimensions (Matryoshka): the term is its mean over the student's first d features of each number d in the
+    list, with unit norm again. Empty: all features. Logits are compared with the teacher's complete ones, features with
+    the same dimensions of the teacher's."""
 
     papers: ClassVar[tuple[Paper, ...]] = ()
     needs_logits: ClassVar[bool] = True

@@ -35,6 +35,7 @@ from clipdistill.models.class_embeddings import class_embeddings, class_prompt_t
 from clipdistill.models.prompts import PromptSet, load_prompts
 from clipdistill.models.tokens import TextTokenizer
 from clipdistill.models.towers import FrozenModel, Student, Tower
+from clipdistill.settings import check
 
 
 def open_prompts(config: Config) -> PromptSet | None:
@@ -72,6 +73,12 @@ def load_student_of(config: Config, teachers: Sequence[FrozenModel]) -> Student:
     student = config.student.load(teachers)
     compared = [term.over for term in config.terms if term.needs_equal_widths]
     widths = [teacher.embed_dim for teacher in teachers]
+    for term in config.terms:
+        most, others = max(term.dims or [0]), [width for width in widths if width != student.embed_dim]
+        check(most <= student.embed_dim, f"objective.{term.term_name}.dims", term.dims, f"up to {student.embed_dim}")
+        fits = not (term.dims and term.needs_equal_widths and others)
+        allowed = f"none, as a projection to the {others} dimensions of a teacher has no nested ones"
+        check(fits, f"objective.{term.term_name}.dims", term.dims, allowed)
     if compared and any(width != student.embed_dim for width in widths):
         student.project_to(widths, captions="captions" in compared)
     return student
