@@ -87,6 +87,10 @@ class InheritedWeights(Initialisation):
         Raises:
             InputError: no teacher; a weight that does not map is named; the texts have other tokens.
         """
+        if self.towers == "text" and student.text_mode == "teacher":
+            raise InputError(
+                "student.init.towers: 'text' with student.text: teacher; allowed: image, or another student.text"
+            )
         if not teachers:
             raise InputError(f"student.init.from: {self.source} without a teacher; allowed: a run, a folder or a file")
         source = teachers[0]

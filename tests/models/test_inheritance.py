@@ -280,6 +280,7 @@ def test_a_run_from_inherited_weights_resumes_and_starts_the_next_one(
         ({"embed_dim": 32}, {}, "embeddings of 24 dimensions, the student's have 32"),
         ({"image": {"layers": [1, 1, 1, 1], "width": 16}}, {}, "image tower has bn1.weight, and the source has no bn1"),
         ({"image": {"head_width": 16}}, {}, "3 heads of 16 dimensions, the source 4 of 12"),
+        ({}, {"towers": "text"}, "student.init.towers: 'text' with student.text: teacher; allowed: image"),
         ({}, {"from": "nowhere"}, "nowhere: no open_clip_config.json in it or in student/; allowed: teacher"),
         ({}, {"layers": "some"}, "init.layers: 'some' is not allowed; allowed: every, first, last"),
         ({}, {"form": "teacher"}, "init.form: unknown config key; nearest valid key: from"),
@@ -289,6 +290,7 @@ def test_what_does_not_map_is_named(
     folder: Path, teacher: FrozenModel, write_config: Callable[..., Path], changes: Any, init: Any, message: str
 ) -> None:
     student = {"model": write_model(folder, "inherit-other", **changes), "init": {"from": "teacher"} | init}
+    student |= {"text": "teacher"} if "towers" in init else {}
     with pytest.raises(InputError) as error:
         train(load_config(write_config(student=student, teachers=[{"model": teacher.name}])))
     assert message in str(error.value)
