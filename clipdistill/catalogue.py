@@ -93,6 +93,8 @@ def run(args: argparse.Namespace) -> None:
     counted = list(count(names, args.cache.expanduser()))
     limits = [("--max-params", args.max_params, "parameters_m"), ("--max-gflops", args.max_gflops, "gflops")]
     fitting = [each for each in counted if all(most is None or getattr(each, of) <= most for _, most, of in limits)]
+    if not counted:
+        raise InputError(f"NAME {' '.join(args.patterns)}: cannot be a student's image tower; allowed: other models")
     if not fitting:
         smallest = min(counted, key=lambda each: each.gflops)
         raise InputError(
@@ -223,8 +225,10 @@ def _build(name: str, *, text: bool) -> tuple[Any, tuple[int, int], dict[str, An
         model_name = stated.pop("model_name")
         return TimmModel(model_name, _WIDTH, **stated).eval(), as_size(tower.preprocess["size"]), {}
     config = open_clip.get_model_config(name)
+    if "multimodal_cfg" in config:
+        raise ValueError("a captioning model (CoCa)")
     size = as_size(config["vision_cfg"].get("image_size", 224))
-    if not text or "hf_model_name" in config["text_cfg"] or "multimodal_cfg" in config:
+    if not text or "hf_model_name" in config["text_cfg"]:
         visual = open_clip.model._build_vision_tower(
             config["embed_dim"], config["vision_cfg"], quick_gelu=config.get("quick_gelu", False)
         )

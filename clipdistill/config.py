@@ -198,9 +198,10 @@ def load_stages(path: str | Path, overrides: Sequence[str] = ()) -> list[Config]
     if STAGES not in stated:
         return [_resolve(stated, source, path)]
     stages, texts = stated.pop(STAGES), source.pop(STAGES)
-    named = [_has_name(stage) for stage in stages]
     allowed = "a list of mappings, each with a name of letters, digits, . _ -"
-    check(OmegaConf.is_list(stages) and bool(named) and all(named), STAGES, OmegaConf.to_container(stages), allowed)
+    shown_stages = OmegaConf.to_container(stages) if OmegaConf.is_config(stages) else stages
+    named = [_has_name(stage) for stage in stages] if OmegaConf.is_list(stages) else []
+    check(bool(named) and all(named), STAGES, shown_stages, allowed)
     names = [str(stage.pop("name")) for stage in stages]
     check(len(set(names)) == len(names), STAGES, names, "different names")
     configs: list[Config] = []

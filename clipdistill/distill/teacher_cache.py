@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -384,7 +385,8 @@ class CacheBuilder:
         keys = [key for key, good in zip(chunk.keys, valid.tolist(), strict=True) if good]
         views = chunk.pixels.shape[1]
         image_nKD = torch.zeros(len(valid), views, teacher.embed_dim)
-        image_nKD[valid] = teacher.look_up(shard, keys, captions=False)[:, None]
+        look_up = partial(teacher.look_up, shard, keys, owner=self.index[chunk.shard].digest)
+        image_nKD[valid] = look_up(captions=False)[:, None]
         stored = {f"image.{number}": image_nKD}
         if self.content.captions:
             several = [key for key, count in zip(keys, chunk.captions_n[valid].tolist(), strict=True) if count != 1]
@@ -393,7 +395,7 @@ class CacheBuilder:
                     f"teachers.{number}.model: sample {several[0]!r} of shard {shard} has no caption or several; "
                     "allowed: one a sample, as embeddings have one"
                 )
-            stored[f"captions.{number}"] = teacher.look_up(shard, keys, captions=True)
+            stored[f"captions.{number}"] = look_up(captions=True)
         return stored
 
 

@@ -1,7 +1,10 @@
 """Load models for evaluation, by any of their names; choose a run's best checkpoint; fingerprint a model."""
 
+import json
 from pathlib import Path
+from typing import Any
 
+import open_clip
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -16,6 +19,7 @@ from clipdistill.io.run_files import (
     CHECKPOINTS_FOLDER,
     CONFIG_FILE,
     FROZEN_FILE,
+    IDENTITY_FILE,
     METRICS_FILE,
     STUDENT_FOLDER,
     checkpoint_folder,
@@ -99,6 +103,15 @@ def fingerprint(tower: Tower) -> str:
     return digest([tower.image_fingerprint(), tower.text_fingerprint(), logits, tokens])
 
 
+def _pixels_of(checkpoint: Path) -> dict[str, Any] | None:
+    """The pixel settings of the student of a checkpoint, as its record states them; None without a record."""
+    try:
+        pixels: dict[str, Any] | None = json.loads((checkpoint / IDENTITY_FILE).read_bytes())["student"]["pixels"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return pixels
+
+
 def _load_checkpoint(run: Path, step: int, *, precision: str, device: torch.device | str) -> Tower:
     """Load a run's student from a checkpoint: the moving average where there is one."""
     checkpoint = checkpoint_folder(run / CHECKPOINTS_FOLDER, step)
@@ -116,6 +129,7 @@ def _load_checkpoint(run: Path, step: int, *, precision: str, device: torch.devi
     config = load_saved_config(run / CONFIG_FILE)
     teachers = [each.load() for each in config.teachers] if config.student.text == "teacher" else []
     student = config.student.build(teachers)
+    student.set_preprocessing(_pixels_of(checkpoint) or open_clip.get_model_preprocess_cfg(student.clip))
     try:
         frozen = checkpoint / FROZEN_FILE
         state = {**(load_file(frozen) if frozen.is_file() else {}), **load_file(weights)}

@@ -104,6 +104,8 @@ def run(args: argparse.Namespace) -> None:
         InputError: bad arguments, checkpoint or token; nothing is written.
         RunError: a file differs from the model (nothing is left behind), the disk is full, or the push failed.
     """
+    from dataclasses import replace
+
     import transformers
 
     from clipdistill.errors import InputError
@@ -132,6 +134,8 @@ def run(args: argparse.Namespace) -> None:
     tower = load_for_evaluation(args.checkpoint, args.pretrained)
     if args.dims is not None:
         tower = cut_to(tower, args.dims)
+        summary = {key: value for key, value in trained_run.summary.items() if key != "evaluations"}
+        trained_run = replace(trained_run, summary=summary)  # those are of all dimensions
     results = results_of(args.results, fingerprint(tower), flag="--results") if args.results else []
     lock = Lock(args.output.with_name(f".{args.output.name}.lock"), f"--output {args.output}")
     with lock, writing(f"export {args.output}", args.output), new_folder(args.output) as folder:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from clipdistill.losses.fused_common import FusedImplementation, fused_wins
@@ -155,6 +155,13 @@ class Loss(Settings):
     """Nested dimensions (Matryoshka): the term is its mean over the student's first d features of each number d in the
     list, with unit norm again. Empty: all features. Logits are compared with the teacher's complete ones, features with
     the same dimensions of the teacher's."""
+
+    @field_validator("dims")
+    @classmethod
+    def _dims_differ(cls, value: list[int] | None) -> list[int] | None:
+        if value is not None and len(set(value)) < len(value):
+            raise ValueError("different numbers")
+        return value
 
     papers: ClassVar[tuple[Paper, ...]] = ()
     needs_logits: ClassVar[bool] = True

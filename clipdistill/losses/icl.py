@@ -45,6 +45,8 @@ class ICL(Loss):
         target_BC = positive_targets(comparison.row_ids_B, comparison.column_ids_C, dtype=student.rows_BD.dtype)
         with outside_autocast(student.rows_BD):
             logits_BC = student.scale * student.rows_BD @ teacher.columns_CD.detach().T
+            if student.bias is not None:
+                logits_BC = logits_BC + student.bias  # without effect; but every parameter then has a gradient
         return LossParts.single("icl", contrastive_sums(logits_BC, target_BC).numerator / rows)
 
 

@@ -9,6 +9,7 @@ Shapes: B images, N texts, L tokens, D features, H and W pixels.
 
 import importlib
 import json
+import math
 import pickle
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -79,6 +80,7 @@ class AdaptedModel(FrozenModel):
             raise InputError(
                 f"model {name}: has no fingerprint; allowed: a torch module, or a text that names its weights"
             )
+        _check_attributes(name, model)
         self.image_size = as_size(model.image_size)
         preprocess = {
             "size": self.image_size,
@@ -134,7 +136,8 @@ class AdaptedModel(FrozenModel):
         model = self.clip.visual.model
         own = getattr(model, "fingerprint", None)
         state = model.state_dict() if isinstance(model, nn.Module) and own is None else {}
-        return fingerprint_of([settings, own, type(model).__qualname__, self.precision], state)
+        config = getattr(model, "architecture", None)
+        return fingerprint_of([settings, own, type(model).__qualname__, config, self.precision], state)
 
     def store_as_used(self) -> None:
         """Nothing is stored otherwise: the make of its modules is not known."""
@@ -142,6 +145,36 @@ class AdaptedModel(FrozenModel):
     def shard(self, device: torch.device) -> NoReturn:  # noqa: ARG002
         """Refuse: its blocks are not known."""
         raise InputError(f"teachers.shard: True for {self.name}; allowed: a model of open_clip")
+
+
+def _check_attributes(name: str, model: Any) -> None:
+    """Refuse attributes that cannot be used as they are."""
+    allowed = {
+        "image_size": "a number of pixels, or height and width",
+        "logit_scale": "a positive, finite number",
+        "mean": "three numbers",
+        "std": "three numbers",
+        "interpolation": "bicubic or bilinear",
+        "resize_mode": "shortest, longest or squash",
+    }
+    for attribute, what in allowed.items():
+        if not hasattr(model, attribute):
+            continue
+        value = getattr(model, attribute)
+        try:
+            match attribute:
+                case "image_size":
+                    fits = min(as_size(value)) >= 1
+                case "logit_scale":
+                    fits = 0 < float(value) < math.inf
+                case "mean" | "std":
+                    fits = len(tuple(map(float, value))) == 3
+                case _:
+                    fits = value in what.replace(" or", ",").split(", ")
+        except (TypeError, ValueError):
+            fits = False
+        if not fits:
+            raise InputError(f"model {name}: {attribute} is {value!r}; allowed: {what}")
 
 
 class _ClipLike(nn.Module):
@@ -186,7 +219,7 @@ def load_python_model(name: str) -> Any:
         )
     try:
         function = getattr(importlib.import_module(module), factory)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # whatever the module does
         raise InputError(
             f"model {name}: {one_line(error)[:300]}; allowed: a function of a module on sys.path"
         ) from error
@@ -219,6 +252,8 @@ class SigLIP(nn.Module):
                 f"all of its weights: {len(unfit)} do not fit, such as {unfit[0]}"
             )
         self.siglip = loaded
+        places = ("_name_or_path", "transformers_version")
+        self.architecture = {key: value for key, value in loaded.config.to_dict().items() if key not in places}
         config = loaded.config
         settings = preprocess_config(folder, config.vision_config.image_size, SiglipImageProcessor)
         self.image_size = settings["size"]

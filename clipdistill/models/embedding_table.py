@@ -54,17 +54,19 @@ class EmbeddingTable(AdaptedModel):
         keys, self._image_ND, self._captions_ND = self._read()
         source = _Source(logit_scale, width=self._image_ND.shape[1])
         super().__init__(model, source, logit_scale=logit_scale)
+        self._shard_of: dict[int | None, str] = {}
         self._row = {key: row for row, key in enumerate(keys)}
         if len(self._row) < len(keys):
             twice = next(key for row, key in enumerate(keys) if self._row[key] != row)
             raise InputError(f"model {model}: key {twice!r} more than once; allowed: different keys, such as SHARD/KEY")
 
-    def look_up(self, shard: str, keys: Sequence[str], *, captions: bool) -> Tensor:
+    def look_up(self, shard: str, keys: Sequence[str], *, owner: str, captions: bool) -> Tensor:
         """Unit-norm features (N, D), float32, of samples of a shard.
 
         Args:
             shard: name of the shard, without .tar.
             keys: of the samples.
+            owner: digest of the shard's content: a row belongs to one shard.
             captions: those of the captions.
 
         Raises:
@@ -80,6 +82,12 @@ class EmbeddingTable(AdaptedModel):
                 f"model {self.name}: no row for {len(missing)} of {len(keys)} samples of shard {shard}, such as "
                 f"{missing[0]!r}; allowed: a row for each sample"
             )
+        for row, key in zip(rows, keys, strict=True):
+            if self._shard_of.setdefault(row, owner) != owner:
+                raise InputError(
+                    f"model {self.name}: the row of key {key!r} stands for samples of two shards, one of them {shard}; "
+                    "allowed: keys SHARD/KEY, and shards of different names"
+                )
         found = torch.from_numpy(np.asarray(table_ND[np.array(rows, dtype=np.int64)], dtype=np.float32))
         return F.normalize(found, dim=-1)
 
@@ -90,7 +98,7 @@ class EmbeddingTable(AdaptedModel):
             InputError: a class has none.
         """
         names = read_text(self._folder / "classnames.txt", what=f"model {self.name}").splitlines()
-        classes_CD = self._read_features(self._folder / "classes.npy", rows=len(names))
+        classes_CD = self._read_features(self._folder / "classes.npy", rows=len(names), width=self.embed_dim)
         row = {name: number for number, name in enumerate(names)}
         missing = [name for name in prompts.classnames if name not in row]
         if missing or len(row) < len(names):
@@ -136,6 +144,7 @@ class EmbeddingTable(AdaptedModel):
 
     def _read_parquets(self, files: Sequence[Path]) -> tuple[list[str], Any, Any]:
         import pyarrow  # type: ignore[import-untyped]
+        import pyarrow.compute  # type: ignore[import-untyped]
         import pyarrow.parquet  # type: ignore[import-untyped]
 
         keys: list[str] = []
@@ -146,6 +155,9 @@ class EmbeddingTable(AdaptedModel):
                 keys += map(str, table["key"].to_pylist())
                 for name in ("image", "caption") if "caption" in table.column_names else ("image",):
                     flat = table[name].combine_chunks()
+                    lengths = pyarrow.compute.unique(pyarrow.compute.list_value_length(flat))
+                    if flat.null_count or table["key"].null_count or len(lengths) > 1:
+                        raise ValueError(f"column {name} has empty rows, or rows of several lengths")
                     values = np.asarray(flat.flatten(), dtype=np.float32).reshape(len(table), -1)
                     columns[name].append(self._checked(values, file, rows=len(table)))
             except (OSError, KeyError, ValueError, AttributeError, pyarrow.ArrowException) as error:

@@ -5,6 +5,7 @@ To add one: a subclass of ``Initialisation`` with a ``name`` of its own in a fil
 """
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -105,15 +106,49 @@ class InheritedWeights(Initialisation):
             )
         inherit_by = partial(inherit, layers=self.layers, width=self.width)
         if self.towers != "text":
+            _check_computation(student, source, "vision_cfg")
             inherit_by(student.clip.visual, source.clip.visual, what="image tower")
             student.set_preprocessing(open_clip.get_model_preprocess_cfg(source.clip))
         if self.towers != "image" and student.text_mode != "teacher":
             _check_tokens(student, source)
+            _check_computation(student, source, "text_cfg")
             inherit_by(student.text, source.text, what="text tower")
             student.set_logit_scale(min(source.logit_scale, MAX_LOGIT_SCALE))
             bias = student.logit_bias()
             if bias is not None and source.bias is not None:
                 bias.data.fill_(source.bias)
+
+
+_SIZES = frozenset(
+    ("layers", "width", "heads", "head_width", "patch_size", "image_size", "context_length", "vocab_size")
+)
+_OF_TRAINING = frozenset(("patch_dropout", "ls_init_value", "hf_tokenizer_name", "tokenizer_kwargs", "mlp_ratio"))
+
+
+def _check_computation(student: Student, source: FrozenModel, part: str) -> None:
+    """Refuse towers that compute something else with the same weights, such as another activation or pooling.
+
+    Args:
+        student: inherits.
+        source: lends its weights.
+        part: ``vision_cfg`` or ``text_cfg``.
+    """
+    make = open_clip.CLIPVisionCfg if part == "vision_cfg" else open_clip.CLIPTextCfg
+    found = []
+    for tower in (student, source):
+        settings = asdict(make(**tower.model_config[part]))
+        of_timm = part == "vision_cfg" and settings["timm_model_name"]
+        settings["quick_gelu"] = not of_timm and bool(tower.model_config.get("quick_gelu", False))
+        left_out = ("timm_", "hf_model_pretrained")
+        kept = {key: value for key, value in settings.items() if key not in _SIZES | _OF_TRAINING}
+        found.append({key: value for key, value in kept.items() if not key.startswith(left_out)})
+    ours, theirs = found
+    other = next((key for key in ours if ours[key] != theirs[key]), None)
+    if other is not None:
+        raise InputError(
+            f"student.init.from: {part}.{other} is {theirs[other]!r} in the source and {ours[other]!r} in the student; "
+            "allowed: towers that compute the same"
+        )
 
 
 _PROBE = ("a photo of a dog", "naïve café 42")

@@ -66,11 +66,13 @@ class TeacherSettings(Settings):
     def load(self) -> FrozenModel:
         """Load the teacher, unsharded and on the CPU."""
         settings: dict[str, Any] = {"logit_scale": self.logit_scale, "precision": chosen_precision(self.precision)}
+        folder = transformers_folder(self.model)
+        if folder is not None or self.model.startswith((EMBEDDINGS, PYTHON)):
+            check(not self.pretrained, "teachers.pretrained", self.pretrained, f"empty for {self.model}")
         if self.model.startswith(EMBEDDINGS):
             return EmbeddingTable(self.model, logit_scale=self.logit_scale)
         if self.model.startswith(PYTHON):
             return AdaptedModel(self.model, load_python_model(self.model), **settings)
-        folder = transformers_folder(self.model)
         if folder is None:
             return load_frozen_model(self.model, pretrained=self.pretrained, **settings)
         if model_type_of(folder) == "siglip":

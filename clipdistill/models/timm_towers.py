@@ -6,6 +6,7 @@ size, mean, standard deviation, interpolation.
 
 import difflib
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,10 +124,20 @@ def load_timm_weights(visual: TimmModel, tower: TimmTower, pretrained: str) -> N
     if source.is_dir():
         source = next(path for path in (source / "model.safetensors", source / "pytorch_model.bin") if path.is_file())
     if source.is_file():
+        model: Any = timm.create_model(tower.name, num_classes=0)
+        convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
         with plain_weights(str(source)) as file:
-            loaded = timm.create_model(
-                tower.name, pretrained=True, pretrained_cfg_overlay={"file": file}, num_classes=0
-            ).state_dict()
+            found = timm.models.load_checkpoint(model, file, strict=False, filter_fn=convert, weights_only=True)
+        classifier = model.pretrained_cfg.get("classifier") or ()
+        heads = (classifier,) if isinstance(classifier, str) else tuple(classifier)
+        strange = [name for name in found.unexpected_keys if not name.startswith(heads)] if heads else []
+        unfit = [*found.missing_keys, *strange]
+        if unfit:
+            raise InputError(
+                f"model {PREFIX}{tower.name}, pretrained {pretrained}: {len(unfit)} weights do not fit, such as "
+                f"{unfit[0]}; allowed: weights of this architecture"
+            )
+        loaded = model.state_dict()
     else:
         loaded = timm.create_model(tower.name, pretrained=True, num_classes=0).state_dict()
     _, unexpected = visual.trunk.load_state_dict(loaded, strict=False)

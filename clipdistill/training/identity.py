@@ -34,7 +34,7 @@ from clipdistill.models.towers import FrozenModel, Student, Tower
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-_PACKAGES = ("torch", "open_clip_torch", "transformers", "tokenizers", "pillow", "numpy")
+_PACKAGES = ("torch", "open_clip_torch", "timm", "transformers", "tokenizers", "pillow", "numpy")
 _PROBE = ("a photo of a dog", "Größe 42, naïve café!", "zwölf 猫 <b>2.5</b>")
 """Texts whose tokens identify a tokenizer."""
 _PROMPTS_TOKENISED = 100

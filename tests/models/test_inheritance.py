@@ -11,6 +11,7 @@ from torch import Tensor
 
 from clipdistill.config import load_config, save_config
 from clipdistill.errors import InputError
+from clipdistill.evaluation import load_for_evaluation
 from clipdistill.export import export_open_clip
 from clipdistill.models.inheritance import inherit
 from clipdistill.models.loading import StudentSettings, load_frozen_model, load_student
@@ -260,6 +261,8 @@ def test_a_run_from_inherited_weights_resumes_and_starts_the_next_one(
     save_config(saved, tmp_path / "again.yaml")
     assert load_config(tmp_path / "again.yaml") == saved
     train(saved, resume="auto")
+    whole, last = (load_for_evaluation(str(result.output), step=step) for step in (None, 2))
+    torch.testing.assert_close(whole.encode_image(pictures()), last.encode_image(pictures()), rtol=0, atol=1e-6)
     of_run = StudentSettings.model_validate({"model": model, "init": {"from": str(result.output)}})
     student, finished = of_run.load().eval(), load_frozen_model(f"local-dir:{result.student}")
     torch.testing.assert_close(logits(student), logits(finished), rtol=0, atol=1e-4)
@@ -277,6 +280,8 @@ def test_a_run_from_inherited_weights_resumes_and_starts_the_next_one(
         ({"image": {"patch_size": 4}}, {}, "conv1.weight of the image tower is [48, 3, 8, 8] in the source"),
         ({"text": {"context_length": 16}}, {}, "allowed: a context of at most 12 tokens"),
         ({"text": {"vocab_size": 50000}}, {}, "token_embedding.weight of the text tower is [49408, 32]"),
+        ({"quick_gelu": True}, {}, "vision_cfg.quick_gelu is False in the source and True in the student"),
+        ({"text": {"pool_type": "last"}}, {}, "text_cfg.pool_type is 'argmax' in the source and 'last' in the student"),
         ({"embed_dim": 32}, {}, "embeddings of 24 dimensions, the student's have 32"),
         ({"image": {"layers": [1, 1, 1, 1], "width": 16}}, {}, "image tower has bn1.weight, and the source has no bn1"),
         ({"image": {"head_width": 16}}, {}, "3 heads of 16 dimensions, the source 4 of 12"),

@@ -136,7 +136,21 @@ def test_evaluation_and_export_of_first_dimensions(run: Path, colours: Path, tmp
     expected = F.normalize(whole.encode_image(pictures())[:, :4], dim=-1)
     torch.testing.assert_close(shipped.encode_image(pictures()), expected, rtol=0, atol=1e-5)
     assert open_clip.create_model(f"local-dir:{tmp_path / 'cut'}").text_projection.shape[1] == 4
-    assert "acc1" in (tmp_path / "cut" / "README.md").read_text()
+    cut = (tmp_path / "cut" / "README.md").read_text()
+    assert "acc1" in cut
+    bare = [
+        "export",
+        "--checkpoint",
+        str(run),
+        "--formats",
+        "open_clip",
+        "--output",
+        str(tmp_path / "bare"),
+        "--dims",
+        "4",
+    ]
+    assert main(bare) == 0
+    assert "acc1" not in (tmp_path / "bare" / "README.md").read_text()  # the run's are of all dimensions
 
 
 @pytest.mark.parametrize(
@@ -144,6 +158,7 @@ def test_evaluation_and_export_of_first_dimensions(run: Path, colours: Path, tmp
     [
         ([{"loss": "kl", "dims": [4, 20]}], {}, "objective.kl_prompts.dims: [4, 20] is not allowed; allowed: up to 16"),
         ([{"loss": "kl", "dims": []}], {}, "objective.0.dims: [] is not allowed"),
+        ([{"loss": "kl", "dims": [4, 4]}], {}, "dims: [4, 4] is not allowed; allowed: different numbers"),
         ([{"loss": "kl", "dims": [0]}], {}, "objective.0.dims.0: 0 is not allowed"),
         ([{"loss": "feature", "dims": [4]}], {"embed_dim": 12}, "none, as a projection to the [16] dimensions"),
     ],

@@ -99,6 +99,16 @@ def test_weights_come_from_the_hub(saved: Path, tiny_model: Path, tmp_path: Path
     assert all(torch.equal(tensor, weights[name]) for name, tensor in trunk.items())
 
 
+@pytest.mark.parametrize("other", ["nonsense", WIDENED, "test_vit2"])
+def test_weights_of_something_else_are_refused(saved: Path, teacher: FrozenModel, tmp_path: Path, other: str) -> None:
+    """timm itself would leave what they lack at random."""
+    state = {"a.weight": torch.zeros(3)} if other == "nonsense" else timm.create_model(other).state_dict()
+    save_file(state, tmp_path / "weights.safetensors")
+    settings = StudentSettings(model=f"timm/{VIT}", pretrained=str(tmp_path / "weights.safetensors"), text="teacher")
+    with pytest.raises(InputError, match=r"weights do not fit, such as .*; allowed: weights of this architecture"):
+        settings.load([teacher])
+
+
 def test_its_weights_are_random_unless_they_are_named(saved: Path, teacher: FrozenModel) -> None:
     first = [
         StudentSettings(model=f"timm/{VIT}", text="teacher").load([teacher]).clip.visual.trunk.cls_token
