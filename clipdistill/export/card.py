@@ -301,6 +301,8 @@ def _teacher(config: Mapping[str, Any]) -> dict[str, Any]:
     elif schema in ("local-dir", "embeddings"):
         card = Path(rest) / CARD_FILE
         model = f"{schema}:{Path(rest).name}"
+    elif Path(model).is_absolute():
+        card, model = Path(model) / CARD_FILE, Path(model).name
     elif pretrained:
         known = open_clip.get_pretrained_cfg(model, pretrained) or {}
         hub_id = "/".join(known.get("hf_hub", "").split("/")[:2]) or None

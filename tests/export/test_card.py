@@ -125,6 +125,7 @@ def test_card_of_a_run_with_public_teachers_and_private_paths(
             {"model": "ViT-L-14", "pretrained": "laion2b_s32b_b82k", "weight": 0.5},
             {"model": "hf-hub:someone/big-clip"},
             {"model": "embeddings:/home/me/vectors"},
+            {"model": "/home/me/siglip"},
         ],
         "student": {"model": "timm/test_vit.r160_in1k", "pretrained": "r160_in1k", "text": "train"},
         "data": {
