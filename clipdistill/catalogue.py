@@ -197,8 +197,7 @@ def _count(name: str) -> Candidate | None:
             visual, size, more = _build(name, text=True)
         cost = module_cost(visual, size, device="meta")
         return Candidate(name=name, image_size=size, parameters_m=cost["parameters_m"], gflops=cost["gflops"], **more)
-    except Exception as error:  # of any of a thousand architectures
-        logging.getLogger(__name__).info("%s: left out: %s", name, " ".join(str(error).split())[:200])
+    except Exception:  # of any of a thousand architectures
         return None
     finally:
         logging.disable(logging.NOTSET)
@@ -248,12 +247,10 @@ def measure(candidates: Sequence[Candidate], *, batch_size: int, device: str) ->
     import torch
     from rich.progress import track
 
+    from clipdistill.distributed.collectives import available_device
     from clipdistill.evaluation.cost import throughput
 
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {device}: {str(error).splitlines()[0]}; allowed: cpu, cuda, mps") from error
+    device = available_device(device)
     found = []
     for candidate in track(candidates, description="measuring", transient=True, disable=len(candidates) < 2):
         visual, size, _ = _build(candidate.name, text=False)

@@ -433,18 +433,7 @@ _FREE_ON_RESUME = frozenset(
 )
 """Settings that change no result, and the factors of the global batch, whose product the trainer checks."""
 
-_BY_CONTENT = frozenset(
-    (
-        "prompts",
-        "data.shards",
-        "teachers.model",
-        "teachers.pretrained",
-        "student.model",
-        "student.pretrained",
-        "student.text_model",
-        "student.init.from",
-    )
-)
+_BY_CONTENT = _NAMES_OR_PATHS | {"data.shards"}
 """Names and places of files: what is in them is compared, wherever it is."""
 
 

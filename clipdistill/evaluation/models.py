@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import open_clip
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -129,7 +128,9 @@ def _load_checkpoint(run: Path, step: int, *, precision: str, device: torch.devi
     config = load_saved_config(run / CONFIG_FILE)
     teachers = [each.load() for each in config.teachers] if config.student.text == "teacher" else []
     student = config.student.build(teachers)
-    student.set_preprocessing(_pixels_of(checkpoint) or open_clip.get_model_preprocess_cfg(student.clip))
+    pixels = _pixels_of(checkpoint)
+    if pixels is not None:
+        student.set_preprocessing(pixels)
     try:
         frozen = checkpoint / FROZEN_FILE
         state = {**(load_file(frozen) if frozen.is_file() else {}), **load_file(weights)}

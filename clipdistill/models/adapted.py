@@ -25,10 +25,9 @@ from torch import Tensor, nn
 from clipdistill.errors import InputError
 from clipdistill.io.images import Size, as_size
 from clipdistill.io.urls import one_line
-from clipdistill.models.custom_code import load_folder_tokenizer
 from clipdistill.models.tokens import TextTokenizer
 from clipdistill.models.towers import FrozenModel, fingerprint_of
-from clipdistill.models.transformers_clip import preprocess_config
+from clipdistill.models.transformers_clip import load_checked_tokenizer, preprocess_config
 
 PYTHON = "python:"
 
@@ -278,12 +277,7 @@ class _PaddedTokenizer:
     """A tokenizer of transformers, padded to the context length as SigLIP was trained."""
 
     def __init__(self, folder: Path, length: int) -> None:
-        try:
-            self._tokenizer = load_folder_tokenizer(folder, context_length=length).tokenizer
-        except InputError:
-            raise
-        except Exception as error:  # tokenizers raises bare Exception
-            raise InputError(f"model {folder}: its tokenizer cannot be loaded: {one_line(error)[:300]}") from error
+        self._tokenizer = load_checked_tokenizer(folder, length).tokenizer
         self.context_length = length
 
     def __call__(self, texts: Sequence[str]) -> Tensor:

@@ -87,7 +87,7 @@ def load_transformers_clip(
             f"model {folder}: weights do not match the architecture: {describe_mismatch(error)}"
         ) from error
     set_model_preprocess_cfg(clip, preprocess_config(folder, config.vision_config.image_size, CLIPImageProcessor))
-    tokenizer = _load_tokenizer(folder, config.text_config.max_position_embeddings)
+    tokenizer = load_checked_tokenizer(folder, config.text_config.max_position_embeddings)
     model_config["text_cfg"]["hf_tokenizer_name"] = str(folder.resolve())
     model = FrozenModel(str(folder), clip, model_config, tokenizer, logit_scale=logit_scale, precision=precision)
     return model.to(device)
@@ -119,7 +119,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def _load_tokenizer(folder: Path, context_length: int) -> Any:
+def load_checked_tokenizer(folder: Path, context_length: int) -> Any:
     """Load the tokenizer beside the model; without its files, transformers would build one with an empty vocabulary."""
     allowed = "a folder with tokenizer.json, or vocab.json and merges.txt, as the processor's save_pretrained writes"
     if not any(all(any(folder.glob(name)) for name in names) for names in _TOKENIZER_FILES):
